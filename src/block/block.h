@@ -1,0 +1,67 @@
+/*
+ * Block back ends: a disk image behind a small table of functions. Cannot see a guest.
+ *
+ * Requests are scatter-gather. block_submit() may complete before it returns (the page cache had
+ * it), on a worker, or on the loop's thread; `done` is called exactly once, on whichever thread
+ * that is, with no lock of the block layer held. Offsets and lengths are bytes, multiples of
+ * block_size(). A flush completes after everything that completed before it was submitted is on
+ * stable storage.
+ */
+#ifndef BLOCK_BLOCK_H
+#define BLOCK_BLOCK_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "base/err.h"
+
+struct block;
+struct loop;
+struct workers;
+
+enum block_op { BLOCK_READ, BLOCK_WRITE, BLOCK_FLUSH, BLOCK_DISCARD, BLOCK_ZERO };
+enum { BLOCK_REQ_FUA = 1, BLOCK_REQ_MAY_UNMAP = 2, BLOCK_REQ_INLINE = 4 /* caller can wait for a short copy */ };
+
+struct block_req {
+	enum block_op op;
+	unsigned flags;
+	uint64_t off, len;
+	const struct iovec *iov;        /* READ and WRITE; must stay valid until done */
+	int iovcnt;
+	int ret;                        /* 0 or -errno, set before done */
+	void (*done)(struct block_req *r);
+	struct block *blk;              /* set by block_submit */
+	struct block_req *next;         /* the block layer's */
+	uint64_t priv[4];               /* the driver's */
+};
+
+enum block_cache { CACHE_WRITEBACK, CACHE_NONE, CACHE_WRITETHROUGH, CACHE_DIRECTSYNC, CACHE_UNSAFE };
+
+struct block_opts {
+	const char *id;
+	const char *file;               /* path */
+	const char *format;             /* "raw"; NULL probes */
+	bool read_only, snapshot;       /* snapshot: writes go to a temporary file that is gone at the end */
+	enum block_cache cache;
+	bool discard_unmap, detect_zeroes;
+};
+
+int block_open(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, struct err *err);
+/* Drains, flushes (unless CACHE_UNSAFE), closes. */
+void block_close(struct block *b);
+
+void block_submit(struct block *b, struct block_req *r);
+/* Wait until no request is in flight. */
+void block_drain(struct block *b);
+
+uint64_t block_length(const struct block *b);           /* bytes, rounded up to 512 */
+unsigned block_size(const struct block *b);             /* smallest request, 512 or 4096 */
+bool block_read_only(const struct block *b);
+const char *block_id(const struct block *b);
+const char *block_name(const struct block *b);          /* file name, for messages */
+/* At most one device owns a back end: -EBUSY names the owner. */
+int block_attach(struct block *b, const char *owner, struct err *err);
+void block_detach(struct block *b);
+
+#endif

@@ -1,0 +1,49 @@
+/*
+ * softkvm: the KVM API in user space. Public interface of libsoftkvm.
+ *
+ * A `struct softkvm_file` stands for what Linux gives as a descriptor: the system (/dev/kvm), a VM or
+ * a vCPU. Requests, structures, results and errno values are those of <linux/kvm.h> and Linux
+ * Documentation/virt/kvm/api.rst. Handles are counted: a VM lives as long as one of its vCPUs.
+ */
+#ifndef SOFTKVM_SOFTKVM_H
+#define SOFTKVM_SOFTKVM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct softkvm_file;
+
+/* What open("/dev/kvm") would give; NULL with errno set. */
+struct softkvm_file *softkvm_open(void);
+
+/*
+ * ioctl(2): the result or -1 with errno. A request that makes a new file (KVM_CREATE_VM,
+ * KVM_CREATE_VCPU, KVM_GET_STATS_FD, ...) returns 0 and stores it in *created, which must not be NULL then.
+ */
+int softkvm_ioctl(struct softkvm_file *f, unsigned long request, uintptr_t arg,
+		  struct softkvm_file **created);
+
+/* mmap(2) of a vCPU file: struct kvm_run, the coalesced ring, the dirty ring. MAP_FAILED with errno. */
+void *softkvm_mmap(struct softkvm_file *f, size_t len, uint64_t offset);
+int softkvm_munmap(struct softkvm_file *f, void *p, size_t len);
+
+/* One more reference (dup), one fewer (close). */
+struct softkvm_file *softkvm_ref(struct softkvm_file *f);
+void softkvm_close(struct softkvm_file *f);
+
+/*
+ * softkvm's own capability: a client that writes guest memory holding code can say so. Probed by
+ * KVM_CHECK_EXTENSION(SOFTKVM_CAP_CODE_WRITTEN) on a VM; then softkvm_code_written() may be called
+ * from any thread after the write. It is cheap when the range holds no translated code.
+ */
+#define SOFTKVM_CAP_CODE_WRITTEN 0x4c4f0001
+int softkvm_code_written(struct softkvm_file *vm, uint64_t gpa, uint64_t len);
+
+/* Counters of one vCPU for `info jit`, the benchmark and tests; relaxed reads. */
+struct softkvm_stats {
+	uint64_t insns, blocks_decoded, blocks_run, tlb_fills, tlb_flushes, slow_loads, slow_stores,
+		 exits, interrupts, exceptions, code_invalidations, halts;
+};
+int softkvm_vcpu_stats(struct softkvm_file *vcpu, struct softkvm_stats *s);
+
+#endif
