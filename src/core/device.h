@@ -44,6 +44,8 @@ struct workers;
 struct clock;
 struct pci_bus;
 
+enum machine_request { MACHINE_RESET, MACHINE_POWEROFF, MACHINE_EXIT };
+
 /* What a device may use of its machine. */
 struct machine_env {
 	struct guest_mem *mem;
@@ -54,8 +56,8 @@ struct machine_env {
 	struct workers *workers;
 	struct pci_bus *pci;                                    /* root bus */
 	struct irq_line (*isa_irq)(void *opaque, int n);        /* ISA interrupt 0..15 */
-	void (*request)(void *opaque, enum machine_request { MACHINE_RESET, MACHINE_POWEROFF, MACHINE_EXIT } r,
-			int status);                            /* any thread; takes effect soon */
+	/* Any thread; takes effect soon. `status` is the process's exit status, for MACHINE_EXIT. */
+	void (*request)(void *opaque, enum machine_request r, int status);
 	void *opaque;
 };
 

@@ -39,7 +39,10 @@ struct pci_device {
 	uint8_t cfg[PCI_CFG_SIZE], wmask[PCI_CFG_SIZE], w1cmask[PCI_CFG_SIZE];
 	struct pci_bar bar[6];
 	struct msix_state *msix;
-	int intx_level;
+	int intx_level;                 /* what the device asked for */
+	int intx_driven;                /* what reaches the line: intx_level unless disabled */
+	int intx_slot;                  /* bus's shared line, -1: no INTx */
+	unsigned cap_next;              /* where the next capability goes */
 	/* After a config write took effect; may be NULL. */
 	void (*cfg_written)(struct pci_device *p, unsigned off, unsigned len);
 	/* A config read is about to happen; may be NULL (virtio's pci-cfg window). */
@@ -52,8 +55,12 @@ struct pci_bus_config {
 	struct msi_sink msi;
 	uint64_t ecam_base;                     /* 0: none */
 	uint64_t mmio32_base, mmio32_size, mmio64_base, mmio64_size;
-	/* INTx pin 0..3 of a device number to a line of the interrupt controller. */
+	/* INTx pin 0..3 of a device number to a line of the interrupt controller. Devices that share a line
+	 * (equal opaque and n) are combined here: it is high while one of them asserts it. */
 	struct irq_line (*route_intx)(void *opaque, int dev, int pin);
+	/* Byte accesses to port 0xcf9, which lies inside the address register's dword; may be NULL. */
+	uint8_t (*rst_read)(void *opaque);
+	void (*rst_write)(void *opaque, uint8_t val);
 	void *opaque;
 };
 int pci_bus_create(struct pci_bus **out, const struct pci_bus_config *c, struct err *err);
@@ -73,6 +80,11 @@ void pci_bar_init(struct pci_device *p, int n, uint64_t size, bool io, bool is64
 		  const char *name, const struct io_ops *ops, void *opaque);
 /* Append a capability of `len` bytes (header included); returns its offset. */
 unsigned pci_add_cap(struct pci_device *p, uint8_t id, unsigned len);
+/*
+ * PCI Express capability (PCIe 3.0, 7.8), 60 bytes; `type` is the device/port type: 9 for an endpoint
+ * integrated in the root complex. Makes the extended config space visible to the guest.
+ */
+unsigned pci_add_express_cap(struct pci_device *p, unsigned type);
 void pci_set_intx_pin(struct pci_device *p, int pin);           /* 0..3; devices without it use MSI-X only */
 
 /* Legacy interrupt: honours the disable bit. */
@@ -85,7 +97,15 @@ bool msix_enabled(const struct pci_device *p);
 /* Send or, when masked, mark pending. Out of range vectors are dropped. Any thread; the device's lock held. */
 void msix_notify(struct pci_device *p, unsigned vector);
 unsigned msix_vectors(const struct pci_device *p);
-/* For a device whose MSI-X table shares a BAR with its registers: offsets the table and PBA do not cover come here. */
+/* A BAR set up before msix_init() keeps its ops for the offsets that table and PBA do not cover. */
+
+/* Config space as the guest sees it; what the 0xcf8 mechanism and ECAM use. Takes bus and device lock. */
+uint32_t pci_config_read(struct pci_bus *b, unsigned devfn, unsigned off, unsigned len);
+void pci_config_write(struct pci_bus *b, unsigned devfn, unsigned off, uint32_t val, unsigned len);
+/* NULL: nothing there. */
+struct pci_device *pci_bus_device(struct pci_bus *b, unsigned devfn);
+/* Where BAR n decodes now, 0 when it does not. */
+uint64_t pci_bar_addr(const struct pci_device *p, int n);
 
 bool pci_bus_master(const struct pci_device *p);
 
