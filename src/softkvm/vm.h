@@ -1,0 +1,87 @@
+/*
+ * A virtual machine: what its vCPUs share. Private to softkvm.
+ *
+ * Locking. `lock` guards the configuration (slots, vCPU list, routes being replaced). vCPUs read the
+ * slot table without it: a change publishes a new table and stops the world (vm_pause_all) so that no
+ * vCPU holds a pointer into the old one.
+ */
+#ifndef SOFTKVM_VM_H
+#define SOFTKVM_VM_H
+
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/util.h"
+
+#define VM_MAX_VCPUS 1024       /* KVM_CAP_MAX_VCPUS; ids below VM_MAX_VCPU_ID */
+#define VM_MAX_VCPU_ID 4096
+#define VM_MAX_SLOTS 32764
+
+struct cpu;
+struct vcpu;
+struct irqchip;
+struct bus;
+
+/* -- guest physical memory (phys.c) ----------------------------------------------------------- */
+struct slot {
+	uint32_t id, flags;             /* KVM_MEM_* */
+	uint16_t as_id;
+	uint64_t gpa, size;
+	uint8_t *host;
+	_Atomic uint64_t *dirty;        /* bitmap; NULL when not logged */
+	_Atomic uint32_t *ver;          /* per page code version, see mmu.h */
+};
+
+struct slot_table { unsigned n; struct slot *s[]; };    /* sorted by gpa; immutable once published */
+
+struct vm {
+	pthread_mutex_t lock;
+	_Atomic int refs;
+	struct slot_table *_Atomic slots;
+	struct cpu *_Atomic cpus[VM_MAX_VCPUS];
+	_Atomic unsigned ncpus;
+	struct irqchip *irqchip;        /* NULL: none in the engine (irqchip.h) */
+	bool split_irqchip;             /* LAPICs only */
+	struct bus *bus;                /* ioeventfds, coalesced zones, in-engine devices (bus.h) */
+	struct vm_api *api;             /* vm.c's own */
+	bool manual_dirty_clear;        /* KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 */
+	bool client_tells_code;         /* SOFTKVM_CAP_CODE_WRITTEN was probed */
+	_Atomic uint32_t code_epoch;    /* bumped where such a client may have written; see block.c */
+	/* stop the world */
+	pthread_mutex_t pause_lock;
+	pthread_cond_t pause_cond;
+	unsigned running;               /* vCPUs inside engine_run() and not parked */
+	unsigned pausing;               /* threads that asked for a pause */
+	pthread_mutex_t split_lock;     /* mem_lock() */
+};
+
+/* Host pointer and bytes left in the slot, or NULL. *ro: KVM_MEM_READONLY. `slot` may be NULL. */
+uint8_t *phys_ptr(struct vm *vm, uint64_t gpa, uint64_t *left, bool *ro, struct slot **slot);
+/* All or nothing over RAM; marks dirty, keeps code versions. 0 or -EFAULT. For kvmclock, steal time, page tables. */
+int phys_read(struct vm *vm, uint64_t gpa, void *buf, unsigned len);
+int phys_write(struct vm *vm, uint64_t gpa, const void *buf, unsigned len);
+void phys_mark_dirty(struct vm *vm, struct slot *s, uint64_t gpa);
+/* A store hit pages that may hold code: change their versions (client DMA, phys_write, slow stores). */
+void phys_code_written(struct vm *vm, uint64_t gpa, uint64_t len);
+
+/* KVM_SET_USER_MEMORY_REGION, KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG with the argument already copied in;
+ * bitmaps are written to client memory. 0 or -errno as Linux gives it. */
+int phys_set_region(struct vm *vm, const struct kvm_userspace_memory_region *r);
+int phys_get_dirty(struct vm *vm, const struct kvm_dirty_log *d);
+int phys_clear_dirty(struct vm *vm, const struct kvm_clear_dirty_log *d);
+void phys_free(struct vm *vm);
+
+/* -- stop the world (vm.c) -------------------------------------------------------------------- */
+/* After return no vCPU executes guest code (the caller may be one itself: it does not wait for itself). */
+void vm_pause_all(struct vm *vm, struct cpu *self);
+void vm_resume_all(struct vm *vm, struct cpu *self);
+/* Called by engine_run's caller/loop: enter or leave the set of running vCPUs; park while a pause lasts. */
+void vm_enter_running(struct cpu *c);
+void vm_leave_running(struct cpu *c);
+void vm_park(struct cpu *c);                            /* on REQ_PAUSE */
+/* Set request bits on every vCPU (but `except`), without waiting. */
+void vm_request_all(struct vm *vm, uint32_t req, struct cpu *except);
+
+#endif
