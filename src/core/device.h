@@ -68,6 +68,7 @@ struct device {
 	const struct device_class *cls;
 	char *id;                       /* from id=, or NULL */
 	struct machine_env *env;
+	struct device *parent;          /* who provides `cls->bus` when that is a device's own bus; set by the machine before create */
 	struct device *next;            /* the machine's list */
 };
 
@@ -78,6 +79,7 @@ struct device_class {
 	const char *const *aliases;     /* NULL-terminated, or NULL */
 	const char *desc;
 	const char *bus;                /* "PCI", "ISA", "virtio-serial-bus"; NULL: system */
+	const char *provides;           /* bus that other devices plug into ("virtio-serial-bus"), or NULL */
 	const struct prop *props;       /* ends with .name == NULL; NULL: none */
 	size_t size;                    /* of the device's own struct, zeroed before create */
 	int (*create)(struct device *d, struct err *err);       /* properties are set; undo all on failure */
