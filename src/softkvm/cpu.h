@@ -8,6 +8,7 @@
  * restores RIP to the start of the current instruction and delivers the event. Hence the rules:
  *   - no guest-visible effect before the last thing that can fault (or the effect is idempotent:
  *     the instruction is simply executed again);
+ *   - an unwind with an event drops the MMIO log (mmio_reset());
  *   - no lock is held and no memory is owned by a stack frame across an access to guest memory.
  *
  * RIP. While a block runs, gpr[R_BLK] is the CS offset of its first byte, cpu->cur the current
@@ -135,6 +136,8 @@ struct cpu {
 
 	struct tlb *tlbs[TLB_MODES];    /* see tlb.h */
 	struct itlb *itlb;
+	uint32_t fetch_gen;             /* changes whenever the result of mmu_fetch() may have: linear lookups of blocks die with it */
+	bool split_held;                /* inside mem_lock(): cpu_unwind() calls mem_unlock() */
 	struct block_cache *blocks;
 
 	struct event ev;                /* being delivered, or injected and waiting */

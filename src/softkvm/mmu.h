@@ -82,7 +82,8 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out);
 /*
  * Code versions: `ver` of a page is even while nothing is decoded from it. mmu_code_mark() makes it
  * odd, revokes every vCPU's write entries for the page and returns the value a block must remember;
- * any later store to the page changes the value. A block is good while *ver equals what it remembers.
+ * call it BEFORE reading the bytes. It may stop the world, so no lock may be held. Any later store to
+ * the page changes the value. A block is good while *ver equals what it remembers.
  */
 uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p);
 
@@ -100,9 +101,13 @@ bool mmu_load_pdptes(struct cpu *c, uint64_t cr3);
 /* Bits of a guest physical address that must be zero (from CPUID MAXPHYADDR). */
 uint64_t mmu_rsvd_mask(const struct cpu *c);
 
-/* Test the running instruction's MMIO log at its end: hand posted writes to user space. Called by the loop
- * and between iterations of string instructions; leaves KVM_RUN with UNWIND_EXIT_NEXT as needed. */
-void mmio_commit(struct cpu *c);
+/*
+ * The running instruction (or one iteration of a string instruction) is complete and cpu->rip settled: forget
+ * the log. True: a posted write must be handed to user space, kvm_run is filled in, leave KVM_RUN with
+ * RUN_EXIT. A string instruction stops iterating when mmio_pending() after an iteration.
+ */
+bool mmio_commit(struct cpu *c);
+static inline void mmio_reset(struct cpu *c) { c->mmio.n = c->mmio.replay = 0; c->mmio.waiting = false; }
 static inline bool mmio_pending(const struct cpu *c) { return c->mmio.n != 0; }
 /* On entry to KVM_RUN: take the result of the MMIO exit from kvm_run. True when another posted write must
  * be handed out first (kvm_run is filled in). */

@@ -40,6 +40,7 @@ struct vm {
 	pthread_mutex_t lock;
 	_Atomic int refs;
 	struct slot_table *_Atomic slots;
+	pthread_rwlock_t slots_lock;    /* readers outside engine_run(); all-zero is initialised */
 	struct cpu *_Atomic cpus[VM_MAX_VCPUS];
 	_Atomic unsigned ncpus;
 	struct irqchip *irqchip;        /* NULL: none in the engine (irqchip.h) */
