@@ -26,7 +26,7 @@ void cpuid_query(struct cpu *c, uint32_t leaf, uint32_t sub, uint32_t out[4]);
 bool cpuid_has_isa(const struct cpu *c, int zydis_isa_set);
 
 /* -- MSRs (msr.c) ----------------------------------------------------------------------------- */
-enum { MSR_OK = 0, MSR_FAULT = -1, MSR_EXIT = -2 /* leave to user space: KVM_EXIT_X86_RDMSR/WRMSR */ };
+enum { MSR_OK = 0, MSR_FAULT = -1, MSR_EXIT = -2 /* leave to user space: vcpu_msr_exit() */ };
 int msr_read(struct cpu *c, uint32_t msr, uint64_t *v, bool host);
 int msr_write(struct cpu *c, uint32_t msr, uint64_t v, bool host);
 

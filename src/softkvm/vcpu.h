@@ -18,7 +18,22 @@ struct vcpu {
 	bool has_sigmask;
 	uint64_t sigmask;
 	struct kvm_cpuid_entry2 *cpuid;
-	struct vcpu_api *api;           /* vcpu*.c's own */
+	struct vcpu_api *api;           /* api/'s own */
+	bool running;                   /* counted in vm->running (guarded by vm->pause_lock) */
 };
+
+/*
+ * Called by the loop whenever cpu->budget ran out, and on REQ_EXIT: true when KVM_RUN must end with EINTR
+ * (immediate_exit, or a signal: KVM_RUN keeps signals blocked while guest code runs and looks for pending ones
+ * here, so that their handlers run "after" the ioctl as on Linux). Refills cpu->budget.
+ */
+bool vcpu_poll(struct cpu *c);
+/* On REQ_EVENT, before event_boundary(): takes INIT and SIPI that wait. True: the vCPU is not runnable now, return RUN_WAIT_SIPI. */
+bool vcpu_init_sipi(struct cpu *c);
+/* The running RDMSR or WRMSR was answered MSR_EXIT: fill in KVM_EXIT_X86_RDMSR/WRMSR and leave. The next KVM_RUN
+ * finishes the instruction or queues #GP. */
+_Noreturn void vcpu_msr_exit(struct cpu *c, uint32_t msr, bool write, uint64_t data);
+/* The running VMCALL goes to user space: fill in KVM_EXIT_HYPERCALL and leave; the next KVM_RUN sets RAX and moves on. */
+_Noreturn void vcpu_hypercall_exit(struct cpu *c, uint64_t nr, const uint64_t args[6]);
 
 #endif

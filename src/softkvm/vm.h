@@ -49,12 +49,25 @@ struct vm {
 	struct vm_api *api;             /* vm.c's own */
 	bool manual_dirty_clear;        /* KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 */
 	bool client_tells_code;         /* SOFTKVM_CAP_CODE_WRITTEN was probed */
+	/* The coalesced ring: one page, shown at KVM_COALESCED_MMIO_PAGE_OFFSET of every vCPU's mapping; bus.c fills it. */
+	struct kvm_coalesced_mmio_ring *ring;
+	struct vm_policy {              /* what KVM_ENABLE_CAP switched on; set before vCPUs run */
+		bool exception_payload, triple_fault_event, bus_lock_exit, emulation_exit /* EXIT_ON_EMULATION_FAILURE */,
+		     x2apic_32bit_ids, x2apic_no_broadcast_quirk;
+		uint32_t disabled_exits;        /* KVM_X86_DISABLE_EXITS_* */
+		uint32_t user_msr;              /* KVM_MSR_EXIT_REASON_* */
+		uint64_t hypercall_exits;       /* bits 1 << KVM_HC_* */
+		uint64_t quirks_off;            /* KVM_X86_QUIRK_* */
+	} policy;
+	uint32_t boot_cpu_id;           /* KVM_SET_BOOT_CPU_ID */
+	bool pit;                       /* KVM_CREATE_PIT(2) done */
 	_Atomic uint32_t code_epoch;    /* bumped where such a client may have written; see block.c */
 	/* stop the world */
 	pthread_mutex_t pause_lock;
 	pthread_cond_t pause_cond;
 	unsigned running;               /* vCPUs inside engine_run() and not parked */
-	unsigned pausing;               /* threads that asked for a pause */
+	unsigned pausing;               /* depth of the pause that lasts */
+	pthread_t pause_owner;          /* who may nest it */
 	pthread_mutex_t split_lock;     /* mem_lock() */
 };
 
@@ -74,7 +87,7 @@ int phys_get_dirty(struct vm *vm, const struct kvm_dirty_log *d);
 int phys_clear_dirty(struct vm *vm, const struct kvm_clear_dirty_log *d);
 void phys_free(struct vm *vm);
 
-/* -- stop the world (vm.c) -------------------------------------------------------------------- */
+/* -- stop the world (api/pause.c) -------------------------------------------------------------------- */
 /* After return no vCPU executes guest code (the caller may be one itself: it does not wait for itself). */
 void vm_pause_all(struct vm *vm, struct cpu *self);
 void vm_resume_all(struct vm *vm, struct cpu *self);
