@@ -1,0 +1,274 @@
+/* The soft TLB's upkeep: entering, flushing, revoking; code marks; instruction fetch. */
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "softkvm/mmu/phys.h"
+#include "softkvm/mmu/tlb.h"
+
+static struct tlb_full *full(struct tlb *t)
+{
+	return container_of(t, struct tlb_full, t);
+}
+
+static struct tlb_entry *table(struct tlb *t, int write)
+{
+	return write ? t->w : t->r;
+}
+
+static void table_clear(struct tlb_full *f, int write)
+{
+	for (unsigned w = 0; w < TLB_WORDS; w++) {
+		for (uint64_t m = f->filled[write][w]; m; m &= m - 1) {
+			unsigned i = w * 64 + (unsigned)__builtin_ctzll(m);
+			table(&f->t, write)[i].tag = tlb_empty_tag(i);
+		}
+		f->filled[write][w] = f->global[write][w] = 0;
+	}
+}
+
+int mmu_cpu_init(struct cpu *c)
+{
+	for (unsigned i = 0; i < TLB_MODES; i++) {
+		struct tlb_full *f = calloc(1, sizeof *f);
+		if (!f)
+			return -ENOMEM;
+		f->t.r[0].tag = f->t.w[0].tag = tlb_empty_tag(0);
+		c->tlbs[i] = &f->t;
+	}
+	c->itlb = calloc(1, sizeof *c->itlb);
+	c->tlb = c->tlbs[TLB_KERNEL];
+	return c->itlb ? 0 : -ENOMEM;
+}
+
+void mmu_cpu_free(struct cpu *c)
+{
+	for (unsigned i = 0; i < TLB_MODES; i++)
+		if (c->tlbs[i])
+			free(full(c->tlbs[i]));
+	free(c->itlb);
+}
+
+unsigned tlb_mode_of(const struct cpu *c, struct walk_as as)
+{
+	if (as.user)
+		return TLB_USER;
+	return as.ac && (c->cr4 & CR4_SMAP) ? TLB_KERNEL_AC : TLB_KERNEL;
+}
+
+void mmu_select(struct cpu *c)
+{
+	unsigned m;
+
+	if (c->cpl == 3)
+		m = (c->cr0 & CR0_AM) && (c->eflags & FL_AC) ? TLB_NONE : TLB_USER;
+	else
+		m = (c->cr4 & CR4_SMAP) && (c->eflags & FL_AC) ? TLB_KERNEL_AC : TLB_KERNEL;
+	c->tlb = c->tlbs[m];
+}
+
+void tlb_enter(struct cpu *c, unsigned mode, bool write, uint64_t lin, uint8_t *host, const struct walk *w)
+{
+	struct tlb_full *f = full(c->tlbs[mode]);
+	unsigned i = tlb_index(lin);
+	uint64_t page = lin & ~4095ull, bit = 1ull << (i % 64);
+
+	table(&f->t, write)[i] = (struct tlb_entry){ page, (uintptr_t)host - page };
+	f->filled[write][i / 64] |= bit;
+	if (w->global)
+		f->global[write][i / 64] |= bit;
+	else
+		f->global[write][i / 64] &= ~bit;
+	tlb_note_large(c, lin, w->leaf_size);
+	c->stats.tlb_fills++;
+}
+
+static void hash_set(uint64_t *map, uint64_t v) { map[(v >> 6) & 15] |= 1ull << (v & 63); }
+static bool hash_has(const uint64_t *map, uint64_t v) { return map[(v >> 6) & 15] >> (v & 63) & 1; }
+
+void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size)
+{
+	if (leaf_size == 4096 || leaf_size == ~0ull)
+		return;
+	if (leaf_size == BIT(30)) {
+		hash_set(c->itlb->large1g, lin >> 30);
+		return;
+	}
+	hash_set(c->itlb->large2m, lin >> 21);
+	if (leaf_size == BIT(22))
+		hash_set(c->itlb->large2m, (lin >> 21) ^ 1);
+}
+
+/* -- flushing ---------------------------------------------------------------------------------- */
+
+static void itlb_clear(struct cpu *c, bool global_too)
+{
+	struct itlb *t = c->itlb;
+
+	for (unsigned w = 0; w < ITLB_ENTRIES / 64; w++)
+		for (uint64_t m = t->filled[w]; m; m &= m - 1) {
+			unsigned i = w * 64 + (unsigned)__builtin_ctzll(m);
+			if (t->e[i].global && !global_too)
+				continue;
+			t->e[i].key = 0;
+			t->filled[w] &= ~(1ull << (i % 64));
+		}
+	c->fetch_gen++;
+}
+
+void mmu_flush_all(struct cpu *c)
+{
+	for (unsigned i = 0; i < TLB_NONE; i++) {
+		table_clear(full(c->tlbs[i]), 0);
+		table_clear(full(c->tlbs[i]), 1);
+	}
+	itlb_clear(c, true);
+	memset(c->itlb->large2m, 0, sizeof c->itlb->large2m);
+	memset(c->itlb->large1g, 0, sizeof c->itlb->large1g);
+	c->stats.tlb_flushes++;
+}
+
+static void table_clear_nonglobal(struct tlb_full *f, int write)
+{
+	for (unsigned w = 0; w < TLB_WORDS; w++) {
+		uint64_t m = f->filled[write][w] & ~f->global[write][w];
+
+		f->filled[write][w] &= f->global[write][w];
+		for (; m; m &= m - 1) {
+			unsigned i = w * 64 + (unsigned)__builtin_ctzll(m);
+			table(&f->t, write)[i].tag = tlb_empty_tag(i);
+		}
+	}
+}
+
+void mmu_flush_nonglobal(struct cpu *c)
+{
+	for (unsigned i = 0; i < TLB_NONE; i++) {
+		table_clear_nonglobal(full(c->tlbs[i]), 0);
+		table_clear_nonglobal(full(c->tlbs[i]), 1);
+	}
+	itlb_clear(c, false);
+	c->stats.tlb_flushes++;
+}
+
+void mmu_flush_page(struct cpu *c, uint64_t lin)
+{
+	unsigned i = tlb_index(lin);
+	struct itlb_entry *e = &c->itlb->e[(lin >> 12) % ITLB_ENTRIES];
+
+	if (hash_has(c->itlb->large2m, lin >> 21) || hash_has(c->itlb->large1g, lin >> 30)) {
+		mmu_flush_all(c);
+		return;
+	}
+	for (unsigned m = 0; m < TLB_NONE; m++) {
+		for (int w = 0; w < 2; w++) {
+			struct tlb_entry *t = &table(c->tlbs[m], w)[i];
+			if (!((t->tag ^ lin) >> 12))
+				t->tag = tlb_empty_tag(i);
+		}
+	}
+	if (!((e->key ^ lin) >> 12))
+		e->key = 0;
+	c->fetch_gen++;
+}
+
+/* -- code -------------------------------------------------------------------------------------- */
+
+void tlb_revoke_write(struct cpu *c, const uint8_t *host_page)
+{
+	for (unsigned m = 0; m < TLB_NONE; m++) {
+		struct tlb_full *f = full(c->tlbs[m]);
+
+		for (unsigned w = 0; w < TLB_WORDS; w++)
+			for (uint64_t b = f->filled[1][w]; b; b &= b - 1) {
+				unsigned i = w * 64 + (unsigned)__builtin_ctzll(b);
+				struct tlb_entry *e = &f->t.w[i];
+				if (e->tag != tlb_empty_tag(i) && e->tag + e->addend == (uintptr_t)host_page) {
+					e->tag = tlb_empty_tag(i);
+					f->filled[1][w] &= ~(1ull << (i % 64));
+				}
+			}
+	}
+}
+
+void tlb_grant_write(struct cpu *c, _Atomic uint32_t *ver)
+{
+	uint32_t v = atomic_load_explicit(ver, memory_order_relaxed);
+
+	while (!(v & VER_GRANTED)) {
+		uint32_t next = v & VER_CODE ? ((v & ~VER_CODE) + VER_STEP) | VER_GRANTED : v | VER_GRANTED;
+		if (!atomic_compare_exchange_weak(ver, &v, next))
+			continue;
+		if (v & VER_CODE) {
+			c->stats.code_invalidations++;
+			if (c->cur)
+				cpu_leave_after(c);
+		}
+		return;
+	}
+}
+
+uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p)
+{
+	uint32_t v = atomic_load_explicit(p->ver, memory_order_acquire);
+
+	while (!(v & VER_CODE)) {
+		uint32_t next = (v & ~VER_GRANTED) | VER_CODE;
+		if (!atomic_compare_exchange_weak(p->ver, &v, next))
+			continue;
+		if (v & VER_GRANTED) {
+			struct vm *vm = c->vm;
+			unsigned n = atomic_load(&vm->ncpus);
+
+			if (n > 1)
+				vm_pause_all(vm, c);
+			for (unsigned i = 0; i < n; i++) {
+				struct cpu *o = atomic_load(&vm->cpus[i]);
+				if (o)
+					tlb_revoke_write(o, p->host);
+			}
+			if (n > 1)
+				vm_resume_all(vm, c);
+			if (n <= 1)
+				tlb_revoke_write(c, p->host);
+		}
+		return next;
+	}
+	return v;
+}
+
+/* Canonical, or #GP(0): a fetch never raises #SS. */
+static void check_fetch(struct cpu *c, uint64_t lin)
+{
+	if (cpu_long(c) && !cpu_canonical(c, lin))
+		cpu_gp(c, 0);
+}
+
+void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
+{
+	bool user = c->cpl == 3;
+	uint64_t key = (lin & ~4095ull) | (user ? 3 : 1);
+	unsigned i = (lin >> 12) % ITLB_ENTRIES;
+	struct itlb_entry *e = &c->itlb->e[i];
+	struct walk w;
+
+	if (likely(e->key == key)) {
+		*out = e->page;
+		return;
+	}
+	check_fetch(c, lin);
+	uint32_t err = mmu_walk(c, lin, ACC_EXEC, (struct walk_as){ .user = user }, &w);
+	if (err)
+		cpu_raise_pf(c, lin, err & ~WALK_FAULT);
+
+	struct slot *s;
+	uint64_t gpa = w.gpa & ~4095ull;
+	uint8_t *host = phys_ptr(c->vm, gpa, NULL, NULL, &s);
+	*out = (struct code_page){ gpa, host, host ? &s->ver[(gpa - s->gpa) >> 12] : NULL };
+	if (!host)
+		return;
+	*e = (struct itlb_entry){ key, *out, w.global };
+	c->itlb->filled[i / 64] |= 1ull << (i % 64);
+	tlb_note_large(c, lin, w.leaf_size);
+}

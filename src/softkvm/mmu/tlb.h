@@ -1,0 +1,40 @@
+/* What the files of mmu/ share about the soft TLB. */
+#ifndef SOFTKVM_MMU_TLB_H
+#define SOFTKVM_MMU_TLB_H
+
+#include "base/util.h"
+#include "softkvm/mmu/walk.h"
+
+#define TLB_WORDS (TLB_ENTRIES / 64)
+
+/* A table with what flushing needs: which entries are filled, and which of those are global. */
+struct tlb_full {
+	struct tlb t;
+	uint64_t filled[2][TLB_WORDS], global[2][TLB_WORDS];    /* [0] reads, [1] writes */
+};
+
+#define ITLB_ENTRIES 512
+struct itlb_entry {
+	uint64_t key;           /* linear page | user << 1 | 1; 0 empty */
+	struct code_page page;
+	bool global;
+};
+
+struct itlb {
+	struct itlb_entry e[ITLB_ENTRIES];
+	uint64_t filled[ITLB_ENTRIES / 64];
+	/* Regions of which some 4 KiB entry came from a large page, hashed: INVLPG there flushes everything. */
+	uint64_t large2m[16], large1g[16];
+};
+
+/* Index into cpu->tlbs for a party. */
+unsigned tlb_mode_of(const struct cpu *c, struct walk_as as);
+/* Enter a translation: `host` is the page's host address. */
+void tlb_enter(struct cpu *c, unsigned mode, bool write, uint64_t lin, uint8_t *host, const struct walk *w);
+void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size);
+/* Drop every write entry of `c` that leads to this host page; `c` is parked or the caller. */
+void tlb_revoke_write(struct cpu *c, const uint8_t *host_page);
+/* Let a write entry for the page exist: blocks decoded from it die first. */
+void tlb_grant_write(struct cpu *c, _Atomic uint32_t *ver);
+
+#endif
