@@ -113,6 +113,8 @@ struct cpu {
 	uint32_t eflags;
 	const struct insn *cur;
 	const struct insn *block_end;   /* the loop stops when it reaches this; cpu_leave_after() moves it */
+	struct block *blk;              /* the running block (interp/block.h) */
+	uint64_t code_stamp;            /* generation and mode under which block links may be followed; 0: none (exec.c) */
 	struct tlb *tlb;                /* table for data accesses at the current privilege (tlb[...] below) */
 	_Atomic uint32_t requests;      /* (atomic) */
 	int32_t budget;                 /* instructions until the loop looks at the clock */
@@ -227,5 +229,8 @@ void cpu_reset(struct cpu *c, bool init);
 enum run_result { RUN_EXIT /* kvm_run is filled in */, RUN_EINTR, RUN_HALTED, RUN_WAIT_SIPI };
 /* Runs until something must be told. Called by vcpu.c with the vCPU's thread settled and I/O completed. */
 enum run_result engine_run(struct cpu *c);
+/* The decoded-block cache of a vCPU; engine_run() makes it when it is missing. 0 or -ENOMEM. */
+int engine_cpu_init(struct cpu *c);
+void engine_cpu_free(struct cpu *c);
 
 #endif
