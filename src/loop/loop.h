@@ -26,8 +26,13 @@ int loop_create(struct loop **out, struct err *err);
 void loop_destroy(struct loop *l);              /* after its thread has left loop_run() */
 int loop_run(struct loop *l);                   /* until loop_stop(); returns the status given there */
 void loop_stop(struct loop *l, int status);     /* from any thread */
+bool loop_on_thread(struct loop *l);            /* is the caller the thread in loop_run()? */
 
-/* Call `fn` on the loop's thread while `fd` has one of `events`. The loop does not own `fd`. */
+/*
+ * Call `fn` on the loop's thread while `fd` has one of `events`. The loop does not own `fd`; one watch
+ * per descriptor. A regular file is always ready. After an error or hang-up `fn` gets LOOP_HUP with
+ * the events it asked for, for as long as it stays interested. NULL with errno.
+ */
 struct loop_watch *loop_watch_fd(struct loop *l, int fd, unsigned events, loop_fd_fn *fn, void *opaque);
 void loop_watch_set(struct loop_watch *w, unsigned events);   /* 0 pauses the watch */
 /* After return `fn` neither runs nor will run (waits for it when called from another thread). */
