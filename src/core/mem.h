@@ -58,4 +58,12 @@ uint64_t guest_mem_ram_size(const struct guest_mem *m);
 struct mem_range { const char *name; uint64_t gpa, size; bool rom; int fd; uint64_t fd_off; void *host; };
 bool guest_mem_range(const struct guest_mem *m, unsigned i, struct mem_range *r);
 
+/*
+ * Record which pages the host side (devices, loaders) writes; the vCPUs' writes are in KVM's own log.
+ * Ranges added while logging are not recorded. 0 or -ENOMEM.
+ */
+int guest_mem_dirty_log(struct guest_mem *m, bool on);
+/* Was the page at `gpa` written since the last take? Clears it. */
+bool guest_mem_dirty_take(struct guest_mem *m, uint64_t gpa);
+
 #endif
