@@ -1,0 +1,358 @@
+/*
+ * The MMU on its own: page walks against an independent model of the permission rules, TLB, crossings,
+ * dirty log, code versions, MMIO log. The rest of the engine is replaced by a few lines at the end.
+ */
+#include <errno.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include <cmocka.h>
+
+#include "softkvm/bus.h"
+#include "softkvm/insn.h"
+#include "softkvm/mmu/phys.h"
+#include "softkvm/sys.h"
+
+#define RAM_SIZE (8u << 20)
+#define PT_BASE 0x100000ull             /* PML4, PDPT, PD, PT in four pages */
+#define DATA 0x200000ull                /* physical page that LIN maps to */
+#define LIN 0x00007f1234567000ull
+
+static struct {
+	struct vm vm;
+	struct cpu cpu;
+	struct kvm_run run;
+	uint8_t *ram;
+	bool raised;
+	unsigned vector;
+	uint32_t error;
+	uint64_t addr;
+	enum unwind unwind;
+	unsigned left;          /* cpu_leave_after() calls */
+} t;
+
+static const struct cpu_features feat = { .phys_bits = 40, .f80000001_edx = BIT(26) };
+
+static void set_slot(uint32_t id, uint64_t gpa, uint64_t size, uint8_t *host, uint32_t flags, int want)
+{
+	struct kvm_userspace_memory_region r = { id, flags, gpa, size, (uintptr_t)host };
+	assert_int_equal(phys_set_region(&t.vm, &r), want);
+}
+
+static int setup(void **state)
+{
+	memset(&t, 0, sizeof t);
+	pthread_mutex_init(&t.vm.lock, NULL);
+	t.ram = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	t.cpu.vm = &t.vm;
+	t.cpu.run = &t.run;
+	t.cpu.feat = &feat;
+	atomic_store(&t.vm.cpus[0], &t.cpu);
+	atomic_store(&t.vm.ncpus, 1);
+	set_slot(0, 0, RAM_SIZE, t.ram, 0, 0);
+	assert_int_equal(mmu_cpu_init(&t.cpu), 0);
+	t.cpu.efer = EFER_LMA | EFER_LME | EFER_NXE;
+	t.cpu.cr0 = CR0_PE | CR0_PG | CR0_WP;
+	t.cpu.cr4 = CR4_PAE;
+	t.cpu.cr3 = PT_BASE;
+	t.cpu.code_bits = 64;
+	mmu_select(&t.cpu);
+	return 0;
+}
+
+static int teardown(void **state)
+{
+	mmu_cpu_free(&t.cpu);
+	phys_free(&t.vm);
+	munmap(t.ram, RAM_SIZE);
+	return 0;
+}
+
+static uint64_t *entry(int level) /* 3 = PML4 .. 0 = PT, for LIN */
+{
+	uint64_t page = PT_BASE + (uint64_t)(3 - level) * 4096;
+	return (uint64_t *)(t.ram + page) + ((LIN >> (12 + 9 * level)) & 511);
+}
+
+static void map(uint64_t upper, uint64_t leaf)
+{
+	for (int l = 3; l > 0; l--)
+		*entry(l) = (PT_BASE + (uint64_t)(4 - l) * 4096) | upper;
+	*entry(0) = DATA | leaf;
+}
+
+/* Run one access; true when it did not fault. */
+static bool try_access(enum access acc, uint64_t lin, void *buf, unsigned len)
+{
+	t.raised = false;
+	t.unwind = UNWIND_NONE;
+	if (setjmp(t.cpu.unwind))
+		return false;
+	if (acc == ACC_EXEC) {
+		struct code_page p;
+		mmu_fetch(&t.cpu, lin, &p);
+	} else if (acc == ACC_WRITE) {
+		mem_write(&t.cpu, lin, buf, len);
+	} else {
+		mem_read(&t.cpu, lin, buf, len);
+	}
+	return true;
+}
+
+/* The rules of SDM vol. 3 section 4.6 written down once more, in other words. */
+static bool model_allows(uint64_t up, uint64_t leaf, enum access acc, bool user, bool ac)
+{
+	const struct cpu *c = &t.cpu;
+	bool u = (up & PTE_U) && (leaf & PTE_U), w = (up & PTE_W) && (leaf & PTE_W), nx = (up | leaf) & PTE_NX;
+
+	if (!(up & PTE_P) || !(leaf & PTE_P))
+		return false;
+	if (user)
+		return u && !(acc == ACC_WRITE && !w) && !(acc == ACC_EXEC && nx);
+	if (acc == ACC_EXEC)
+		return !nx && !(u && (c->cr4 & CR4_SMEP));
+	if (u && (c->cr4 & CR4_SMAP) && !ac)
+		return false;
+	return !(acc == ACC_WRITE && !w && (c->cr0 & CR0_WP));
+}
+
+static const uint64_t bits[] = { 0, PTE_P, PTE_P | PTE_W, PTE_P | PTE_U, PTE_P | PTE_U | PTE_W,
+	PTE_P | PTE_NX, PTE_P | PTE_W | PTE_U | PTE_NX };
+
+static void check_one(uint64_t up, uint64_t leaf, enum access acc, bool user, bool ac)
+{
+	uint64_t v = 0x1122334455667788;
+	struct cpu *c = &t.cpu;
+
+	map(up, leaf);
+	c->cpl = user ? 3 : 0;
+	c->eflags = ac ? FL_AC : 0;
+	mmu_flush_all(c);
+	mmu_select(c);
+	bool want = model_allows(up, leaf, acc, user, ac && !user);
+	for (int twice = 0; twice < 2; twice++) { /* the second time through the TLB */
+		assert_int_equal(try_access(acc, LIN + 8, &v, 8), want);
+		if (want)
+			continue;
+		assert_int_equal(t.vector, EXC_PF);
+		assert_int_equal(t.addr, LIN + 8);
+		uint32_t code = (up & leaf & PTE_P ? PF_P : 0) | (user ? PF_U : 0) | (acc == ACC_WRITE ? PF_W : 0) |
+			(acc == ACC_EXEC ? PF_I : 0);
+		assert_int_equal(t.error, code);
+		assert_false(*entry(0) & (PTE_A | PTE_D));
+	}
+	if (want) {
+		assert_true(*entry(0) & PTE_A);
+		assert_int_equal(!!(*entry(0) & PTE_D), acc == ACC_WRITE);
+		assert_true(*entry(3) & PTE_A);
+	}
+}
+
+static void test_permissions(void **state)
+{
+	static const enum access acc[] = { ACC_READ, ACC_WRITE, ACC_EXEC };
+
+	for (unsigned m = 0; m < 8; m++) {
+		t.cpu.cr0 = CR0_PE | CR0_PG | (m & 1 ? CR0_WP : 0);
+		t.cpu.cr4 = CR4_PAE | (m & 2 ? CR4_SMEP : 0) | (m & 4 ? CR4_SMAP : 0);
+		for (unsigned u = 0; u < ARRAY_SIZE(bits); u++)
+			for (unsigned l = 0; l < ARRAY_SIZE(bits); l++)
+				for (unsigned k = 0; k < 3 * 4; k++)
+					check_one(bits[u], bits[l], acc[k % 3], k / 3 & 1, k / 6);
+	}
+}
+
+static void test_reserved_and_keys(void **state)
+{
+	uint64_t v;
+
+	map(PTE_P | PTE_W | PTE_U, PTE_P | PTE_W | PTE_U | BIT(41));
+	assert_false(try_access(ACC_READ, LIN, &v, 8));
+	assert_int_equal(t.error, PF_P | PF_RSVD);
+	map(PTE_P | PTE_W | PTE_U, PTE_P | PTE_W | PTE_U | 3ull << 59);
+	t.cpu.cr4 |= CR4_PKE;
+	t.cpu.cpl = 3;
+	mmu_select(&t.cpu);
+	t.cpu.pkru = 2u << 6;   /* key 3: no writes */
+	assert_true(try_access(ACC_READ, LIN, &v, 8));
+	assert_false(try_access(ACC_WRITE, LIN, &v, 8));
+	assert_int_equal(t.error, PF_P | PF_PK | PF_W | PF_U);
+	t.cpu.pkru = 1u << 6;
+	mmu_flush_all(&t.cpu);
+	assert_false(try_access(ACC_READ, LIN, &v, 8));
+	assert_int_equal(t.error, PF_P | PF_PK | PF_U);
+}
+
+static void test_crossing(void **state)
+{
+	uint8_t in[16], out[16] = { 0 };
+
+	for (unsigned i = 0; i < 16; i++)
+		in[i] = (uint8_t)(i + 1);
+	map(PTE_P | PTE_W, PTE_P | PTE_W);
+	entry(0)[1] = (DATA + 0x5000) | PTE_P;
+	/* the second page is read-only: nothing of the first is written */
+	assert_false(try_access(ACC_WRITE, LIN + 4096 - 8, in, 16));
+	assert_int_equal(t.addr, LIN + 4096);
+	assert_int_equal(t.ram[DATA + 4095], 0);
+	entry(0)[1] |= PTE_W;
+	assert_true(try_access(ACC_WRITE, LIN + 4096 - 8, in, 16));
+	assert_memory_equal(t.ram + DATA + 4088, in, 8);
+	assert_memory_equal(t.ram + DATA + 0x5000, in + 8, 8);
+	assert_true(try_access(ACC_READ, LIN + 4096 - 8, out, 16));
+	assert_memory_equal(in, out, 16);
+}
+
+static void test_hostile_addresses(void **state)
+{
+	static const uint64_t bad[] = { 0x800000000000, 0xffff7fffffffffff, 0x7fffffffffff, 0x8000000000000000 };
+	uint64_t v;
+
+	for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
+		assert_false(try_access(ACC_READ, bad[i], &v, 8));
+		assert_int_equal(t.vector, EXC_GP);
+		assert_null(mem_host(&t.cpu, bad[i], 8, ACC_READ));
+	}
+	/* empty entries match nothing, whatever the address */
+	for (unsigned i = 0; i < 100000; i++) {
+		uint64_t a = (uint64_t)random() << 33 ^ (uint64_t)random() << 12 ^ (uint64_t)random();
+		assert_null(tlb_hit_r(&t.cpu, a, 1));
+		assert_null(tlb_hit_w(&t.cpu, a, 8));
+	}
+	/* wrapping at the top of the address space */
+	assert_false(try_access(ACC_READ, ~0ull - 3, &v, 8));
+}
+
+static void test_dirty_log(void **state)
+{
+	uint64_t bm[RAM_SIZE / 4096 / 64], v = 1;
+	struct kvm_dirty_log d = { .slot = 0, .dirty_bitmap = bm };
+
+	assert_int_equal(phys_get_dirty(&t.vm, &d), -ENOENT);
+	map(PTE_P | PTE_W, PTE_P | PTE_W);
+	assert_true(try_access(ACC_WRITE, LIN, &v, 8));
+	set_slot(0, 0, RAM_SIZE, t.ram, KVM_MEM_LOG_DIRTY_PAGES, 0);
+	mmu_flush_all(&t.cpu); /* what REQ_TLB asks for */
+	for (int round = 0; round < 2; round++) {
+		assert_true(try_access(ACC_WRITE, LIN, &v, 8));
+		assert_int_equal(phys_get_dirty(&t.vm, &d), 0);
+		assert_true(bm[DATA >> 18] >> (DATA >> 12 & 63) & 1);
+		mmu_flush_all(&t.cpu);
+		assert_int_equal(phys_get_dirty(&t.vm, &d), 0);
+		assert_false(bm[DATA >> 18] >> (DATA >> 12 & 63) & 1);
+	}
+	t.vm.manual_dirty_clear = true;
+	assert_true(try_access(ACC_WRITE, LIN, &v, 8));
+	assert_int_equal(phys_get_dirty(&t.vm, &d), 0);
+	assert_int_equal(phys_get_dirty(&t.vm, &d), 0);
+	assert_true(bm[DATA >> 18] >> (DATA >> 12 & 63) & 1);
+	struct kvm_clear_dirty_log cl = { .slot = 0, .first_page = 512, .num_pages = 64, .dirty_bitmap = &bm[8] };
+	assert_int_equal(phys_clear_dirty(&t.vm, &cl), 0);
+	cl.first_page = 63;
+	assert_int_equal(phys_clear_dirty(&t.vm, &cl), -EINVAL);
+	assert_int_equal(phys_get_dirty(&t.vm, &d), 0);
+	assert_false(bm[DATA >> 18] >> (DATA >> 12 & 63) & 1);
+}
+
+static void test_code_versions(void **state)
+{
+	struct code_page p;
+	uint64_t v = 1;
+
+	map(PTE_P | PTE_W, PTE_P | PTE_W);
+	assert_true(try_access(ACC_WRITE, LIN, &v, 8));
+	assert_non_null(tlb_hit_w(&t.cpu, LIN, 8));
+	mmu_fetch(&t.cpu, LIN, &p);
+	uint32_t ver = mmu_code_mark(&t.cpu, &p);
+	assert_int_equal(ver, atomic_load(p.ver));
+	assert_null(tlb_hit_w(&t.cpu, LIN, 8));
+	assert_int_equal(mmu_code_mark(&t.cpu, &p), ver);
+	assert_true(try_access(ACC_WRITE, LIN + 64, &v, 8));
+	assert_int_not_equal(ver, atomic_load(p.ver));
+	assert_int_not_equal(mmu_code_mark(&t.cpu, &p), ver);
+	ver = atomic_load(p.ver);
+	phys_code_written(&t.vm, DATA + 4095, 1);
+	assert_int_not_equal(ver, atomic_load(p.ver));
+	phys_code_written(&t.vm, ~0ull - 10000, 5000); /* no slot there */
+}
+
+static void test_slot_rules(void **state)
+{
+	uint8_t *h = t.ram;
+
+	set_slot(1, RAM_SIZE - 4096, 8192, h, 0, -EEXIST);
+	set_slot(1, RAM_SIZE, 100, h, 0, -EINVAL);
+	set_slot(1, RAM_SIZE, 4096, h + 1, 0, -EINVAL);
+	set_slot(1, -4096ull, 8192, h, 0, -EINVAL);
+	set_slot(1, RAM_SIZE, 4096, h, 0x80, -EINVAL);
+	set_slot(VM_MAX_SLOTS, RAM_SIZE, 4096, h, 0, -EINVAL);
+	set_slot(1, 0, 0, NULL, 0, -EINVAL);
+	set_slot(1, RAM_SIZE, 4096, h, KVM_MEM_READONLY, 0);
+	set_slot(1, RAM_SIZE, 8192, h, KVM_MEM_READONLY, -EINVAL);
+	set_slot(1, RAM_SIZE, 4096, h, 0, -EINVAL);
+	set_slot(1, RAM_SIZE * 2, 4096, h, KVM_MEM_READONLY, 0);        /* move */
+	assert_null(phys_ptr(&t.vm, RAM_SIZE, NULL, NULL, NULL));
+	assert_ptr_equal(phys_ptr(&t.vm, RAM_SIZE * 2 + 5, NULL, NULL, NULL), h + 5);
+	set_slot(1, 0, 0, NULL, 0, 0);
+	assert_null(phys_ptr(&t.vm, RAM_SIZE * 2, NULL, NULL, NULL));
+	uint32_t v;
+	assert_int_equal(phys_read(&t.vm, RAM_SIZE - 2, &v, 4), -EFAULT);
+	assert_int_equal(phys_write(&t.vm, RAM_SIZE - 4, &v, 4), 0);
+}
+
+static void test_mmio(void **state)
+{
+	uint64_t v = 0, gpa = RAM_SIZE + 0x10;
+
+	t.cpu.cr0 = CR0_PE;     /* no paging */
+	t.cpu.efer = 0;
+	assert_false(try_access(ACC_READ, gpa, &v, 4));
+	assert_int_equal(t.unwind, UNWIND_EXIT);
+	assert_int_equal(t.run.exit_reason, KVM_EXIT_MMIO);
+	assert_int_equal(t.run.mmio.phys_addr, gpa);
+	assert_int_equal(t.run.mmio.len, 4);
+	st_le32(t.run.mmio.data, 0xcafe);
+	assert_false(mmio_complete(&t.cpu));
+	assert_true(try_access(ACC_READ, gpa, &v, 4));  /* the instruction again */
+	assert_int_equal(v, 0xcafe);
+	v = 0x55;
+	assert_true(try_access(ACC_WRITE, gpa, &v, 4)); /* posted */
+	assert_true(mmio_commit(&t.cpu));
+	assert_int_equal(t.run.mmio.is_write, 1);
+	assert_int_equal(t.run.mmio.data[0], 0x55);
+	assert_false(mmio_complete(&t.cpu));
+	assert_false(mmio_pending(&t.cpu));
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+#define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+		T(test_permissions), T(test_reserved_and_keys), T(test_crossing), T(test_hostile_addresses),
+		T(test_dirty_log), T(test_code_versions), T(test_slot_rules), T(test_mmio),
+	};
+	return cmocka_run_group_tests_name("mmu", tests, NULL, NULL);
+}
+
+/* -- what the rest of the engine does, recorded ------------------------------------------------ */
+
+void cpu_unwind(struct cpu *c, enum unwind why) { t.unwind = why; longjmp(c->unwind, 1); }
+void cpu_raise_err(struct cpu *c, unsigned vector, uint32_t error)
+{
+	t.raised = true;
+	t.vector = vector;
+	t.error = error;
+	cpu_unwind(c, UNWIND_EVENT);
+}
+void cpu_raise(struct cpu *c, unsigned vector) { cpu_raise_err(c, vector, 0); }
+void cpu_raise_pf(struct cpu *c, uint64_t addr, uint32_t error) { t.addr = addr; cpu_raise_err(c, EXC_PF, error); }
+void cpu_emulation_failed(struct cpu *c) { cpu_unwind(c, UNWIND_EXIT); }
+void cpu_leave_after(struct cpu *c) { t.left++; }
+void vm_pause_all(struct vm *vm, struct cpu *self) { }
+void vm_resume_all(struct vm *vm, struct cpu *self) { }
+void vm_request_all(struct vm *vm, uint32_t req, struct cpu *except) { }
+bool bus_mmio(struct cpu *c, uint64_t gpa, unsigned len, bool write, void *data) { return false; }
