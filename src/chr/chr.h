@@ -13,10 +13,12 @@
 struct chardev;
 struct loop;
 
+enum chr_event { CHR_OPENED, CHR_CLOSED, CHR_BREAK, CHR_WRITABLE };
+
 struct chr_client {
 	size_t (*can_receive)(void *opaque);                            /* bytes it can take now */
 	void (*receive)(void *opaque, const uint8_t *buf, size_t len);  /* loop thread, at most can_receive() */
-	void (*event)(void *opaque, enum chr_event { CHR_OPENED, CHR_CLOSED, CHR_BREAK, CHR_WRITABLE } e);
+	void (*event)(void *opaque, enum chr_event e);
 	void *opaque;
 };
 
