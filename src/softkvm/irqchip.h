@@ -25,11 +25,13 @@ int irqchip_get(struct vm *vm, struct kvm_irqchip *chip);               /* KVM_G
 int irqchip_set(struct vm *vm, const struct kvm_irqchip *chip);
 int irqchip_get_pit2(struct vm *vm, struct kvm_pit_state2 *s);
 int irqchip_set_pit2(struct vm *vm, const struct kvm_pit_state2 *s);
-int irqchip_reinject(struct vm *vm, bool on);
+int irqchip_reinject(struct vm *vm, bool on);          /* KVM_REINJECT_CONTROL; -ENXIO without a PIT */
 
 /* -- vCPU part -------------------------------------------------------------------------------- */
 int lapic_create(struct cpu *c);                /* sets c->lapic */
 void lapic_destroy(struct cpu *c);
+/* RESET (also at creation): apic_base becomes 0xfee00000 | enabled, keeping the BSP bit that the creator has set in
+ * c->msr.apic_base. INIT: apic_base and the id stay. */
 void lapic_reset(struct cpu *c, bool init);
 int lapic_get(struct cpu *c, struct kvm_lapic_state *s);
 int lapic_set(struct cpu *c, const struct kvm_lapic_state *s);
@@ -49,5 +51,18 @@ void lapic_timer_poll(struct cpu *c);
 /* INIT and SIPI that wait: returns and clears (bits below), SIPI's vector in *sipi_vector. */
 enum { LAPIC_INIT = 1, LAPIC_SIPI = 2 };
 unsigned lapic_take_init_sipi(struct cpu *c, uint8_t *sipi_vector);
+/* NMI and SMI that came through the LAPIC (IPI, MSI, LVT): returns and clears. Own thread, on every REQ_EVENT. */
+enum { LAPIC_NMI = 4, LAPIC_SMI = 8 };
+unsigned lapic_take_nmi_smi(struct cpu *c);
+/* Any of the four above is waiting: a halted or sleeping vCPU has something to do. */
+bool lapic_event_waiting(const struct cpu *c);
+/* Split irqchip: vector of a level interrupt just EOIed, to be told by KVM_EXIT_IOAPIC_EOI; -1 none. Own thread, on
+ * REQ_EVENT before anything is delivered. */
+int lapic_take_eoi_exit(struct cpu *c);
+/* Would an external (8259A) interrupt be accepted by this LAPIC? Part of ready_for_interrupt_injection with a split irqchip. */
+bool lapic_accepts_pic(const struct cpu *c);
+/* KVM_INTERRUPT with a split irqchip: irqchip_pending() returns the vector once LINT0 lets it through. -EEXIST: one waits;
+ * -ENXIO: the 8259A is in the engine. */
+int lapic_queue_ext(struct cpu *c, unsigned vector);
 
 #endif
