@@ -144,14 +144,31 @@ struct cpu {
 
 	struct event ev;                /* being delivered, or injected and waiting */
 	struct mmio_log mmio;
-	/* Port I/O that left KVM_RUN and is completed on the next entry. */
-	struct { bool active, in, string; uint8_t size; uint32_t count; uint16_t port; } pio;
+	/*
+	 * Port I/O, RDMSR or WRMSR that left KVM_RUN: RIP is still at the instruction, pio_complete() finishes it
+	 * on the next entry, unless user space moved RIP (linear address in lin_rip), as Linux does.
+	 */
+	struct {
+		bool active, in, string;
+		enum { PIO_IO, PIO_RDMSR, PIO_WRMSR, PIO_HYPERCALL } kind;
+		uint8_t size, asize;    /* element and address size in bytes */
+		uint32_t count;
+		uint16_t port;
+		uint64_t lin_rip, next_rip;
+		bool rep;
+	} pio;
 
 	bool halted;                    /* HLT executed, or MWAIT */
 	bool nmi_pending, nmi_masked, smi_pending, smm;
 	bool nmi_window_iret;           /* NMIs unmask after the IRET under way */
 	bool trap_db;                   /* single-step #DB due after this instruction; payload in trap_dr6 */
 	uint64_t trap_dr6;
+	struct { bool tf, rf; uint8_t shadow; } step;   /* state at the start of an instruction in one_insn mode (events.h) */
+	bool irq_blocked;               /* something pends that IF, a shadow or NMI masking holds back: look when that changes */
+	bool ext_pending;               /* a vector from KVM_INTERRUPT waits */
+	uint8_t ext_vector;
+	bool ev_pending;                /* cpu->ev is "pending" rather than "injected" in kvm_vcpu_events' terms */
+	bool triple_fault;              /* shut down: every entry exits again until user space resets the state */
 	struct { uint64_t addr; bool armed; } monitor;
 
 	struct {                        /* MSRs with plain storage; the rest is in msr.c */

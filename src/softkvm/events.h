@@ -21,6 +21,24 @@ bool event_deliver(struct cpu *c);
  */
 bool event_boundary(struct cpu *c);
 
+/*
+ * The loop's part. Before every instruction in one_insn mode, at entry to KVM_RUN, and at block boundaries with
+ * requests (REQ_EVENT, REQ_TIMER, REQ_DEBUG), trap_db, or a valid cpu->ev: event_boundary(). After every
+ * instruction that completed while one_insn was set at its start (not after a fault or software interrupt;
+ * after UNWIND_LEAVE and UNWIND_EXIT_NEXT too): event_insn_done(). It ages shadow and RF, records the single-step
+ * trap and recomputes one_insn. After event_boundary() returned true the loop looks at cpu->halted.
+ */
+void event_insn_done(struct cpu *c);
+
+/* Recompute one_insn (TF, RF, shadows, code breakpoints, guest debugging). */
+void event_update_one_insn(struct cpu *c);
+/* DR0-3, DR7, CR4.DE or cpu->dbg changed: recompute code_bp and data_bp, flush what they make stale. */
+void debug_update(struct cpu *c);
+/* Data access while cpu->data_bp: records a trap that hits. The MMU's slow paths call it. */
+void debug_data_access(struct cpu *c, uint64_t lin, unsigned size, bool write);
+/* Own thread: what held interrupts back changed (IF, TPR, NMI mask): look at the next boundary. */
+void event_unblocked(struct cpu *c);
+
 /* A software interrupt of the current instruction: records it in cpu->ev and unwinds. */
 _Noreturn void event_soft_int(struct cpu *c, uint8_t vector, int type);
 
@@ -31,6 +49,7 @@ bool event_can_interrupt(const struct cpu *c);
 void events_get(struct cpu *c, struct kvm_vcpu_events *e);
 int events_set(struct cpu *c, const struct kvm_vcpu_events *e);
 /* An external vector set by KVM_INTERRUPT (user-space irqchip) is in here until delivered: -1 none. */
+/* -EEXIST: one waits already. */
 int event_queue_ext(struct cpu *c, unsigned vector);
 
 #endif

@@ -46,7 +46,8 @@ uint64_t mono_ns(void);
 void clock_update(struct cpu *c);                       /* REQ_CLOCK: write kvmclock and steal-time pages */
 
 /* -- port I/O (sys_io.c) ---------------------------------------------------------------------- */
-/* On entry to KVM_RUN: store the result of the KVM_EXIT_IO and finish the instruction. */
+/* On entry to KVM_RUN when cpu->pio.active: take the result of KVM_EXIT_IO, X86_RDMSR, X86_WRMSR or HYPERCALL from
+ * kvm_run and finish the instruction. A fault met there is left in cpu->ev. */
 void pio_complete(struct cpu *c);
 
 /* -- segments (segment.c) --------------------------------------------------------------------- */
