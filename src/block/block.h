@@ -58,6 +58,7 @@ void block_drain(struct block *b);
 uint64_t block_length(const struct block *b);           /* bytes, rounded up to 512 */
 unsigned block_size(const struct block *b);             /* smallest request, 512 or 4096 */
 bool block_read_only(const struct block *b);
+bool block_write_cache(const struct block *b);          /* false: every write is stable when it completes */
 const char *block_id(const struct block *b);
 const char *block_name(const struct block *b);          /* file name, for messages */
 /* At most one device owns a back end: -EBUSY names the owner. */

@@ -1,0 +1,50 @@
+/*
+ * Image locking that QEMU, qemu-img and libguestfs respect, and are respected by: open-file-description
+ * locks on single bytes of the image (QEMU's documentation of "file.locking"; observed in /proc/locks).
+ * A shared lock on byte 100+p says "I use permission p", one on byte 200+p "I cannot have others use
+ * p". p is 0 for reading consistent data and 1 for writing. Every user takes its locks first and
+ * then looks for a conflict, so of two that start at once at least one notices.
+ */
+#include <errno.h>
+#include <fcntl.h>
+
+#include "block/driver.h"
+
+enum { USE = 100, FORBID = 200, PERM_READ = 0, PERM_WRITE = 1 };
+
+static int take(int fd, int byte)
+{
+	struct flock f = { .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1 };
+	return fcntl(fd, F_OFD_SETLK, &f) ? -errno : 0;
+}
+
+/* Does somebody else hold the byte? */
+static bool held(int fd, int byte)
+{
+	struct flock f = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1 };
+	return !fcntl(fd, F_OFD_GETLK, &f) && f.l_type != F_UNLCK;
+}
+
+static int busy(const char *file, const char *what, struct err *err)
+{
+	return err_set(err, -EAGAIN, "%s: another program %s this image; stop it, or use snapshot=on with a copy", file, what);
+}
+
+int lock_image(int fd, const char *file, bool write, struct err *err)
+{
+	int r = take(fd, USE + PERM_READ);
+	if (!r && write)
+		r = take(fd, USE + PERM_WRITE);
+	if (!r)
+		r = take(fd, FORBID + PERM_WRITE);
+	if (r == -EINVAL || r == -ENOLCK || r == -EOPNOTSUPP || r == -ENOSYS)
+		return 0; /* this file system has none */
+	if (r)
+		return r == -EAGAIN || r == -EACCES ? busy(file, "has locked", err) :
+			err_set_errno(err, r, "%s: cannot lock", file);
+	if (held(fd, USE + PERM_WRITE))
+		return busy(file, "is writing to", err);
+	if (held(fd, FORBID + PERM_READ) || (write && held(fd, FORBID + PERM_WRITE)))
+		return busy(file, "is using", err);
+	return 0;
+}

@@ -1,0 +1,365 @@
+/*
+ * Raw images: files and block devices.
+ *
+ * The last sector of a file whose size is no multiple of 512 reads as zeroes past the end, and grows
+ * the file when written. With O_DIRECT the kernel wants aligned offsets, lengths and buffers: requests
+ * that have them go straight through, others through a bounce buffer, and a write that covers part of
+ * a block reads the rest first, alone.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "block/driver.h"
+
+enum { BATCH = 256, BOUNCE_MAX = 1 << 20, ZEROES = 64 * 1024, FAST_MAX = 256 * 1024 };
+
+/* --- plain transfers --- */
+
+static void zero_iov(const struct iovec *iov, int n)
+{
+	for (int i = 0; i < n; i++)
+		memset(iov[i].iov_base, 0, iov[i].iov_len);
+}
+
+/* All of [off, off+len) in system calls of up to BATCH entries. */
+static int transfer(struct block *b, bool write, uint64_t off, const struct iovec *iov, int n, uint64_t len, int flags)
+{
+	struct iovec part[BATCH];
+	for (uint64_t done = 0; done < len;) {
+		int k = 0;
+		uint64_t skip = done, room = 0;
+		for (int i = 0; i < n && k < BATCH; i++) {
+			if (skip >= iov[i].iov_len) {
+				skip -= iov[i].iov_len;
+				continue;
+			}
+			part[k].iov_base = (char *)iov[i].iov_base + skip;
+			part[k].iov_len = iov[i].iov_len - skip;
+			room += part[k++].iov_len;
+			skip = 0;
+		}
+		if (!k)
+			return -EINVAL;
+		ssize_t r = write ? pwritev2(b->fd, part, k, (off_t)(off + done), flags) :
+				    preadv2(b->fd, part, k, (off_t)(off + done), flags);
+		if (r < 0 && errno == EINTR)
+			continue;
+		if (r < 0)
+			return -errno;
+		if (!r && write)
+			return -EIO;
+		if (!r) { /* past the end of the file */
+			zero_iov(part, k);
+			done += room;
+			continue;
+		}
+		done += (uint64_t)r;
+	}
+	return 0;
+}
+
+/* --- O_DIRECT --- */
+
+static bool is_aligned(const struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len)
+{
+	uint64_t bits = off | len;
+	for (int i = 0; i < n; i++)
+		bits |= (uintptr_t)iov[i].iov_base | iov[i].iov_len;
+	return !(bits & (b->mem_align - 1));
+}
+
+static void copy_iov(const struct iovec *iov, int n, uint8_t *buf, bool to_buf)
+{
+	for (int i = 0; i < n; i++) {
+		if (to_buf)
+			memcpy(buf, iov[i].iov_base, iov[i].iov_len);
+		else
+			memcpy(iov[i].iov_base, buf, iov[i].iov_len);
+		buf += iov[i].iov_len;
+	}
+}
+
+/* One piece of at most BOUNCE_MAX bytes through `buf`, which has room for a block more on both sides. */
+static int bounce_piece(struct block *b, bool write, uint64_t off, const struct iovec *iov, int n, uint64_t len,
+			uint8_t *buf, int flags)
+{
+	uint64_t a = b->mem_align, start = ALIGN_DOWN(off, a), end = ALIGN_UP(off + len, a);
+	struct iovec whole = { buf, end - start };
+	bool partial = start != off || end != off + len;
+	int r = 0;
+	if (!write || partial)
+		r = transfer(b, false, start, &whole, 1, end - start, 0);
+	if (r)
+		return r;
+	copy_iov(iov, n, buf + (off - start), write);
+	return write ? transfer(b, true, start, &whole, 1, end - start, flags) : 0;
+}
+
+static int bounce(struct block *b, bool write, uint64_t off, const struct iovec *iov, int n, uint64_t len, int flags)
+{
+	struct iovec *part = calloc((size_t)n, sizeof *part);
+	void *buf = NULL;
+	int r = posix_memalign(&buf, b->mem_align, MIN(len, (uint64_t)BOUNCE_MAX) + 2 * b->mem_align) || !part ? -ENOMEM : 0;
+	for (uint64_t done = 0; !r && done < len;) {
+		uint64_t now = MIN(len - done, (uint64_t)BOUNCE_MAX);
+		int k = iov_slice(part, iov, n, done, now);
+		r = bounce_piece(b, write, off + done, part, k, now, buf, flags);
+		done += now;
+	}
+	free(part);
+	free(buf);
+	return r;
+}
+
+static int direct(struct block *b, bool write, uint64_t off, const struct iovec *iov, int n, uint64_t len, int flags)
+{
+	bool aligned = is_aligned(b, off, iov, n, len);
+	if (!write)
+		return aligned ? transfer(b, false, off, iov, n, len, flags) : bounce(b, false, off, iov, n, len, flags);
+	bool alone = (off | len) & (b->mem_align - 1);
+	if (alone)
+		pthread_rwlock_wrlock(&b->rmw);
+	else
+		pthread_rwlock_rdlock(&b->rmw);
+	int r = aligned ? transfer(b, true, off, iov, n, len, flags) : bounce(b, true, off, iov, n, len, flags);
+	pthread_rwlock_unlock(&b->rmw);
+	return r;
+}
+
+/* --- the driver --- */
+
+static int raw_read(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len)
+{
+	return b->mem_align ? direct(b, false, off, iov, n, len, 0) : transfer(b, false, off, iov, n, len, 0);
+}
+
+static int sync_flags(const struct block *b, unsigned flags)
+{
+	if (b->cache == CACHE_UNSAFE)
+		return 0;
+	bool through = b->cache == CACHE_WRITETHROUGH || b->cache == CACHE_DIRECTSYNC;
+	return through || flags & BLOCK_REQ_FUA ? RWF_DSYNC : 0;
+}
+
+static int raw_write(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len, unsigned flags)
+{
+	int f = sync_flags(b, flags);
+	return b->mem_align ? direct(b, true, off, iov, n, len, f) : transfer(b, true, off, iov, n, len, f);
+}
+
+static int raw_flush(struct block *b)
+{
+	if (b->cache == CACHE_UNSAFE || b->read_only)
+		return 0;
+	int r = __atomic_load_n(&b->flush_error, __ATOMIC_RELAXED);
+	if (r)
+		return r;
+	if (!fdatasync(b->fd))
+		return 0;
+	r = -errno;
+	if (r == -EINVAL || r == -EROFS)
+		return 0; /* a special file without a cache */
+	/* The kernel reports a lost write once and forgets it; the guest must not believe the next flush. */
+	__atomic_store_n(&b->flush_error, r, __ATOMIC_RELAXED);
+	log_error("%s: flush failed: %s; written data may be lost", b->file, strerror(-r));
+	return r;
+}
+
+static int punch(struct block *b, uint64_t off, uint64_t len)
+{
+	if (__atomic_load_n(&b->no_discard, __ATOMIC_RELAXED))
+		return -EOPNOTSUPP;
+	if (!fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len))
+		return 0;
+	if (errno != EOPNOTSUPP && errno != ENODEV && errno != EINVAL && errno != ENOTTY)
+		return -errno;
+	__atomic_store_n(&b->no_discard, true, __ATOMIC_RELAXED);
+	return -EOPNOTSUPP;
+}
+
+static int raw_discard(struct block *b, uint64_t off, uint64_t len)
+{
+	uint64_t range[2] = { off, len };
+	if (!b->discard_unmap)
+		return 0; /* it is a hint */
+	if (b->is_dev && ioctl(b->fd, BLKDISCARD, range) && errno != EOPNOTSUPP && errno != EINVAL)
+		return -errno;
+	int r = b->is_dev ? 0 : punch(b, off, len);
+	return r == -EOPNOTSUPP ? 0 : r;
+}
+
+static int write_zeroes(struct block *b, uint64_t off, uint64_t len, unsigned flags)
+{
+	static uint8_t zeroes[ZEROES] __attribute__((aligned(4096))); /* never written: costs no memory */
+	while (len) {
+		uint64_t n = MIN(len, (uint64_t)ZEROES);
+		struct iovec v = { zeroes, n };
+		int r = raw_write(b, off, &v, 1, n, flags);
+		if (r)
+			return r;
+		off += n;
+		len -= n;
+	}
+	return 0;
+}
+
+static int zero_range(struct block *b, uint64_t off, uint64_t len)
+{
+	if (__atomic_load_n(&b->no_zero_range, __ATOMIC_RELAXED))
+		return -EOPNOTSUPP;
+	int mode = FALLOC_FL_ZERO_RANGE | (b->is_dev ? FALLOC_FL_KEEP_SIZE : 0);
+	if (!fallocate(b->fd, mode, (off_t)off, (off_t)len))
+		return 0;
+	if (errno != EOPNOTSUPP && errno != ENODEV && errno != EINVAL && errno != ENOTTY)
+		return -errno;
+	__atomic_store_n(&b->no_zero_range, true, __ATOMIC_RELAXED);
+	return -EOPNOTSUPP;
+}
+
+static int raw_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
+{
+	int r = -EOPNOTSUPP;
+	/* A hole past the end of a ragged file would leave it short; zeroes are what it reads as anyway. */
+	if (flags & BLOCK_REQ_MAY_UNMAP && b->discard_unmap)
+		r = punch(b, off, len);
+	if (r == -EOPNOTSUPP)
+		r = zero_range(b, off, len);
+	if (r == -EOPNOTSUPP)
+		return write_zeroes(b, off, len, flags);
+	if (!r && sync_flags(b, flags))
+		r = fdatasync(b->fd) ? -errno : 0;
+	return r;
+}
+
+/* One attempt that does not wait. Partial success counts as none: the worker does the same again. */
+static bool raw_fast(struct block *b, struct block_req *r)
+{
+	bool write = r->op == BLOCK_WRITE;
+	if (r->op == BLOCK_FLUSH && b->cache == CACHE_UNSAFE) {
+		r->ret = 0;
+		return true;
+	}
+	if ((r->op != BLOCK_READ && !write) || b->mem_align || r->len > FAST_MAX || r->iovcnt > IOV_MAX)
+		return false;
+	if (write && sync_flags(b, r->flags))
+		return false;
+	int flags = b->in_memory ? 0 : RWF_NOWAIT;
+	if (flags && __atomic_load_n(&b->no_nowait, __ATOMIC_RELAXED)) {
+		if (!write)
+			return false; /* it may have to come from the disk */
+		flags = 0;      /* a copy into the page cache */
+	}
+	ssize_t n = write ? pwritev2(b->fd, r->iov, r->iovcnt, (off_t)r->off, flags) :
+			    preadv2(b->fd, r->iov, r->iovcnt, (off_t)r->off, flags);
+	if (n < 0 && (errno == EOPNOTSUPP || errno == EINVAL))
+		__atomic_store_n(&b->no_nowait, true, __ATOMIC_RELAXED);
+	if (n < 0 || (uint64_t)n != r->len)
+		return false;
+	r->ret = 0;
+	return true;
+}
+
+static void raw_close(struct block *b)
+{
+	if (b->fd >= 0)
+		close(b->fd);
+	pthread_rwlock_destroy(&b->rmw);
+}
+
+const struct block_driver block_raw = {
+	.name = "raw", .read = raw_read, .write = raw_write, .flush = raw_flush, .discard = raw_discard,
+	.zero = raw_zero, .fast = raw_fast, .close = raw_close,
+};
+
+/* --- opening --- */
+
+static int open_error(const char *file, int r, bool write, struct err *err)
+{
+	if (r == -ENOENT)
+		return err_set(err, r, "%s: no such file; create it with 'truncate -s 10G %s'", file, file);
+	if (r == -EACCES || r == -EPERM)
+		return err_set(err, r, "%s: permission denied%s", file, write ? "; use readonly=on to only read it" : "");
+	if (r == -EROFS)
+		return err_set(err, r, "%s: read-only file system; use readonly=on or snapshot=on", file);
+	if (r == -EINVAL)
+		return err_set(err, r, "%s: this file system cannot bypass the page cache; use cache=writeback", file);
+	return err_set_errno(err, r, "%s", file);
+}
+
+static int file_size(struct block *b, struct err *err)
+{
+	struct stat st;
+	uint64_t size = 0;
+	if (fstat(b->fd, &st))
+		return err_set_errno(err, -errno, "%s", b->file);
+	if (S_ISBLK(st.st_mode)) {
+		int sector = 512;
+		b->is_dev = true;
+		if (ioctl(b->fd, BLKGETSIZE64, &size))
+			return err_set_errno(err, -errno, "%s: size of the device", b->file);
+		if (!ioctl(b->fd, BLKSSZGET, &sector) && sector == 4096)
+			b->size = 4096;
+	} else if (S_ISREG(st.st_mode)) {
+		size = (uint64_t)st.st_size;
+	} else {
+		return err_set(err, S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL, "%s: is %s, not a disk image", b->file,
+			       S_ISDIR(st.st_mode) ? "a directory" : "no regular file or block device");
+	}
+	if (size > INT64_MAX - 4096)
+		return err_set(err, -EFBIG, "%s: too big", b->file);
+	if (size % 512)
+		log_warn("%s: size %llu is no multiple of 512; the last sector is filled up with zeroes", b->file,
+			 (unsigned long long)size);
+	b->length = ALIGN_UP(size, (uint64_t)512);
+	if (b->size > 512)
+		b->length = ALIGN_DOWN(b->length, (uint64_t)b->size);
+	return 0;
+}
+
+/* The smallest alignment that O_DIRECT takes here. */
+static int find_alignment(struct block *b, struct err *err)
+{
+	void *buf;
+	if (posix_memalign(&buf, 4096, 4096))
+		return err_set(err, -ENOMEM, "%s: out of memory", b->file);
+	b->mem_align = 0;
+	for (unsigned a = 512; a <= 4096 && !b->mem_align; a *= 2) {
+		/* At `a` into the buffer and the file: both must be acceptable. */
+		ssize_t n = pread(b->fd, a < 4096 ? (char *)buf + a : buf, a, a < 4096 ? a : 0);
+		if (n >= 0)
+			b->mem_align = a;
+	}
+	free(buf);
+	return b->mem_align ? 0 : open_error(b->file, -EINVAL, true, err);
+}
+
+int raw_open(struct block *b, const struct block_opts *o, struct err *err)
+{
+	bool write = !o->read_only && !o->snapshot;
+	bool bypass = !o->snapshot && (o->cache == CACHE_NONE || o->cache == CACHE_DIRECTSYNC);
+	struct statfs fs;
+	b->drv = &block_raw;
+	b->size = 512;
+	pthread_rwlock_init(&b->rmw, NULL);
+	b->fd = open(b->file, (write ? O_RDWR : O_RDONLY) | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | (bypass ? O_DIRECT : 0));
+	if (b->fd < 0)
+		return open_error(b->file, -errno, write, err);
+	int r = file_size(b, err);
+	if (!r && bypass)
+		r = find_alignment(b, err);
+	if (!r)
+		r = lock_image(b->fd, b->file, write, err);
+	b->in_memory = !fstatfs(b->fd, &fs) && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+	return r;
+}
