@@ -33,6 +33,7 @@ void chr_close(struct chardev *c);              /* restores a terminal */
 const char *chr_id(const struct chardev *c);
 /* What a person calls it, with what they need to connect ("pty: /dev/pts/3"). */
 const char *chr_label(const struct chardev *c);
+/* Attach and detach on the loop's thread, or while it does not run. */
 int chr_attach(struct chardev *c, const struct chr_client *cl, const char *owner, struct err *err);
 void chr_detach(struct chardev *c, const void *opaque);
 /* Any thread. Bytes taken, possibly fewer than `len`; CHR_WRITABLE follows when there is room again. */
@@ -41,5 +42,7 @@ size_t chr_write(struct chardev *c, const uint8_t *buf, size_t len);
 void chr_accept_input(struct chardev *c);
 /* Standard input ended (a pipe): the machine decides what that means. Loop thread. */
 void chr_on_eof(struct chardev *c, void (*fn)(void *opaque), void *opaque);
+/* Take what a ringbuf holds; 0 for other kinds. */
+size_t chr_ringbuf_read(struct chardev *c, uint8_t *buf, size_t len);
 
 #endif

@@ -184,6 +184,10 @@ static int sync_epoll(struct loop_watch *w)
 		w->in_epoll = true;
 		return 0;
 	}
+	if (w->in_epoll && errno == ENOENT) { /* closed and opened again behind our back */
+		w->in_epoll = !epoll_ctl(l->epfd, EPOLL_CTL_ADD, w->fd, &ev);
+		return w->in_epoll ? 0 : -errno;
+	}
 	if (errno != EPERM)
 		return -errno;
 	w->always = true;

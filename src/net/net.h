@@ -18,10 +18,12 @@ struct loop;
 
 /* The device's side. */
 struct net_client {
-	/* One Ethernet frame for the guest. false: no room, keep it and call net_resume()'s hook later. */
+	/* One Ethernet frame for the guest. false: no room, the back end keeps it; call net_resume() later. */
 	bool (*receive)(void *opaque, const void *frame, size_t len);
 	void (*link)(void *opaque, bool up);
 	void *opaque;
+	/* There is room again after net_send() said -EAGAIN. Loop thread; may be NULL. */
+	void (*can_send)(void *opaque);
 };
 
 /* `spec` is QEMU's -netdev text: "user,id=n0,hostfwd=tcp::2222-:22", "tap,id=n1,ifname=tap0,script=no". */
@@ -30,7 +32,7 @@ void net_close(struct net_backend *n);
 const char *net_id(const struct net_backend *n);
 int net_attach(struct net_backend *n, const struct net_client *c, const char *owner, struct err *err);
 void net_detach(struct net_backend *n);
-/* A frame from the guest; 0, or -EAGAIN when the back end is full (it calls receive-side hooks later), -errno. */
+/* A frame from the guest; 0, or -EAGAIN when the back end is full (it calls can_send() later), -errno. */
 int net_send(struct net_backend *n, const struct iovec *iov, int iovcnt);
 /* The device has room again: frames that receive() refused are offered anew. Any thread. */
 void net_resume(struct net_backend *n);
