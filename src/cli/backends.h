@@ -1,0 +1,29 @@
+/*
+ * The back ends a command line names: opened all before any device exists, found by id, closed at
+ * the end. Owns what it opened.
+ */
+#ifndef CLI_BACKENDS_H
+#define CLI_BACKENDS_H
+
+#include "chr/chr.h"
+#include "cli/vmopts.h"
+#include "net/net.h"
+
+struct backends {
+	struct backend { enum prop_type type; const char *id; void *p; } *v;
+	unsigned n;
+};
+
+/* On failure everything opened so far is closed again. */
+int backends_open(struct backends *b, struct vm_opts *o, struct loop *l, struct workers *w, const struct chr_env *env,
+		  struct err *err);
+/* Flushes disks, restores the terminal. */
+void backends_close(struct backends *b);
+struct backend_lookup backends_lookup(struct backends *b);
+
+/* nodes.c: what a -blockdev node means as a disk; -ENOTSUP names the driver or key. */
+int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, struct err *err);
+/* Is this node the child of another, so that no device uses it by itself? */
+bool node_is_child(struct vm_opts *o, const char *name);
+
+#endif

@@ -1,0 +1,100 @@
+/* -blockdev: format node over protocol node, by reference or in one option. */
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/util.h"
+#include "cli/backends.h"
+
+static struct vm_node *node_find(struct vm_opts *o, const char *name)
+{
+	for (unsigned i = 0; i < o->nnodes; i++)
+		if (!strcmp(optlist_get(&o->nodes[i].opts, "node-name"), name))
+			return &o->nodes[i];
+	return NULL;
+}
+
+bool node_is_child(struct vm_opts *o, const char *name)
+{
+	for (unsigned i = 0; i < o->nnodes; i++) {
+		const char *f = optlist_get(&o->nodes[i].opts, "file");
+		if (f && !strcmp(f, name))
+			return true;
+	}
+	return false;
+}
+
+static const char *get(struct optlist *l, const char *prefix, const char *key, char buf[64])
+{
+	snprintf(buf, 64, "%s%s", prefix, key);
+	return optlist_get(l, buf);
+}
+
+/* Keys that both kinds of node may carry. */
+static int usage_keys(struct optlist *l, const char *prefix, struct block_opts *b, struct err *err)
+{
+	const char *what = "-blockdev", *v;
+	bool ro = b->read_only, direct = b->cache == CACHE_NONE, noflush = b->cache == CACHE_UNSAFE, locking;
+	char key[64];
+	int ret;
+#define KEY(k) (get(l, prefix, k, key), key)
+
+	if ((ret = optlist_bool(l, what, KEY("read-only"), &ro, err)) ||
+	    (ret = optlist_bool(l, what, KEY("auto-read-only"), &locking, err)) ||
+	    (ret = optlist_bool(l, what, KEY("cache.direct"), &direct, err)) ||
+	    (ret = optlist_bool(l, what, KEY("cache.no-flush"), &noflush, err)) ||
+	    (ret = optlist_only(l, what, KEY("locking"), "auto|on", err)) ||
+	    (ret = optlist_only(l, what, KEY("force-share"), "off", err)) ||
+	    (ret = optlist_only(l, what, KEY("detect-zeroes"), "off", err)) ||
+	    (ret = optlist_only(l, what, KEY("aio"), "threads|io_uring", err)))
+		return ret;
+	if ((v = get(l, prefix, "discard", key))) {
+		if (strcmp(v, "unmap") && strcmp(v, "ignore"))
+			return err_set(err, -EINVAL, "-blockdev: discard=%s is neither ignore nor unmap", v);
+		b->discard_unmap = !strcmp(v, "unmap");
+	}
+	b->read_only = ro;
+	b->cache = noflush ? CACHE_UNSAFE : direct ? CACHE_NONE : CACHE_WRITEBACK;
+	return 0;
+#undef KEY
+}
+
+static int protocol(struct optlist *l, const char *prefix, struct block_opts *b, struct err *err)
+{
+	char key[64];
+	const char *driver = get(l, prefix, "driver", key);
+
+	if (!driver || (strcmp(driver, "file") && strcmp(driver, "host_device")))
+		return err_set(err, -ENOTSUP, "-blockdev: driver=%s is not supported yet (raw over file or host_device)",
+			       driver ? driver : "");
+	b->file = get(l, prefix, "filename", key);
+	if (!b->file)
+		return err_set(err, -EINVAL, "-blockdev: filename= is missing");
+	return usage_keys(l, prefix, b, err);
+}
+
+int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, struct err *err)
+{
+	struct optlist *l = &n->opts;
+	const char *driver = optlist_get(l, "driver"), *ref = optlist_get(l, "file");
+	int ret;
+
+	*b = (struct block_opts){ .id = optlist_get(l, "node-name"), .format = "raw", .snapshot = o->snapshot };
+	if (!driver)
+		return err_set(err, -EINVAL, "-blockdev: driver= is missing");
+	if (strcmp(driver, "raw")) {
+		ret = protocol(l, "", b, err);
+	} else if (ref) {
+		struct vm_node *child = node_find(o, ref);
+		if (!child)
+			return err_set(err, -ENOENT, "-blockdev: file=%s names no node", ref);
+		ret = protocol(&child->opts, "", b, err);
+		if (!ret)
+			ret = optlist_end(&child->opts, "-blockdev", err);
+	} else {
+		ret = protocol(l, "file.", b, err);
+	}
+	if (!ret && !strcmp(driver, "raw"))
+		ret = usage_keys(l, "", b, err);
+	return ret ? ret : optlist_end(l, "-blockdev", err);
+}
