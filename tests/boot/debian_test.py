@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Boots Debian's cloud kernel with Lodge and works in it: disk, network, CPUs, power off."""
+import hashlib
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+
+import vm
+
+GUEST = vm.guest_dir()
+PROMPT = r"lodge:[^\n]*# "
+
+
+def args(disk, *more, append="console=ttyS0"):
+    return ("run", "--kernel", f"{GUEST}/vmlinuz", "--initrd", f"{GUEST}/initramfs", "--append", append,
+            "--memory", "512M", "--disk", disk, "--net", "user", "--accel", "soft", *more)
+
+
+def disk_copy(tmp):
+    path = os.path.join(tmp, "disk.img")
+    subprocess.run(["cp", "--sparse=always", f"{GUEST}/disk.img", path], check=True)
+    return path
+
+
+class Server:
+    """An HTTP server on the loopback interface with one folder."""
+
+    def __init__(self, folder):
+        def handler(*a):
+            return Quiet(*a, directory=folder)
+        self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.port = self.httpd.server_address[1]
+        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def shell(guest):
+    guest.expect(r"'poweroff' or Ctrl-D ends the machine")
+    guest.expect(PROMPT)
+    guest.send("stty -echo; PS1=; cat /proc/sys/kernel/printk >/dev/null; dmesg -n 1; echo quiet-now\n")
+    guest.expect(r"\nquiet-now\n")
+
+
+def power_off(guest):
+    guest.send("poweroff -f\n")
+    status = guest.wait()
+    assert status == 0, f"exit status {status}"
+
+
+def one_cpu(start):
+    with tempfile.TemporaryDirectory() as tmp:
+        disk = disk_copy(tmp)
+        guest = start(*args(disk))
+        shell(guest)
+        assert guest.run("nproc").strip() == "1"
+        assert "10.0.2.15" in guest.run("ip -4 addr show eth0")
+        guest.run("echo kept >/mnt/kept && sync")
+        folder = os.path.join(tmp, "www")
+        os.mkdir(folder)
+        shutil.copy(f"{GUEST}/vmlinuz", folder)
+        server = Server(folder)
+        guest.run(f"wget -q -O /tmp/k http://10.0.2.2:{server.port}/vmlinuz")
+        want = hashlib.sha256(open(f"{GUEST}/vmlinuz", "rb").read()).hexdigest()
+        assert want in guest.run("sha256sum /tmp/k")
+        power_off(guest)
+        # what was synced is in the image, as e2fsprogs sees it
+        out = subprocess.run(["/sbin/debugfs", "-R", "cat /kept", disk], capture_output=True, text=True, check=True)
+        assert out.stdout == "kept\n", out
+        fsck = subprocess.run(["/sbin/e2fsck", "-fn", disk], capture_output=True, text=True, check=False)
+        assert fsck.returncode == 0, fsck.stdout
+
+
+def four_cpus(start):
+    with tempfile.TemporaryDirectory() as tmp:
+        guest = start(*args(disk_copy(tmp), "--cpus", "4"))
+        shell(guest)
+        assert guest.run("nproc").strip() == "4"
+        assert guest.run("grep -c ^processor /proc/cpuinfo").strip() == "4"
+        work = "for i in 1 2 3 4; do (dd if=/dev/urandom bs=64k count=16 2>/dev/null | gzip | gunzip | sha256sum >/dev/null && echo done$i) & done; wait"
+        out = guest.run(work)
+        for i in "1234":
+            assert f"done{i}" in out, out
+        dmesg = guest.run("dmesg")
+        bad = [line for line in dmesg.splitlines()
+               if re.search(r"WARNING|BUG:|Call Trace|Oops|soft lockup|rcu:.*stall|unstable|firmware bug", line, re.I)]
+        assert not bad, "\n".join(bad)
+        power_off(guest)
+
+
+def killed_after_sync(start):
+    """A disk that was flushed is intact after kill -9."""
+    with tempfile.TemporaryDirectory() as tmp:
+        disk = disk_copy(tmp)
+        guest = start(*args(disk))
+        shell(guest)
+        guest.run("for i in 1 2 3 4 5 6 7 8; do dd if=/dev/urandom of=/mnt/f$i bs=64k count=4 2>/dev/null; done; cd /mnt; sha256sum f* >sums; sync")
+        sums = guest.run("cat /mnt/sums")
+        guest.kill()
+        subprocess.run(["/sbin/e2fsck", "-fy", disk], capture_output=True, check=False)
+        for line in sums.strip().splitlines():
+            want, name = line.split()
+            data = subprocess.run(["/sbin/debugfs", "-R", f"cat /{name}", disk], capture_output=True, check=True).stdout
+            assert hashlib.sha256(data).hexdigest() == want, name
+
+
+if __name__ == "__main__":
+    vm.main([one_cpu, four_cpus, killed_after_sync])
