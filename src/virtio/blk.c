@@ -1,0 +1,480 @@
+/*
+ * Block device (virtio 1.2, 5.2).
+ *
+ * A kick pops a batch under the lock, hands it to the block layer without it, and pushes what was
+ * answered at once with a single interrupt; what comes later pushes itself. Requests live in a pool
+ * that grows up to the queues' size and is kept.
+ */
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+
+#include <linux/virtio_blk.h>
+#include <linux/virtio_ids.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "block/block.h"
+#include "virtio/pci.h"
+#include "virtio/virtio.h"
+
+#define BATCH 32
+#define INLINE_MAX (64 * 1024)          /* longer requests are worth another thread's time */
+#define WZ_MAX_SECTORS (1u << 22)       /* 2 GiB a request */
+
+struct blk;
+
+struct blk_request {
+	struct virtq_chain chain;
+	struct block_req io;
+	struct blk *d;
+	struct blk_request *next;
+	uint16_t qi;
+	uint8_t *status;
+	bool unsupported;
+};
+
+struct blk_queue { struct blk_request *inline_done; pthread_t submitter; bool submitting; };
+
+struct blk {
+	struct virtio_pci vp;
+	struct blk_queue *bq;
+	struct blk_request *pool;
+	uint32_t in_flight;             /* atomic: popped and not yet out of done() */
+	unsigned blk_size;
+	bool attached;
+	/* Counters: answered while the kick was served | later. */
+	uint64_t n_inline, n_later;
+	/* properties */
+	struct block *drive;
+	char *serial, *werror, *rerror;
+	uint32_t num_queues, queue_size;
+	uint64_t lbs, pbs;
+	int write_cache;                /* auto, on, off */
+	bool discard, write_zeroes;
+};
+
+static struct blk *blk_of(struct virtio_dev *v)
+{
+	return container_of(v, struct blk, vp.v);
+}
+
+static struct blk_request *request_get(struct blk *d)
+{
+	struct blk_request *r = d->pool;
+
+	if (r)
+		d->pool = r->next;
+	else
+		r = calloc(1, sizeof(*r));
+	if (r)
+		r->d = d;
+	return r;
+}
+
+static void request_put(struct blk *d, struct blk_request *r)
+{
+	virtq_chain_trim(&r->chain);
+	r->next = d->pool;
+	d->pool = r;
+}
+
+/* Lock held. The status byte is the last of the writable part (5.2.6). */
+static void request_finish(struct blk *d, struct blk_request *r)
+{
+	struct virtio_dev *v = &d->vp.v;
+	bool ok = !r->io.ret && !r->unsupported;
+
+	*r->status = r->unsupported || r->io.ret == -ENOTSUP ? VIRTIO_BLK_S_UNSUPP : ok ? VIRTIO_BLK_S_OK
+											 : VIRTIO_BLK_S_IOERR;
+	/* The status sits behind the data, so all of `in` counts as touched. */
+	virtq_fill(virtio_vq(v, r->qi), &r->chain, r->chain.in_len + 1);
+	request_put(d, r);
+}
+
+/* Any thread, no lock held. */
+static void request_done(struct block_req *io)
+{
+	struct blk_request *r = container_of(io, struct blk_request, io);
+	struct blk *d = r->d;
+	struct blk_queue *bq = &d->bq[r->qi];
+	unsigned qi = r->qi;
+
+	if (__atomic_load_n(&bq->submitting, __ATOMIC_ACQUIRE) &&
+	    pthread_equal(__atomic_load_n(&bq->submitter, __ATOMIC_RELAXED), pthread_self())) {
+		r->next = bq->inline_done;
+		bq->inline_done = r;
+		return;
+	}
+	pthread_mutex_lock(&d->vp.v.lock);
+	d->n_later++;
+	request_finish(d, r);
+	virtq_flush(virtio_vq(&d->vp.v, qi));
+	virtio_notify(&d->vp.v, qi);
+	pthread_mutex_unlock(&d->vp.v.lock);
+	__atomic_sub_fetch(&d->in_flight, 1, __ATOMIC_RELEASE);
+}
+
+static bool bad_extent(struct blk *d, uint64_t sector, uint64_t len)
+{
+	uint64_t off = sector << 9;
+
+	return sector >> 54 || (off | len) % d->blk_size || range_bad(off, len, block_length(d->drive));
+}
+
+static int prepare_rw(struct blk *d, struct blk_request *r, uint64_t sector, bool write)
+{
+	struct virtq_chain *c = &r->chain;
+
+	r->io.op = write ? BLOCK_WRITE : BLOCK_READ;
+	r->io.off = sector << 9;
+	r->io.iov = write ? c->out : c->in;
+	r->io.iovcnt = write ? c->n_out : c->n_in;
+	r->io.len = write ? c->out_len : c->in_len;
+	if (bad_extent(d, sector, r->io.len) || (write && block_read_only(d->drive)))
+		return -EIO;
+	if (write && !d->vp.v.config[offsetof(struct virtio_blk_config, wce)])
+		r->io.flags |= BLOCK_REQ_FUA;
+	return r->io.len ? 0 : 1;
+}
+
+static int prepare_get_id(struct blk *d, struct blk_request *r)
+{
+	char id[VIRTIO_BLK_ID_BYTES] = "";
+
+	if (d->serial)
+		memcpy(id, d->serial, strnlen(d->serial, sizeof(id)));
+	iov_from_buf(r->chain.in, r->chain.n_in, 0, id, sizeof(id));
+	return 1;
+}
+
+/* 5.2.6.1: one range a request is what the config space allows. */
+static int prepare_range(struct blk *d, struct blk_request *r, bool zero)
+{
+	struct virtio_blk_discard_write_zeroes s;
+	bool ro = block_read_only(d->drive);
+
+	if (ro || r->chain.out_len != sizeof(s) ||
+	    iov_to_buf(r->chain.out, r->chain.n_out, 0, &s, sizeof(s)) != sizeof(s))
+		return -EIO;
+	r->unsupported = s.flags & (zero ? ~1u : ~0u);
+	if (r->unsupported)
+		return 1;
+	r->io.op = zero ? BLOCK_ZERO : BLOCK_DISCARD;
+	r->io.off = s.sector << 9;
+	r->io.len = (uint64_t)s.num_sectors << 9;
+	if (zero && (s.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP))
+		r->io.flags |= BLOCK_REQ_MAY_UNMAP;
+	if (zero && !d->vp.v.config[offsetof(struct virtio_blk_config, wce)])
+		r->io.flags |= BLOCK_REQ_FUA;
+	if (s.num_sectors > WZ_MAX_SECTORS || bad_extent(d, s.sector, r->io.len))
+		return -EIO;
+	return s.num_sectors ? 0 : 1;
+}
+
+static int prepare_type(struct blk *d, struct blk_request *r, const struct virtio_blk_outhdr *h)
+{
+	struct virtio_dev *v = &d->vp.v;
+
+	switch (h->type) {
+	case VIRTIO_BLK_T_IN:
+	case VIRTIO_BLK_T_OUT:
+		return prepare_rw(d, r, h->sector, h->type == VIRTIO_BLK_T_OUT);
+	case VIRTIO_BLK_T_FLUSH:
+		r->io.op = BLOCK_FLUSH;
+		return 0;
+	case VIRTIO_BLK_T_GET_ID:
+		return prepare_get_id(d, r);
+	case VIRTIO_BLK_T_DISCARD:
+	case VIRTIO_BLK_T_WRITE_ZEROES:
+		if (virtio_has(v, h->type == VIRTIO_BLK_T_DISCARD ? VIRTIO_BLK_F_DISCARD : VIRTIO_BLK_F_WRITE_ZEROES))
+			return prepare_range(d, r, h->type == VIRTIO_BLK_T_WRITE_ZEROES);
+		break;
+	}
+	r->unsupported = true;
+	return 1;
+}
+
+/* 0: goes to the block layer; 1: answered (io.ret set); -1: no place to answer. */
+static int request_prepare(struct blk *d, struct blk_request *r)
+{
+	struct virtq_chain *c = &r->chain;
+	struct virtio_blk_outhdr h;
+	int ret;
+
+	r->io = (struct block_req){ .done = request_done };
+	r->unsupported = false;
+	if (!c->n_in || iov_to_buf(c->out, c->n_out, 0, &h, sizeof(h)) != sizeof(h)) {
+		log_guest("%s: request without header or status", d->vp.v.name);
+		return -1;
+	}
+	r->status = (uint8_t *)c->in[c->n_in - 1].iov_base + c->in[c->n_in - 1].iov_len - 1;
+	iov_trim_front(&c->out, &c->n_out, sizeof(h));
+	iov_trim_to(c->in, &c->n_in, --c->in_len);
+	c->out_len -= sizeof(h);
+	ret = prepare_type(d, r, &h);
+	if (ret < 0)
+		r->io.ret = ret;
+	return ret != 0;
+}
+
+/* Pop up to BATCH requests: a list of those for the block layer; the others are answered here. */
+static struct blk_request *batch_pop(struct blk *d, unsigned qi, unsigned *popped)
+{
+	struct blk_request *head = NULL, **tail = &head, *r;
+	struct virtio_dev *v = &d->vp.v;
+
+	while (*popped < BATCH && (r = request_get(d))) {
+		int ret;
+
+		r->qi = qi;
+		if (!virtio_pop(v, qi, &r->chain)) {
+			request_put(d, r);
+			break;
+		}
+		++*popped;
+		ret = request_prepare(d, r);
+		if (ret < 0) {
+			request_put(d, r);
+			virtio_needs_reset(v);
+			break;
+		}
+		if (ret) {
+			request_finish(d, r);
+			continue;
+		}
+		__atomic_add_fetch(&d->in_flight, 1, __ATOMIC_RELAXED);
+		r->next = NULL;
+		*tail = r;
+		tail = &r->next;
+	}
+	return head;
+}
+
+/* Lock dropped in the middle. A single short request may be worth doing right here. */
+static void batch_submit(struct blk *d, unsigned qi, struct blk_request *list)
+{
+	struct blk_queue *bq = &d->bq[qi];
+	struct blk_request *next;
+
+	if (list && !list->next && list->io.len <= INLINE_MAX && list->io.op != BLOCK_FLUSH)
+		list->io.flags |= BLOCK_REQ_INLINE;
+	bq->inline_done = NULL;
+	__atomic_store_n(&bq->submitter, pthread_self(), __ATOMIC_RELAXED);
+	__atomic_store_n(&bq->submitting, true, __ATOMIC_RELEASE);
+	pthread_mutex_unlock(&d->vp.v.lock);
+	for (; list; list = next) {
+		next = list->next;
+		block_submit(d->drive, &list->io);
+	}
+	__atomic_store_n(&bq->submitting, false, __ATOMIC_RELEASE);
+	pthread_mutex_lock(&d->vp.v.lock);
+	for (struct blk_request *r = bq->inline_done; r; r = next) {
+		next = r->next;
+		d->n_inline++;
+		request_finish(d, r);
+		__atomic_sub_fetch(&d->in_flight, 1, __ATOMIC_RELEASE);
+	}
+	bq->inline_done = NULL;
+}
+
+static void blk_kick(struct virtio_dev *v, unsigned qi)
+{
+	struct blk *d = blk_of(v);
+	struct virtq *q = virtio_vq(v, qi);
+	unsigned total = 0;
+
+	do {
+		virtq_want_kicks(q, false);
+		for (unsigned popped = BATCH; popped == BATCH && total < VIRTIO_BUDGET; total += popped) {
+			popped = 0;
+			struct blk_request *list = batch_pop(d, qi, &popped);
+
+			if (list)
+				batch_submit(d, qi, list);
+			if (q->filled) {
+				virtq_flush(q);
+				virtio_notify(v, qi);
+			}
+		}
+		if (total >= VIRTIO_BUDGET) {
+			virtio_defer(v, qi);
+			return;
+		}
+		virtq_want_kicks(q, true);
+	} while (!virtq_empty(q) && virtio_queue_ready(v, qi));
+}
+
+static void blk_drain(struct virtio_dev *v)
+{
+	struct blk *d = blk_of(v);
+
+	pthread_mutex_unlock(&v->lock);
+	while (__atomic_load_n(&d->in_flight, __ATOMIC_ACQUIRE)) {
+		block_drain(d->drive);
+		sched_yield();
+	}
+	pthread_mutex_lock(&v->lock);
+}
+
+/* Without FLUSH the driver can not ask for stability, so every write must give it (5.2.5.2). */
+static void blk_features(struct virtio_dev *v)
+{
+	struct blk *d = blk_of(v);
+
+	v->config[offsetof(struct virtio_blk_config, wce)] = d->write_cache != 2 && virtio_has(v, VIRTIO_BLK_F_FLUSH);
+}
+
+static void blk_reset(struct virtio_dev *v)
+{
+	v->config[offsetof(struct virtio_blk_config, wce)] = blk_of(v)->write_cache != 2;
+}
+
+static void blk_config_write(struct virtio_dev *v, unsigned off, const uint8_t *buf, unsigned len)
+{
+	if (off == offsetof(struct virtio_blk_config, wce) && len == 1 && virtio_has(v, VIRTIO_BLK_F_CONFIG_WCE))
+		v->config[off] = buf[0] & 1;
+}
+
+static const struct virtio_ops blk_ops = {
+	.kick = blk_kick, .drain = blk_drain, .reset = blk_reset, .features = blk_features,
+	.config_write = blk_config_write,
+};
+
+static void fill_config(struct blk *d)
+{
+	struct virtio_blk_config c = {
+		.capacity = block_length(d->drive) >> 9,
+		.seg_max = MIN(d->queue_size, 256u) - 2,
+		.blk_size = d->blk_size,
+		.physical_block_exp = __builtin_ctz(MAX((uint32_t)d->pbs, d->blk_size) / d->blk_size),
+		.wce = d->write_cache != 2,
+		.num_queues = d->num_queues,
+		.max_discard_sectors = WZ_MAX_SECTORS & ~(d->blk_size / 512 - 1),
+		.max_discard_seg = 1,
+		.discard_sector_alignment = d->blk_size / 512,
+		.max_write_zeroes_sectors = WZ_MAX_SECTORS & ~(d->blk_size / 512 - 1),
+		.max_write_zeroes_seg = 1,
+		.write_zeroes_may_unmap = 1,
+	};
+
+	memcpy(d->vp.v.config, &c, MIN(sizeof(c), (size_t)VIRTIO_CONFIG_MAX));
+}
+
+static bool pow2_between(uint32_t v, uint32_t lo, uint32_t hi)
+{
+	return v >= lo && v <= hi && !(v & (v - 1));
+}
+
+static int check_policy(const char *name, const char *prop, const char *val, struct err *err)
+{
+	if (!val || !strcmp(val, "report") || !strcmp(val, "auto"))
+		return 0;
+	return err_set(err, -ENOTSUP, "%s: %s=%s is not supported, only report", name, prop, val);
+}
+
+static int blk_check(struct blk *d, struct err *err)
+{
+	const char *n = d->vp.dev.cls->name;
+	int r;
+
+	if (!d->drive)
+		return err_set(err, -EINVAL, "%s: drive property not set", n);
+	if (!d->num_queues || d->num_queues > 64)
+		return err_set(err, -EINVAL, "%s: num-queues must be 1 to 64", n);
+	if (!pow2_between(d->queue_size, 4, VIRTQ_MAX_SIZE))
+		return err_set(err, -EINVAL, "%s: queue-size must be a power of two from 4 to %d", n, VIRTQ_MAX_SIZE);
+	d->blk_size = d->lbs ? MIN(d->lbs, 1u << 20) : block_size(d->drive);
+	if (!pow2_between(d->blk_size, 512, 32768) || (d->pbs && !pow2_between(d->pbs, 512, 1 << 21)))
+		return err_set(err, -EINVAL, "%s: block sizes must be powers of two, at least 512", n);
+	if (d->blk_size < block_size(d->drive))
+		return err_set(err, -EINVAL, "%s: logical_block_size=%u, but %s needs %u", n, d->blk_size,
+			       block_name(d->drive), block_size(d->drive));
+	r = check_policy(n, "werror", d->werror, err);
+	return r ? r : check_policy(n, "rerror", d->rerror, err);
+}
+
+static uint64_t blk_host_features(const struct blk *d)
+{
+	bool ro = block_read_only(d->drive);
+
+	return BIT(VIRTIO_BLK_F_SEG_MAX) | BIT(VIRTIO_BLK_F_BLK_SIZE) | BIT(VIRTIO_BLK_F_TOPOLOGY) |
+	       BIT(VIRTIO_BLK_F_FLUSH) | BIT(VIRTIO_BLK_F_CONFIG_WCE) |
+	       (d->num_queues > 1 ? BIT(VIRTIO_BLK_F_MQ) : 0) | (ro ? BIT(VIRTIO_BLK_F_RO) : 0) |
+	       (d->discard && !ro ? BIT(VIRTIO_BLK_F_DISCARD) : 0) |
+	       (d->write_zeroes && !ro ? BIT(VIRTIO_BLK_F_WRITE_ZEROES) : 0);
+}
+
+static void blk_free(struct blk *d)
+{
+	struct blk_request *r;
+
+	if (d->attached)
+		block_detach(d->drive);
+	d->attached = false;
+	while ((r = d->pool)) {
+		d->pool = r->next;
+		virtq_chain_free(&r->chain);
+		free(r);
+	}
+	free(d->bq);
+	d->bq = NULL;
+	virtio_pci_destroy(&d->vp);
+}
+
+static int blk_create(struct device *dev, struct err *err)
+{
+	struct blk *d = container_of(dev, struct blk, vp.dev);
+	int r = blk_check(d, err);
+
+	if (r)
+		return r;
+	r = virtio_pci_init(&d->vp, &(struct virtio_pci_config){ &blk_ops, VIRTIO_ID_BLOCK, 0x01, 0x00,
+			d->num_queues, d->queue_size, d->num_queues + 1, blk_host_features(d),
+			offsetof(struct virtio_blk_config, unused1) + 3 }, err);
+	if (r)
+		return r;
+	d->bq = calloc(d->num_queues, sizeof(*d->bq));
+	r = d->bq ? block_attach(d->drive, dev->id ? dev->id : dev->cls->name, err)
+		  : err_set(err, -ENOMEM, "%s: no memory", dev->cls->name);
+	d->attached = !r;
+	if (!r) {
+		fill_config(d);
+		r = virtio_pci_plug(&d->vp, err);
+	}
+	if (r)
+		blk_free(d);
+	return r;
+}
+
+static void blk_destroy(struct device *dev)
+{
+	struct blk *d = container_of(dev, struct blk, vp.dev);
+
+	virtio_pci_unplug(&d->vp);
+	blk_free(d);
+}
+
+static const struct prop blk_props[] = {
+	VIRTIO_PCI_PROPS(struct blk),
+	{ "drive", PROP_DRIVE, offsetof(struct blk, drive), .help = "id of a -drive or -blockdev" },
+	{ "serial", PROP_STR, offsetof(struct blk, serial), .help = "serial number, 20 characters" },
+	{ "num-queues", PROP_U32, offsetof(struct blk, num_queues), 1, .min = 1, .max = 64, .help = "request queues" },
+	{ "queue-size", PROP_U32, offsetof(struct blk, queue_size), 256, .min = 4, .max = VIRTQ_MAX_SIZE,
+	  .help = "descriptors in a queue" },
+	{ "logical_block_size", PROP_SIZE, offsetof(struct blk, lbs), 0, .help = "0: the image's" },
+	{ "physical_block_size", PROP_SIZE, offsetof(struct blk, pbs), 0, .help = "0: as logical" },
+	{ "write-cache", PROP_ENUM, offsetof(struct blk, write_cache), .dflt_str = "auto", .values = virtio_on_off_auto,
+	  .help = "offer a volatile write cache" },
+	{ "discard", PROP_BOOL, offsetof(struct blk, discard), 1, .help = "offer discard" },
+	{ "write-zeroes", PROP_BOOL, offsetof(struct blk, write_zeroes), 1, .help = "offer write zeroes" },
+	{ "werror", PROP_STR, offsetof(struct blk, werror), .help = "report" },
+	{ "rerror", PROP_STR, offsetof(struct blk, rerror), .help = "report" },
+	{ NULL }
+};
+
+const struct device_class virtio_blk_pci_class = {
+	.name = "virtio-blk-pci", .aliases = (const char *const[]){ "virtio-blk", NULL },
+	.desc = "virtio disk", .bus = "PCI", .props = blk_props, .size = sizeof(struct blk),
+	.create = blk_create, .destroy = blk_destroy, .reset = virtio_pci_dev_reset, .pause = virtio_pci_dev_pause,
+};
