@@ -18,7 +18,7 @@ struct rng {
 	struct virtq_chain chain;
 	struct timer refill;
 	uint64_t left;
-	bool limited;
+	bool limited, counting;         /* counting: a period has started */
 	/* properties */
 	char *rng;
 	uint64_t max_bytes;
@@ -36,8 +36,10 @@ static void account(struct rng *d, uint64_t n)
 	if (!d->limited)
 		return;
 	d->left -= n;
-	if (!d->refill.armed)
-		timer_arm(&d->refill, clock_now(d->vp.v.env->clock) + d->period * 1000000ull);
+	if (d->counting)
+		return;
+	d->counting = true;
+	timer_arm(&d->refill, clock_now(d->vp.v.env->clock) + d->period * 1000000ull);
 }
 
 static void refill_fn(void *opaque)
@@ -46,6 +48,7 @@ static void refill_fn(void *opaque)
 
 	pthread_mutex_lock(&d->vp.v.lock);
 	d->left = d->max_bytes;
+	d->counting = false;
 	virtio_serve(&d->vp.v, 0);
 	pthread_mutex_unlock(&d->vp.v.lock);
 }

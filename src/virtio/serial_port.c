@@ -1,7 +1,7 @@
 /*
  * One port: a byte stream each way, with back-pressure. A chain that the back end took in part is
  * held until it is writable again; the guest's free receive buffers decide what the back end offers.
- * The port's buses lock is dropped around every call of the back end.
+ * The device's lock is dropped around every call of the back end.
  */
 #include <errno.h>
 
@@ -9,41 +9,35 @@
 #include "virtio/serial.h"
 #include "virtio/virtio.h"
 
-#define WRITE_MAX 16            /* buffers of one chain written in one go */
-
 static struct virtio_dev *vdev(struct serial_port *p)
 {
 	return &p->bus->vp.v;
 }
 
-/* Bytes at once are collected on the stack's iovec copy, because the lock is dropped meanwhile. */
+/* True when all of it went out; the lock is dropped around each write. */
 static bool write_chain(struct serial_port *p)
 {
 	struct virtio_dev *v = vdev(p);
 	struct virtq_chain *c = &p->tx;
+	size_t skip = p->tx_off;
 
 	for (unsigned i = 0; i < c->n_out; i++) {
 		const struct iovec *iov = &c->out[i];
-		size_t off = p->tx_off, n;
+		size_t n;
 
-		if (off >= iov->iov_len) {
-			p->tx_off -= iov->iov_len;
+		if (skip >= iov->iov_len) {
+			skip -= iov->iov_len;
 			continue;
 		}
-		/* tx_off stays relative to this buffer until it is done; then it starts again at 0. */
 		p->writable = false;
 		pthread_mutex_unlock(&v->lock);
-		n = chr_write(p->chardev, (uint8_t *)iov->iov_base + off, iov->iov_len - off);
+		n = chr_write(p->chardev, (uint8_t *)iov->iov_base + skip, iov->iov_len - skip);
 		pthread_mutex_lock(&v->lock);
-		if (off + n < iov->iov_len) {
-			p->tx_off = off + n;
-			for (unsigned j = 0; j < i; j++)
-				p->tx_off += c->out[j].iov_len;
+		p->tx_off += n;
+		if (skip + n < iov->iov_len)
 			return false;
-		}
-		p->tx_off = 0;
+		skip = 0;
 	}
-	p->tx_off = 0;
 	return true;
 }
 
@@ -184,7 +178,7 @@ static void port_destroy(struct device *dev)
 
 		pthread_mutex_lock(&v->lock);
 		p->attached = false;
-		while (v->vq[serial_tx_queue(p->nr)].serving)
+		while (v->n_serving)
 			pthread_cond_wait(&v->idle, &v->lock);
 		serial_unplug(s, p);
 		pthread_mutex_unlock(&v->lock);
