@@ -30,8 +30,7 @@ int irqchip_reinject(struct vm *vm, bool on);          /* KVM_REINJECT_CONTROL; 
 /* -- vCPU part -------------------------------------------------------------------------------- */
 int lapic_create(struct cpu *c);                /* sets c->lapic */
 void lapic_destroy(struct cpu *c);
-/* RESET (also at creation): apic_base becomes 0xfee00000 | enabled, keeping the BSP bit that the creator has set in
- * c->msr.apic_base. INIT: apic_base and the id stay. */
+/* RESET (also at creation): apic_base becomes 0xfee00000 | enabled | BSP for vm->boot_cpu_id. INIT: apic_base and the id stay. */
 void lapic_reset(struct cpu *c, bool init);
 int lapic_get(struct cpu *c, struct kvm_lapic_state *s);
 int lapic_set(struct cpu *c, const struct kvm_lapic_state *s);

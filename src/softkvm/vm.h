@@ -45,7 +45,6 @@ struct vm {
 	_Atomic unsigned ncpus;
 	struct irqchip *irqchip;        /* NULL: none in the engine (irqchip.h) */
 	bool split_irqchip;             /* LAPICs only */
-	bool x2apic_32bit_ids, x2apic_no_broadcast_quirk;       /* KVM_CAP_X2APIC_API */
 	struct bus *bus;                /* ioeventfds, coalesced zones, in-engine devices (bus.h) */
 	struct vm_api *api;             /* vm.c's own */
 	bool manual_dirty_clear;        /* KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 */
