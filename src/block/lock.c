@@ -27,7 +27,7 @@ static bool held(int fd, int byte)
 
 static int busy(const char *file, const char *what, struct err *err)
 {
-	return err_set(err, -EAGAIN, "%s: another program %s this image; stop it, or use snapshot=on with a copy", file, what);
+	return err_set(err, -EAGAIN, "%s: another program %s this image; stop it, or work on a copy", file, what);
 }
 
 int lock_image(int fd, const char *file, bool write, struct err *err)
