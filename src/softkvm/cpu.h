@@ -40,6 +40,7 @@ enum { R_RAX, R_RCX, R_RDX, R_RBX, R_RSP, R_RBP, R_RSI, R_RDI, R_R8, R_R15 = 15,
 struct insn;
 struct block;
 struct block_cache;
+struct vec_cache;
 struct vm;
 struct lapic;
 struct vcpu;
@@ -141,6 +142,7 @@ struct cpu {
 	uint32_t fetch_gen;             /* changes whenever the result of mmu_fetch() may have: linear lookups of blocks die with it */
 	bool split_held;                /* inside mem_lock(): cpu_unwind() calls mem_unlock() */
 	struct block_cache *blocks;
+	struct vec_cache *vec;          /* stubs of vector instructions (vec/stub.c), made when first needed */
 
 	struct event ev;                /* being delivered, or injected and waiting */
 	struct mmio_log mmio;

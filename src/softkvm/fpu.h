@@ -30,6 +30,13 @@ struct kvm_fpu;
 void fpu_to_kvm(const struct fpu *f, struct kvm_fpu *out);
 void fpu_from_kvm(struct fpu *f, const struct kvm_fpu *in);
 
+/*
+ * The stubs that execute vector instructions belong to the vCPU (c->vec). Free with the vCPU; vec_flush()
+ * whenever all decoded blocks are dropped (REQ_BLOCKS), which the vector decoder asks for when they are full.
+ */
+void vec_cpu_free(struct cpu *c);
+void vec_flush(struct cpu *c);
+
 /* Size and offset of XSAVE component `n` in the standard format, from the host's CPUID 0xd; false: not offered. */
 bool xsave_component(unsigned n, uint32_t *offset, uint32_t *size);
 /* XCR0 bits softkvm can offer on this host. */
