@@ -1,0 +1,265 @@
+/* Between two instructions: what comes next in the architecture's order of priority (SDM vol. 3 6.9), and shadows. */
+#include <errno.h>
+#include <stdatomic.h>
+
+#include "softkvm/irqchip.h"
+#include "softkvm/sys/sysint.h"
+#include "softkvm/vcpu.h"
+#include "softkvm/vm.h"
+
+void event_update_one_insn(struct cpu *c)
+{
+	c->one_insn = (c->eflags & (FL_TF | FL_RF)) || c->shadow || c->code_bp || (c->dbg.enabled && c->dbg.step);
+}
+
+void event_unblocked(struct cpu *c)
+{
+	c->irq_blocked = false;
+	atomic_fetch_or_explicit(&c->requests, REQ_EVENT, memory_order_relaxed);
+}
+
+bool event_can_interrupt(const struct cpu *c)
+{
+	return (c->eflags & FL_IF) && !c->shadow && !c->ev.valid && !c->ext_pending;
+}
+
+void event_completed_outside(struct cpu *c)
+{
+	bool tf = (c->eflags & FL_TF) || (c->dbg.enabled && c->dbg.step);
+
+	c->shadow = 0;
+	c->eflags &= ~FL_RF;
+	if (tf) {
+		c->trap_db = true;
+		c->trap_dr6 |= 1 << 14;
+	}
+	event_update_one_insn(c);
+}
+
+static bool pic_in_user(const struct cpu *c)
+{
+	return !c->vm || !c->vm->irqchip || c->vm->split_irqchip;
+}
+
+static bool wants_window(const struct cpu *c)
+{
+	if (!c->run->request_interrupt_window || !pic_in_user(c))
+		return false;
+	return !c->lapic || lapic_accepts_pic(c);
+}
+
+static void start_sipi(struct cpu *c, uint8_t vector)
+{
+	struct seg *cs = &c->seg[SEG_CS];
+
+	cs->sel = (uint16_t)(vector << 8);
+	cs->base = (uint64_t)vector << 12;
+	c->rip = 0;
+	c->halted = false;
+	cpu_update_mode(c);
+}
+
+/* INIT and SIPI that came through the LAPIC. */
+static void take_init_sipi(struct cpu *c)
+{
+	uint8_t vector = 0;
+	unsigned w = lapic_take_init_sipi(c, &vector);
+	bool bsp = c->msr.apic_base & (1 << 8);
+
+	if (w & LAPIC_INIT) {
+		cpu_reset(c, true);
+		if (c->vcpu)
+			atomic_store(&c->vcpu->mp_state, bsp ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_INIT_RECEIVED);
+	}
+	if ((w & LAPIC_SIPI) && c->vcpu && atomic_load(&c->vcpu->mp_state) == KVM_MP_STATE_INIT_RECEIVED) {
+		start_sipi(c, vector);
+		atomic_store(&c->vcpu->mp_state, KVM_MP_STATE_RUNNABLE);
+	}
+}
+
+static bool waits_for_sipi(const struct cpu *c)
+{
+	uint32_t s = c->vcpu ? atomic_load(&c->vcpu->mp_state) : KVM_MP_STATE_RUNNABLE;
+
+	return s == KVM_MP_STATE_INIT_RECEIVED || s == KVM_MP_STATE_UNINITIALIZED;
+}
+
+/* False: leave to user space. */
+static bool poll_lapic(struct cpu *c)
+{
+	unsigned w;
+	int eoi;
+
+	if (!c->lapic)
+		return true;
+	eoi = lapic_take_eoi_exit(c);
+	if (eoi >= 0) {
+		event_unblocked(c);
+		c->run->exit_reason = KVM_EXIT_IOAPIC_EOI;
+		c->run->eoi.vector = (uint8_t)eoi;
+		return false;
+	}
+	take_init_sipi(c);
+	w = lapic_take_nmi_smi(c);
+	if (w & LAPIC_NMI)
+		c->nmi_pending = true;
+	return true;
+}
+
+/* Deliver what has just been put in cpu->ev, and look again afterwards. */
+static bool deliver_and_look(struct cpu *c)
+{
+	bool r = event_deliver(c);
+
+	event_unblocked(c);
+	return r;
+}
+
+static bool deliver_ext(struct cpu *c, int vector)
+{
+	if (vector < 0)
+		return true;
+	c->ev = (struct event){ .valid = true, .vector = (uint8_t)vector, .type = EV_EXT };
+	return event_deliver(c);
+}
+
+/* Maskable interrupts and the interrupt window. */
+static bool boundary_intr(struct cpu *c)
+{
+	bool open = (c->eflags & FL_IF) && !c->shadow;
+
+	if (c->ext_pending) {
+		if (!open) {
+			c->irq_blocked = true;
+			return true;
+		}
+		c->ext_pending = false;
+		return deliver_ext(c, c->ext_vector) && (!wants_window(c) || (event_unblocked(c), true));
+	}
+	if (c->vm && c->vm->irqchip && irqchip_pending(c) >= 0) {
+		if (!open) {
+			c->irq_blocked = true;
+			return true;
+		}
+		return deliver_ext(c, irqchip_ack(c));
+	}
+	if (wants_window(c)) {
+		if (!open) {
+			c->irq_blocked = true;
+			return true;
+		}
+		c->run->exit_reason = KVM_EXIT_IRQ_WINDOW_OPEN;
+		return false;
+	}
+	return true;
+}
+
+bool event_boundary(struct cpu *c)
+{
+	if (c->triple_fault) {
+		c->triple_fault = false;
+		c->run->exit_reason = KVM_EXIT_SHUTDOWN;
+		return false;
+	}
+	if (!poll_lapic(c))
+		return false;
+	if (waits_for_sipi(c))
+		return true;
+	if (c->ev.valid)
+		return deliver_and_look(c);
+	if (c->trap_db && !(c->shadow & SHADOW_MOV_SS)) {
+		c->ev = (struct event){ .valid = true, .vector = EXC_DB, .type = EV_EXC, .payload = c->trap_dr6,
+					.has_payload = true };
+		c->trap_db = false;
+		c->trap_dr6 = 0;
+		return deliver_and_look(c);
+	}
+	if (c->nmi_pending) {
+		if (!c->nmi_masked && !c->shadow) {
+			c->nmi_pending = false;
+			c->ev = (struct event){ .valid = true, .vector = EXC_NMI, .type = EV_NMI };
+			return deliver_and_look(c);
+		}
+		c->irq_blocked = true;
+	}
+	return boundary_intr(c);
+}
+
+/* -- KVM_GET/SET_VCPU_EVENTS, KVM_INTERRUPT --------------------------------------------------- */
+void events_get(struct cpu *c, struct kvm_vcpu_events *e)
+{
+	bool exc = c->ev.valid && (c->ev.type == EV_EXC || c->ev.type == EV_SOFT_EXC || c->ev.type == EV_PRIV_SOFT_EXC);
+
+	memset(e, 0, sizeof *e);
+	e->exception.injected = exc && !c->ev_pending;
+	e->exception.pending = exc && c->ev_pending;
+	e->exception.nr = exc ? c->ev.vector : 0;
+	e->exception.has_error_code = exc && c->ev.has_error;
+	e->exception.error_code = exc ? c->ev.error : 0;
+	e->exception_has_payload = exc && c->ev.has_payload;
+	e->exception_payload = e->exception_has_payload ? c->ev.payload : 0;
+	if (c->ext_pending || (c->ev.valid && (c->ev.type == EV_EXT || c->ev.type == EV_SOFT))) {
+		e->interrupt.injected = 1;
+		e->interrupt.nr = c->ext_pending ? c->ext_vector : c->ev.vector;
+		e->interrupt.soft = !c->ext_pending && c->ev.type == EV_SOFT;
+	}
+	e->interrupt.shadow = (c->shadow & SHADOW_STI ? KVM_X86_SHADOW_INT_STI : 0) |
+			      (c->shadow & SHADOW_MOV_SS ? KVM_X86_SHADOW_INT_MOV_SS : 0);
+	e->nmi.injected = c->ev.valid && c->ev.type == EV_NMI;
+	e->nmi.pending = c->nmi_pending;
+	e->nmi.masked = c->nmi_masked;
+	e->triple_fault.pending = c->triple_fault;
+	e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+}
+
+int events_set(struct cpu *c, const struct kvm_vcpu_events *e)
+{
+	if (e->flags & ~(KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW |
+			 KVM_VCPUEVENT_VALID_SMM | KVM_VCPUEVENT_VALID_PAYLOAD | KVM_VCPUEVENT_VALID_TRIPLE_FAULT))
+		return -EINVAL;
+	if ((e->exception.injected || e->exception.pending) && (e->exception.nr > 31 || e->exception.nr == EXC_NMI))
+		return -EINVAL;
+	c->ev = (struct event){ 0 };
+	c->ev_pending = c->ext_pending = false;
+	if (e->exception.injected || e->exception.pending) {
+		bool payload = (e->flags & KVM_VCPUEVENT_VALID_PAYLOAD) && e->exception_has_payload;
+		int type = e->exception.nr == EXC_BP || e->exception.nr == EXC_OF ? EV_SOFT_EXC : EV_EXC;
+
+		c->ev = (struct event){ .valid = true, .vector = e->exception.nr, .type = type,
+					.has_error = e->exception.has_error_code, .error = e->exception.error_code,
+					.has_payload = payload, .payload = e->exception_payload };
+		c->ev_pending = e->exception.pending && !e->exception.injected;
+	} else if (e->nmi.injected) {
+		c->ev = (struct event){ .valid = true, .vector = EXC_NMI, .type = EV_NMI };
+	}
+	if (e->interrupt.injected) {
+		if (e->interrupt.soft && !c->ev.valid) {
+			c->ev = (struct event){ .valid = true, .vector = e->interrupt.nr, .type = EV_SOFT };
+		} else {
+			c->ext_pending = true;
+			c->ext_vector = e->interrupt.nr;
+		}
+	}
+	if (e->flags & KVM_VCPUEVENT_VALID_SHADOW)
+		c->shadow = (e->interrupt.shadow & KVM_X86_SHADOW_INT_STI ? SHADOW_STI : 0) |
+			    (e->interrupt.shadow & KVM_X86_SHADOW_INT_MOV_SS ? SHADOW_MOV_SS : 0);
+	if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
+		c->nmi_pending = e->nmi.pending;
+	c->nmi_masked = e->nmi.masked;
+	c->triple_fault = (e->flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT) && e->triple_fault.pending;
+	event_update_one_insn(c);
+	event_unblocked(c);
+	return 0;
+}
+
+int event_queue_ext(struct cpu *c, unsigned vector)
+{
+	if (vector > 255)
+		return -EINVAL;
+	if (c->ext_pending)
+		return -EEXIST;
+	c->ext_pending = true;
+	c->ext_vector = (uint8_t)vector;
+	event_unblocked(c);
+	return 0;
+}

@@ -1,0 +1,210 @@
+/* Caches and TLB, protection keys, MONITOR and MWAIT, hypercalls, and what is #UD because it is not offered. */
+#include "softkvm/irqchip.h"
+#include "softkvm/sys/sysint.h"
+#include <linux/kvm_para.h>
+
+/* Linear address of the operand without any check: INVLPG does not access it. */
+static uint64_t plain_lin(const struct cpu *c, const struct insn *i)
+{
+	uint64_t off = insn_offset(c, i);
+
+	if (c->flat)
+		return i->seg == SEG_FS || i->seg == SEG_GS ? c->seg[i->seg].base + off : off;
+	return (uint32_t)(c->seg[i->seg].base + off);
+}
+
+static void op_invlpg(struct cpu *c, const struct insn *i)
+{
+	uint64_t lin = plain_lin(c, i);
+
+	need_cpl0(c);
+	if (cpu_canonical(c, lin))
+		mmu_flush_page(c, lin);
+}
+
+/* dst: register with the type. */
+static void op_invpcid(struct cpu *c, const struct insn *i)
+{
+	uint64_t type, d[2];
+
+	need_cpl0(c);
+	type = c->flat ? REG64(c, i->dst) : REG32(c, i->dst);
+	mem_read(c, insn_lin(c, i, 16, ACC_READ), d, 16);
+	if (type > 3 || (type < 2 && ((d[0] >> 12) || (!(c->cr4 & CR4_PCIDE) && d[0]))))
+		cpu_gp(c, 0);
+	if (type == 0 && !cpu_canonical(c, d[1]))
+		cpu_gp(c, 0);
+	if (type == 0)
+		mmu_flush_page(c, d[1]);
+	else if (type == 2)
+		mmu_flush_all(c);
+	else
+		mmu_flush_nonglobal(c);
+}
+
+/* The guest's memory is coherent: nothing to write back. */
+static void op_cpl0_nop(struct cpu *c, const struct insn *i) { need_cpl0(c); }
+static void op_nop(struct cpu *c, const struct insn *i) { }
+
+/* -- protection keys -------------------------------------------------------------------------- */
+static void need_pke(struct cpu *c)
+{
+	if (!(c->cr4 & CR4_PKE))
+		cpu_ud(c);
+	if ((uint32_t)c->gpr[R_RCX])
+		cpu_gp(c, 0);
+}
+
+static void op_rdpkru(struct cpu *c, const struct insn *i)
+{
+	need_pke(c);
+	c->gpr[R_RAX] = c->pkru;
+	c->gpr[R_RDX] = 0;
+}
+
+static void op_wrpkru(struct cpu *c, const struct insn *i)
+{
+	need_pke(c);
+	if ((uint32_t)c->gpr[R_RDX])
+		cpu_gp(c, 0);
+	if (c->pkru == (uint32_t)c->gpr[R_RAX])
+		return;
+	c->pkru = (uint32_t)c->gpr[R_RAX];
+	mmu_flush_all(c);       /* rights of user pages, global ones too, are folded into the TLB */
+}
+
+/* -- MONITOR, MWAIT --------------------------------------------------------------------------- */
+static void op_monitor(struct cpu *c, const struct insn *i)
+{
+	uint64_t off = c->gpr[R_RAX];
+	uint8_t b;
+
+	if (c->cpl)
+		cpu_ud(c);
+	if ((uint32_t)c->gpr[R_RCX])
+		cpu_gp(c, 0);
+	if (i->flags & IF_A16)
+		off = (uint16_t)off;
+	else if (!c->flat || (i->flags & IF_A32))
+		off = (uint32_t)off;
+	mem_read(c, seg_lin(c, i->seg, off, 1, ACC_READ), &b, 1);
+	c->monitor.armed = true;
+}
+
+/* A wait that ends at once, which the architecture allows: nothing watches the line for stores of other processors. */
+static void op_mwait(struct cpu *c, const struct insn *i)
+{
+	if (c->cpl)
+		cpu_ud(c);
+	if ((uint32_t)c->gpr[R_RCX] & ~3u)
+		cpu_gp(c, 0);
+	c->monitor.armed = false;
+}
+
+/* -- hypercalls ------------------------------------------------------------------------------- */
+/* KVM_HC_SEND_IPI: a bitmap of APIC ids from `min` up, and an ICR. */
+static int64_t hc_send_ipi(struct cpu *c, uint64_t lo, uint64_t hi, uint64_t min, uint64_t icr, bool w64)
+{
+	unsigned bits = w64 ? 64 : 32;
+	int64_t n = 0;
+
+	if (!c->lapic || !c->vm || (icr & ~0x4dffull) || (icr & 0x700) == 0x500 || (icr & 0x700) == 0x600)
+		return -KVM_EINVAL;
+	for (unsigned k = 0; k < 2 * bits; k++) {
+		uint64_t word = k < bits ? lo : hi, id = min + k;
+
+		if (!(word >> (k % bits) & 1) || id > 0xffffff)
+			continue;
+		/* Ids above 255 go where Linux puts them when x2APIC routing is on: address bits 63:40. */
+		if (irqchip_msi(c->vm, 0xfee00000u | (id & 255) << 12 | (id >> 8) << 40, (uint32_t)icr & 0x7ff) > 0)
+			n++;
+	}
+	return n;
+}
+
+static void op_hypercall(struct cpu *c, const struct insn *i)
+{
+	uint64_t mask = c->flat ? ~0ull : 0xffffffff, nr = c->gpr[R_RAX] & mask;
+	int64_t r = -KVM_ENOSYS;
+
+	if (c->cpl)
+		r = -KVM_EPERM;
+	else if (nr == KVM_HC_VAPIC_POLL_IRQ)
+		r = 0;
+	else if (nr == KVM_HC_SEND_IPI && c->feat && (c->feat->kvm_features >> KVM_FEATURE_PV_SEND_IPI & 1))
+		r = hc_send_ipi(c, c->gpr[R_RBX] & mask, c->gpr[R_RCX] & mask, c->gpr[R_RDX] & mask, c->gpr[R_RSI] & mask, c->flat);
+	else if (nr == KVM_HC_SCHED_YIELD && c->feat && (c->feat->kvm_features >> KVM_FEATURE_PV_SCHED_YIELD & 1))
+		r = 0;
+	c->gpr[R_RAX] = (uint64_t)r & mask;
+}
+
+/* -- decoding --------------------------------------------------------------------------------- */
+static bool decode_mem(struct insn *i, const struct decoded *d, unsigned n, insn_fn *fn)
+{
+	if (d->op[n].type != ZYDIS_OPERAND_TYPE_MEMORY)
+		return false;
+	insn_set_mem(i, d, &d->op[n]);
+	i->flags |= IF_END;
+	i->fn = fn;
+	return true;
+}
+
+static bool decode_monitor(struct insn *i, const struct decoded *d)
+{
+	for (unsigned n = 0; n < d->z.operand_count; n++)
+		if (d->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY)
+			insn_set_mem(i, d, &d->op[n]);
+	i->flags &= ~IF_MEM;
+	i->fn = op_monitor;
+	return true;
+}
+
+bool sys_decode_misc(struct insn *i, const struct decoded *d)
+{
+	switch (d->z.mnemonic) {
+	case ZYDIS_MNEMONIC_INVLPG: return decode_mem(i, d, 0, op_invlpg);
+	case ZYDIS_MNEMONIC_INVPCID:
+		i->dst = insn_reg_off(d->op[0].reg.value);
+		return decode_mem(i, d, 1, op_invpcid);
+	case ZYDIS_MNEMONIC_INVD: case ZYDIS_MNEMONIC_WBINVD: case ZYDIS_MNEMONIC_WBNOINVD:
+		i->fn = op_cpl0_nop;
+		return true;
+	case ZYDIS_MNEMONIC_SERIALIZE: i->fn = op_nop; i->flags |= IF_END; return true;
+	case ZYDIS_MNEMONIC_RDPKRU: i->fn = op_rdpkru; return true;
+	case ZYDIS_MNEMONIC_WRPKRU: i->fn = op_wrpkru; i->flags |= IF_END; return true;
+	case ZYDIS_MNEMONIC_MONITOR: case ZYDIS_MNEMONIC_MONITORX: return decode_monitor(i, d);
+	case ZYDIS_MNEMONIC_MWAIT: case ZYDIS_MNEMONIC_MWAITX: i->fn = op_mwait; i->flags |= IF_END; return true;
+	case ZYDIS_MNEMONIC_VMCALL: case ZYDIS_MNEMONIC_VMMCALL:
+		/* Either vendor's instruction is taken: Linux patches in the host's, other guests guess. */
+		i->fn = op_hypercall;
+		i->flags |= IF_END;
+		return true;
+	case ZYDIS_MNEMONIC_RSM:        /* there is no SMM to leave */
+	case ZYDIS_MNEMONIC_VMXON: case ZYDIS_MNEMONIC_VMXOFF: case ZYDIS_MNEMONIC_VMLAUNCH: case ZYDIS_MNEMONIC_VMRESUME:
+	case ZYDIS_MNEMONIC_VMCLEAR: case ZYDIS_MNEMONIC_VMPTRLD: case ZYDIS_MNEMONIC_VMPTRST: case ZYDIS_MNEMONIC_VMREAD:
+	case ZYDIS_MNEMONIC_VMWRITE: case ZYDIS_MNEMONIC_VMFUNC: case ZYDIS_MNEMONIC_INVEPT: case ZYDIS_MNEMONIC_INVVPID:
+	case ZYDIS_MNEMONIC_VMRUN: case ZYDIS_MNEMONIC_VMLOAD: case ZYDIS_MNEMONIC_VMSAVE: case ZYDIS_MNEMONIC_STGI:
+	case ZYDIS_MNEMONIC_CLGI: case ZYDIS_MNEMONIC_SKINIT: case ZYDIS_MNEMONIC_INVLPGA: case ZYDIS_MNEMONIC_GETSEC:
+		i->fn = op_ud;
+		i->flags |= IF_END;
+		return true;
+	default:
+		return false;
+	}
+}
+
+bool sys_decode(struct insn *i, const struct decoded *d)
+{
+	static insn_family *const families[] = {
+		sys_decode_far, sys_decode_seg, sys_decode_flags, sys_decode_io, sys_decode_cr, sys_decode_desc, sys_decode_msr,
+		sys_decode_misc,
+	};
+	const struct insn blank = *i;
+
+	for (unsigned n = 0; n < ARRAY_SIZE(families); n++) {
+		if (families[n](i, d))
+			return true;
+		*i = blank;
+	}
+	return false;
+}
