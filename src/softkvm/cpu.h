@@ -153,11 +153,12 @@ struct cpu {
 	struct {
 		bool active, in, string;
 		enum { PIO_IO, PIO_RDMSR, PIO_WRMSR, PIO_HYPERCALL } kind;
-		uint8_t size, asize;    /* element and address size in bytes */
+		uint8_t size;           /* of an element, bytes */
 		uint32_t count;
 		uint16_t port;
+		uint32_t done;
+		uint16_t insn_flags;
 		uint64_t lin_rip, next_rip;
-		bool rep;
 	} pio;
 
 	bool halted;                    /* HLT executed, or MWAIT */
@@ -165,11 +166,13 @@ struct cpu {
 	bool nmi_window_iret;           /* NMIs unmask after the IRET under way */
 	bool trap_db;                   /* single-step #DB due after this instruction; payload in trap_dr6 */
 	uint64_t trap_dr6;
-	struct { bool tf, rf; uint8_t shadow; } step;   /* state at the start of an instruction in one_insn mode (events.h) */
+	struct { bool tf; } step;       /* TF or guest debugging wanted a trap when this instruction began (events.h) */
 	bool irq_blocked;               /* something pends that IF, a shadow or NMI masking holds back: look when that changes */
 	bool ext_pending;               /* a vector from KVM_INTERRUPT waits */
 	uint8_t ext_vector;
 	bool ev_pending;                /* cpu->ev is "pending" rather than "injected" in kvm_vcpu_events' terms */
+	bool task_switched;             /* by the event under way: RIP is the new task's */
+	uint8_t msr_exit_reason;        /* KVM_MSR_EXIT_REASON_*, set where msr_read/msr_write return MSR_EXIT */
 	bool triple_fault;              /* shut down: every entry exits again until user space resets the state */
 	struct { uint64_t addr; bool armed; } monitor;
 

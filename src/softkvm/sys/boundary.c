@@ -9,7 +9,7 @@
 
 void event_update_one_insn(struct cpu *c)
 {
-	c->one_insn = (c->eflags & (FL_TF | FL_RF)) || c->shadow || c->code_bp || (c->dbg.enabled && c->dbg.step);
+	c->one_insn = (c->eflags & FL_TF) || c->code_bp || (c->dbg.enabled && c->dbg.step);
 }
 
 void event_unblocked(struct cpu *c)

@@ -1,4 +1,4 @@
-/* Debug registers: breakpoints on data and I/O; what makes the slow paths look (SDM vol. 3 ch. 18). */
+/* Debug registers: what makes loop and MMU look, and breakpoints on I/O (SDM vol. 3 ch. 18). */
 #include "softkvm/sys/sysint.h"
 
 /* The registers in force: guest debugging puts its own in place of the guest's. */
@@ -48,22 +48,6 @@ static void record(struct cpu *c, unsigned n)
 	c->trap_dr6 |= 1u << n;
 	if (c->cur)
 		cpu_leave_after(c);
-}
-
-void debug_data_access(struct cpu *c, uint64_t lin, unsigned size, bool write)
-{
-	uint64_t dr7;
-	const uint64_t *dr = bp_addrs(c, &dr7);
-
-	for (unsigned n = 0; n < 4; n++) {
-		unsigned t = bp_type(dr7, n), len = bp_len(dr7, n);
-		uint64_t a = dr[n] & ~(uint64_t)(len - 1);
-
-		if (!bp_on(dr7, n) || !(t == 3 || (t == 1 && write)))
-			continue;
-		if (lin - a < len || a - lin < size)
-			record(c, n);
-	}
 }
 
 void debug_io_access(struct cpu *c, uint16_t port, unsigned size)

@@ -240,6 +240,7 @@ static unsigned check_dr(struct cpu *c, unsigned n)
 			cpu_ud(c);
 		n += 2;
 	}
+	n &= 7;
 	need_cpl0(c);
 	if (c->dr[7] & (1 << 13)) {
 		c->ev = (struct event){ .valid = true, .vector = EXC_DB, .type = EV_EXC, .payload = 1 << 13, .has_payload = true };

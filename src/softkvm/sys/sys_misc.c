@@ -1,6 +1,7 @@
 /* Caches and TLB, protection keys, MONITOR and MWAIT, hypercalls, and what is #UD because it is not offered. */
 #include "softkvm/irqchip.h"
 #include "softkvm/sys/sysint.h"
+#include <errno.h>
 #include <linux/kvm_para.h>
 
 /* Linear address of the operand without any check: INVLPG does not access it. */
@@ -166,7 +167,7 @@ bool sys_decode_misc(struct insn *i, const struct decoded *d)
 	case ZYDIS_MNEMONIC_INVPCID:
 		i->dst = insn_reg_off(d->op[0].reg.value);
 		return decode_mem(i, d, 1, op_invpcid);
-	case ZYDIS_MNEMONIC_INVD: case ZYDIS_MNEMONIC_WBINVD: case ZYDIS_MNEMONIC_WBNOINVD:
+	case ZYDIS_MNEMONIC_INVD: case ZYDIS_MNEMONIC_WBINVD: /* F3: WBNOINVD */
 		i->fn = op_cpl0_nop;
 		return true;
 	case ZYDIS_MNEMONIC_SERIALIZE: i->fn = op_nop; i->flags |= IF_END; return true;
