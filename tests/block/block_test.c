@@ -267,7 +267,7 @@ static void test_locks(void **state)
 	assert_int_equal(block_open(&c, &o, NULL, NULL, NULL), -EAGAIN);
 	bool qemu = !access("/usr/bin/qemu-io", X_OK);
 	if (qemu)
-		assert_int_not_equal(run("qemu-io -r -f raw -c 'read 0 512'"), 0);
+		assert_int_not_equal(run("qemu-io -f raw -c 'write 0 512'"), 0);
 	block_close(b);
 	b = open_ok(&o, NULL);
 	c = open_ok(&o, NULL);          /* readers share */
