@@ -358,6 +358,8 @@ void chr_close(struct chardev *c)
 	if (c->kind && c->kind->close)
 		c->kind->close(c);
 	drop_stream(c);
+	loop_cancel(c->env.loop, accept_on_loop, c);
+	loop_cancel(c->env.loop, tell_eof, c);
 	for (unsigned i = 0; i < c->nports; i++) {
 		free(c->port[i]->owner);
 		free(c->port[i]);

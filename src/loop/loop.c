@@ -37,7 +37,7 @@ struct loop {
 	struct loop_watch *watches, *graves;
 	struct loop_watch *current;     /* its callback runs now */
 	unsigned always;                /* live watches that epoll refused */
-	struct post *posts, **posts_tail;
+	struct post *posts, **posts_tail, *batch;
 	bool running, stop, woken, no_pwait2;
 	int status;
 	pthread_t thread;
@@ -162,6 +162,18 @@ void loop_post(struct loop *l, loop_fn *fn, void *opaque)
 	loop_post_node(l, p);
 }
 
+void loop_cancel(struct loop *l, loop_fn *fn, void *opaque)
+{
+	pthread_mutex_lock(&l->lock);
+	for (int i = 0; i < 2; i++) {
+		for (struct post *p = i ? l->batch : l->posts; p; p = p->next) {
+			if (p->fn == fn && p->opaque == opaque)
+				p->fn = NULL;
+		}
+	}
+	pthread_mutex_unlock(&l->lock);
+}
+
 static uint32_t to_epoll(unsigned events)
 {
 	return (events & LOOP_IN ? EPOLLIN : 0) | (events & LOOP_OUT ? EPOLLOUT : 0);
@@ -283,16 +295,18 @@ static unsigned from_epoll(uint32_t e)
 
 static void run_posts(struct loop *l)
 {
-	struct post *p = l->posts, *next;
+	struct post *p;
+	l->batch = l->posts; /* what they post in turn waits for the next round */
 	l->posts = NULL;
 	l->posts_tail = &l->posts;
-	pthread_mutex_unlock(&l->lock);
-	for (; p; p = next) {
-		next = p->next;
-		p->fn(p->opaque);
+	while ((p = l->batch)) {
+		l->batch = p->next;
+		pthread_mutex_unlock(&l->lock);
+		if (p->fn)
+			p->fn(p->opaque);
 		free(p);
+		pthread_mutex_lock(&l->lock);
 	}
-	pthread_mutex_lock(&l->lock);
 }
 
 static void run_always(struct loop *l)

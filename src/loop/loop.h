@@ -39,6 +39,8 @@ void loop_watch_set(struct loop_watch *w, unsigned events);   /* 0 pauses the wa
 void loop_unwatch(struct loop_watch *w);
 /* Run `fn` once on the loop's thread. */
 void loop_post(struct loop *l, loop_fn *fn, void *opaque);
+/* Forget posts of `fn` with `opaque` that did not run yet. On the loop's thread, or while it does not run. */
+void loop_cancel(struct loop *l, loop_fn *fn, void *opaque);
 
 /* Clocks: nanoseconds. */
 struct clock *clock_host(struct loop *l);       /* monotonic; owned by the loop, fires timers on its thread */

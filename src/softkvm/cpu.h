@@ -179,7 +179,8 @@ struct cpu {
 	struct {                        /* MSRs with plain storage; the rest is in msr.c */
 		uint64_t star, lstar, cstar, sfmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip,
 			 tsc_aux, pat, misc_enable, apic_base, tsc_adjust, tsc_offset, xss, spec_ctrl, mcg_status,
-			 mcg_ctl, feature_control, debugctl, smbase, arch_capabilities, ucode_rev;
+			 mcg_ctl, feature_control, debugctl, smbase, arch_capabilities, ucode_rev,
+			 misc_features;         /* MSR 0x140; bit 0: CPUID faults at CPL > 0 */
 	} msr;
 
 	struct kvm_run *run;
@@ -190,7 +191,7 @@ struct cpu {
 	const struct cpu_features *feat;/* from KVM_SET_CPUID2: what decodes and what is #UD (cpuid.h) */
 
 	/* Guest debugging (KVM_SET_GUEST_DEBUG). */
-	struct { bool enabled, step, sw_bp, hw_bp; uint64_t dr[4], dr7; } dbg;
+	struct { bool enabled, step, sw_bp, hw_bp, block_irq; uint64_t dr[4], dr7; } dbg;
 	bool data_bp, code_bp;          /* some data / code breakpoint is active: slow paths look */
 
 	struct softkvm_stats stats;

@@ -27,6 +27,12 @@ int softkvm_ioctl(struct softkvm_file *f, unsigned long request, uintptr_t arg,
 void *softkvm_mmap(struct softkvm_file *f, size_t len, uint64_t offset);
 int softkvm_munmap(struct softkvm_file *f, void *p, size_t len);
 
+/*
+ * Non-zero: client pointers in ioctls are checked and give EFAULT, at the price of a system call per copy. A
+ * property of the process, for clients that are not trusted to pass good pointers (the preload object, fuzzing).
+ */
+void softkvm_strict_copies(int on);
+
 /* One more reference (dup), one fewer (close). */
 struct softkvm_file *softkvm_ref(struct softkvm_file *f);
 void softkvm_close(struct softkvm_file *f);

@@ -30,10 +30,9 @@ struct vcpu {
 bool vcpu_poll(struct cpu *c);
 /* On REQ_EVENT, before event_boundary(): takes INIT and SIPI that wait. True: the vCPU is not runnable now, return RUN_WAIT_SIPI. */
 bool vcpu_init_sipi(struct cpu *c);
-/* The running RDMSR or WRMSR was answered MSR_EXIT: fill in KVM_EXIT_X86_RDMSR/WRMSR and leave. The next KVM_RUN
- * finishes the instruction or queues #GP. */
+/* The running RDMSR or WRMSR was answered MSR_EXIT: fill in KVM_EXIT_X86_RDMSR/WRMSR and leave;
+ * pio_complete() finishes the instruction. */
 _Noreturn void vcpu_msr_exit(struct cpu *c, uint32_t msr, bool write, uint64_t data);
-/* The running VMCALL goes to user space: fill in KVM_EXIT_HYPERCALL and leave; the next KVM_RUN sets RAX and moves on. */
-_Noreturn void vcpu_hypercall_exit(struct cpu *c, uint64_t nr, const uint64_t args[6]);
+uint32_t vcpu_msr_reason(const struct cpu *c);  /* why: KVM_MSR_EXIT_REASON_* */
 
 #endif

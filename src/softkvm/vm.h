@@ -48,12 +48,12 @@ struct vm {
 	struct bus *bus;                /* ioeventfds, coalesced zones, in-engine devices (bus.h) */
 	struct vm_api *api;             /* vm.c's own */
 	bool manual_dirty_clear;        /* KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 */
+	bool dirty_initially_set;       /* KVM_DIRTY_LOG_INITIALLY_SET: a slot's log starts all ones */
 	bool client_tells_code;         /* SOFTKVM_CAP_CODE_WRITTEN was probed */
 	/* The coalesced ring: one page, shown at KVM_COALESCED_MMIO_PAGE_OFFSET of every vCPU's mapping; bus.c fills it. */
 	struct kvm_coalesced_mmio_ring *ring;
 	struct vm_policy {              /* what KVM_ENABLE_CAP switched on; set before vCPUs run */
-		bool exception_payload, triple_fault_event, bus_lock_exit, emulation_exit /* EXIT_ON_EMULATION_FAILURE */,
-		     x2apic_32bit_ids, x2apic_no_broadcast_quirk;
+		bool exception_payload, triple_fault_event, bus_lock_exit, emulation_exit; /* the last: EXIT_ON_EMULATION_FAILURE */
 		uint32_t disabled_exits;        /* KVM_X86_DISABLE_EXITS_* */
 		uint32_t user_msr;              /* KVM_MSR_EXIT_REASON_* */
 		uint64_t hypercall_exits;       /* bits 1 << KVM_HC_* */

@@ -11,7 +11,8 @@
 #include "virtio/pci.h"
 #include "virtio/virtio.h"
 
-#define CHUNK_MAX (64 * 1024)   /* bytes for one chain; a driver takes a short answer */
+#define CHUNK_MAX (8 * 1024)    /* bytes for one chain; a driver takes a short answer */
+#define CHAINS_MAX 64           /* in one kick: half a MiB, about a millisecond */
 
 struct rng {
 	struct virtio_pci vp;
@@ -76,7 +77,7 @@ static void rng_kick(struct virtio_dev *v, unsigned qi)
 	struct virtq *q = virtio_vq(v, qi);
 	unsigned n = 0;
 
-	while ((!d->limited || d->left) && n < VIRTIO_BUDGET / 4 && virtio_pop(v, qi, &d->chain)) {
+	while ((!d->limited || d->left) && n < CHAINS_MAX && virtio_pop(v, qi, &d->chain)) {
 		uint32_t got = fill(&d->chain, d->limited ? MIN(d->left, CHUNK_MAX) : CHUNK_MAX);
 
 		account(d, got);

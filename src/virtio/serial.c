@@ -138,6 +138,22 @@ static void ctrl_kick(struct serial *s)
 		virtio_defer(v, SERIAL_TX_CTRL);
 }
 
+/* Output of a port that is not there. */
+static void discard_output(struct serial *s, unsigned qi)
+{
+	struct virtio_dev *v = &s->vp.v;
+	unsigned n = 0;
+
+	while (n < VIRTIO_BUDGET && virtio_pop(v, qi, &s->ctrl_in)) {
+		virtq_push(virtio_vq(v, qi), &s->ctrl_in, 0);
+		n++;
+	}
+	if (n)
+		virtio_notify(v, qi);
+	if (n == VIRTIO_BUDGET)
+		virtio_defer(v, qi);
+}
+
 static void serial_kick(struct virtio_dev *v, unsigned qi)
 {
 	struct serial *s = serial_of(v);
@@ -152,8 +168,7 @@ static void serial_kick(struct virtio_dev *v, unsigned qi)
 	else if (nr < s->max_ports && s->port[nr])
 		serial_port_accept(s->port[nr]);
 	else if (qi & 1)
-		while (virtio_pop(v, qi, &s->ctrl_in))          /* nobody there: at most a ring full */
-			virtq_push(virtio_vq(v, qi), &s->ctrl_in, 0);
+		discard_output(s, qi);
 }
 
 static void serial_forget(struct virtio_dev *v, unsigned qi)

@@ -7,16 +7,26 @@
 
 #include <linux/pci_regs.h>
 
-#include "chr/chr.h"
-#include "net/net.h"
 
 #define CHECK(x) do { if (!(x)) { fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #x); abort(); } } while (0)
 
 /* Recording back ends: the "handle" is the test machine's own struct. */
-struct net_backend { struct vt *t; };
-struct chardev { struct vt *t; };
+int net_attach(struct net_backend *n, const struct net_client *c, const char *owner, struct err *err)
+{
+	((struct vt *)n)->net_client = *c;
+	return 0;
+}
+bool vt_net_receive(struct vt *t, const void *f, size_t n) { return t->net_client.receive(t->net_client.opaque, f, n); }
+void vt_chr_event(struct vt *t, int e) { t->chr_client.event(t->chr_client.opaque, e); }
+size_t vt_chr_input(struct vt *t, const char *s)
+{
+	size_t n = MIN(strlen(s), t->chr_client.can_receive(t->chr_client.opaque));
 
-int net_attach(struct net_backend *n, const struct net_client *c, const char *owner, struct err *err) { return 0; }
+	if (n)
+		t->chr_client.receive(t->chr_client.opaque, (const uint8_t *)s, n);
+	return n;
+}
+
 void net_detach(struct net_backend *n) { }
 void net_resume(struct net_backend *n) { ((struct vt *)n)->net.resumed++; }
 int net_send(struct net_backend *n, const struct iovec *iov, int cnt)
@@ -35,7 +45,11 @@ int net_send(struct net_backend *n, const struct iovec *iov, int cnt)
 	r->sent++;
 	return 0;
 }
-int chr_attach(struct chardev *c, const struct chr_client *cl, const char *owner, struct err *err) { return 0; }
+int chr_attach(struct chardev *c, const struct chr_client *cl, const char *owner, struct err *err)
+{
+	((struct vt *)c)->chr_client = *cl;
+	return 0;
+}
 void chr_detach(struct chardev *c, const void *opaque) { }
 void chr_accept_input(struct chardev *c) { ((struct vt *)c)->chr.accepted++; }
 size_t chr_write(struct chardev *c, const uint8_t *buf, size_t len)
@@ -100,6 +114,9 @@ int vt_device(struct vt *t, const struct device_class *cls, struct device *paren
 	d->parent = parent;
 	for (; !r && props && *props; props += 2)
 		r = device_set_prop(d, props[0], props[1], find, &err);
+	for (const struct prop *p = cls->props; !r && find && p->name; p++)
+		if (p->type == PROP_DRIVE || p->type == PROP_NETDEV)
+			r = device_set_prop(d, p->name, "x", find, &err);
 	if (!r)
 		r = device_create(d, &err);
 	if (r) {

@@ -10,9 +10,11 @@
 #include <stdint.h>
 
 #include "base/util.h"
+#include "chr/chr.h"
 #include "core/device.h"
 #include "core/mem.h"
 #include "loop/loop.h"
+#include "net/net.h"
 #include "pci/pci.h"
 
 #define VT_RAM (16u << 20)
@@ -23,6 +25,8 @@ struct vt {
 	struct machine_env env;
 	struct pci_device *pci;
 	struct device *dev;
+	struct net_client net_client;
+	struct chr_client chr_client;
 	uint64_t heap;                  /* next free guest byte */
 	uint32_t msi[64];               /* messages per data value; atomic */
 	int intx;
@@ -45,6 +49,10 @@ bool vt_negotiate(struct vt *t, uint64_t want);
 void vt_driver_ok(struct vt *t);
 uint8_t vt_status(struct vt *t);
 void vt_msix(struct vt *t, unsigned vectors);
+/* The back ends' side. */
+bool vt_net_receive(struct vt *t, const void *f, size_t n);
+void vt_chr_event(struct vt *t, int e);
+size_t vt_chr_input(struct vt *t, const char *s);
 
 /* The driver's side of a queue. */
 struct vq {

@@ -1,0 +1,339 @@
+/*
+ * KVM_RUN.
+ *
+ * Signals. Linux looks for pending signals before it enters the guest and whenever one interrupts it,
+ * returns EINTR, and the handler runs on the way out of the ioctl. To give the same, KVM_RUN blocks
+ * all but the synchronous signals while guest code runs and looks with sigpending() every few
+ * thousand instructions; a pending one that the client's mask lets through ends the call, and the
+ * handler runs when the mask is restored. Sleeps use ppoll() with the client's mask.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <unistd.h>
+
+#include "softkvm/api/api.h"
+#include "softkvm/events.h"
+#include "softkvm/irqchip.h"
+#include "softkvm/mmu.h"
+
+#define POLL_INSNS 4096
+
+/* -- signals ---------------------------------------------------------------------------------- */
+static void signals_enter(struct vcpu *v)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	for (const int *s = (const int[]){ SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGABRT, 0 }; *s; s++)
+		sigdelset(&all, *s);
+	pthread_sigmask(SIG_BLOCK, &all, &v->api->saved);
+	v->api->effective = v->api->saved;
+	if (v->has_sigmask) {
+		sigemptyset(&v->api->effective);
+		for (int s = 1; s <= 64; s++)
+			if (v->sigmask >> (s - 1) & 1)
+				sigaddset(&v->api->effective, s);
+	}
+}
+
+static bool signal_pending(struct vcpu *v)
+{
+	sigset_t p;
+	const uint64_t *bits = (const uint64_t *)&p, *masked = (const uint64_t *)&v->api->effective;
+
+	/* The kernel's sets have 64 bits, the first of the C library's words. */
+	return !sigpending(&p) && bits[0] & ~masked[0];
+}
+
+/*
+ * Back to the client's mask. With KVM_SET_SIGNAL_MASK, what ended the call is blocked in the client's own
+ * mask and stays pending, as on Linux, where the client takes it with sigtimedwait().
+ */
+static void signals_leave(struct vcpu *v)
+{
+	pthread_sigmask(SIG_SETMASK, &v->api->saved, NULL);
+}
+
+static bool immediate_exit(const struct cpu *c)
+{
+	return __atomic_load_n(&c->run->immediate_exit, __ATOMIC_RELAXED);
+}
+
+bool vcpu_poll(struct cpu *c)
+{
+	struct vcpu *v = c->vcpu;
+	struct vcpu_api *a = v->api;
+
+	c->budget = POLL_INSNS;
+	if (a->steal_time & 1 && mono_ns() >= a->next_steal)
+		atomic_fetch_or(&c->requests, REQ_CLOCK);
+	if (immediate_exit(c))
+		return true;
+	if (!signal_pending(v))
+		return false;
+	c->run->exit_reason = KVM_EXIT_INTR;
+	return true;
+}
+
+/* -- sleeping --------------------------------------------------------------------------------- */
+/*
+ * Until a request, the deadline (CLOCK_MONOTONIC ns) or a signal: then -EINTR. With KVM_SET_SIGNAL_MASK the
+ * signal must stay pending, so a signalfd tells of it; without, its handler may as well run here.
+ */
+static int vcpu_sleep(struct vcpu *v, uint64_t deadline)
+{
+	struct cpu *c = &v->cpu;
+	struct pollfd p[2] = { { .fd = v->wake_fd, .events = POLLIN }, { .fd = v->api->signal_fd, .events = POLLIN } };
+	struct timespec t, *timeout = NULL;
+	uint64_t now, drain;
+	int r = 0;
+
+	atomic_store(&v->sleeping, true);
+	if (!(atomic_load(&c->requests) & REQ_WAKE) && !immediate_exit(c)) {
+		if (deadline != UINT64_MAX) {
+			now = mono_ns();
+			now = deadline > now ? deadline - now : 0;
+			t = (struct timespec){ .tv_sec = (time_t)(now / 1000000000u), .tv_nsec = (long)(now % 1000000000u) };
+			timeout = &t;
+		}
+		r = ppoll(p, v->has_sigmask ? 2 : 1, timeout, v->has_sigmask ? NULL : &v->api->effective);
+		r = r < 0 ? -errno : v->has_sigmask && p[1].revents ? -EINTR : 0;
+	}
+	atomic_store(&v->sleeping, false);
+	while (read(v->wake_fd, &drain, sizeof drain) < 0 && errno == EINTR)
+		;
+	return r == -EINTR ? r : 0;
+}
+
+/* -- the loop --------------------------------------------------------------------------------- */
+static int interrupted(struct cpu *c)
+{
+	if (!immediate_exit(c))
+		c->run->exit_reason = KVM_EXIT_INTR;
+	return -EINTR;
+}
+
+/* HLT. 0: go on; 1: kvm_run is filled in; -EINTR. */
+static int run_halted(struct vcpu *v)
+{
+	struct cpu *c = &v->cpu;
+	int r;
+
+	c->stats.halts++;
+	if (!c->lapic) {
+		c->halted = false;
+		c->run->exit_reason = KVM_EXIT_HLT;
+		return 1;
+	}
+	/* The engine looked at everything before it halted: only what is requested after that ends it. */
+	do {
+		if (immediate_exit(c))
+			return -EINTR;
+		r = vcpu_sleep(v, lapic_timer_deadline(c));
+		if (r)
+			return interrupted(c);
+		atomic_fetch_and(&c->requests, ~(uint32_t)REQ_TIMER);
+		lapic_timer_poll(c);
+	} while (!(atomic_load(&c->requests) & (REQ_EVENT | REQ_EXIT | REQ_CLOCK)));
+	return 0;
+}
+
+/* Requests that mean nothing to a vCPU before SIPI; a clock update is asked for again afterwards. */
+static bool waits_for_sipi(struct cpu *c)
+{
+	if (!vcpu_init_sipi(c))
+		return false;
+	atomic_fetch_and(&c->requests, ~(uint32_t)(REQ_EVENT | REQ_CLOCK | REQ_TIMER));
+	if (vcpu_init_sipi(c))
+		return true;
+	cpu_request(c, REQ_CLOCK);
+	return false;
+}
+
+/* Before the first INIT and SIPI: Linux waits once, then lets user space look (EAGAIN). */
+static int run_uninitialized(struct vcpu *v)
+{
+	struct cpu *c = &v->cpu;
+	int r = 0;
+
+	if (immediate_exit(c))
+		return -EINTR;
+	if (waits_for_sipi(c)) {
+		r = vcpu_sleep(v, UINT64_MAX);
+		vcpu_init_sipi(c);
+	}
+	return r || signal_pending(v) ? interrupted(c) : -EAGAIN;
+}
+
+/* INIT_RECEIVED while KVM_RUN is under way: wait for SIPI here. */
+static int run_wait_sipi(struct vcpu *v)
+{
+	struct cpu *c = &v->cpu;
+
+	while (waits_for_sipi(c)) {
+		if (immediate_exit(c))
+			return -EINTR;
+		if (atomic_load(&c->requests) & REQ_EXIT || vcpu_sleep(v, UINT64_MAX))
+			return interrupted(c);
+	}
+	return 0;
+}
+
+static int run_guest(struct vcpu *v)
+{
+	struct cpu *c = &v->cpu;
+	enum run_result res;
+	int r;
+
+	for (;;) {
+		if ((r = run_wait_sipi(v)))
+			return r;
+		vm_enter_running(c);
+		res = engine_run(c);
+		vm_leave_running(c);
+		switch (res) {
+		case RUN_EXIT:
+			return 0;
+		case RUN_EINTR:
+			atomic_fetch_and(&c->requests, ~(uint32_t)REQ_EXIT);
+			return interrupted(c);
+		case RUN_HALTED:
+			r = run_halted(v);
+			if (r)
+				return r < 0 ? r : 0;
+			break;
+		case RUN_WAIT_SIPI:
+			break;
+		}
+		/* Sleeps end here without a block boundary of their own. */
+		if (vcpu_poll(c))
+			return interrupted(c);
+	}
+}
+
+/* -- around it -------------------------------------------------------------------------------- */
+static int sync_in(struct vcpu *v)
+{
+	struct kvm_run *run = v->cpu.run;
+	uint64_t valid = run->kvm_valid_regs, dirty = run->kvm_dirty_regs;
+	struct kvm_sync_regs s;
+
+	if ((valid | dirty) & ~(uint64_t)KVM_SYNC_X86_VALID_FIELDS)
+		return -EINVAL;
+	if (!dirty)
+		return 0;
+	s = *(volatile struct kvm_sync_regs *)&run->s.regs;
+	if (dirty & KVM_SYNC_X86_REGS) {
+		regs_set(&v->cpu, &s.regs);
+		run->kvm_dirty_regs &= ~(uint64_t)KVM_SYNC_X86_REGS;
+	}
+	if (dirty & KVM_SYNC_X86_SREGS) {
+		if (sregs_set(&v->cpu, &s.sregs))
+			return -EINVAL;
+		run->kvm_dirty_regs &= ~(uint64_t)KVM_SYNC_X86_SREGS;
+	}
+	if (dirty & KVM_SYNC_X86_EVENTS) {
+		if (events_set(&v->cpu, &s.events))
+			return -EINVAL;
+		run->kvm_dirty_regs &= ~(uint64_t)KVM_SYNC_X86_EVENTS;
+	}
+	return 0;
+}
+
+static void sync_out(struct vcpu *v)
+{
+	struct kvm_run *run = v->cpu.run;
+	uint64_t valid = run->kvm_valid_regs;
+
+	if (valid & KVM_SYNC_X86_REGS)
+		regs_get(&v->cpu, &run->s.regs.regs);
+	if (valid & KVM_SYNC_X86_SREGS)
+		sregs_get(&v->cpu, &run->s.regs.sregs);
+	if (valid & KVM_SYNC_X86_EVENTS)
+		events_get(&v->cpu, &run->s.regs.events);
+}
+
+static bool ready_for_injection(struct cpu *c)
+{
+	if (c->lapic && !c->vm->split_irqchip)
+		return true;
+	return event_can_interrupt(c) && !c->ext_pending && (!c->lapic || lapic_accepts_pic(c));
+}
+
+static void save_run(struct cpu *c)
+{
+	struct kvm_run *run = c->run;
+
+	run->if_flag = (c->eflags & FL_IF) != 0;
+	run->flags = c->smm ? KVM_RUN_X86_SMM : 0;
+	run->cr8 = c->lapic ? lapic_get_tpr(c) : c->cr8;
+	run->apic_base = c->msr.apic_base;
+	run->ready_for_interrupt_injection = ready_for_injection(c);
+}
+
+/* What the last exit left half done. 1: another exit is due. */
+static int complete(struct cpu *c)
+{
+	if (c->pio.active)
+		pio_complete(c);
+	return mmio_complete(c);
+}
+
+static long run_locked(struct vcpu *v)
+{
+	struct cpu *c = &v->cpu;
+	int r;
+
+	if (atomic_load(&v->mp_state) == KVM_MP_STATE_UNINITIALIZED)
+		return run_uninitialized(v);
+	if ((r = sync_in(v)))
+		return r;
+	if (!c->lapic && c->run->cr8 != c->cr8 && !cr8_write(c, c->run->cr8))
+		return -EINVAL;
+	if (complete(c))
+		return 0;
+	if (immediate_exit(c))
+		return -EINTR;
+	if (v->has_sigmask && signal_pending(v))
+		return interrupted(c);
+	return run_guest(v);
+}
+
+long vcpu_run(struct vcpu *v)
+{
+	long r;
+
+	signals_enter(v);
+	v->api->ran = true;
+	r = run_locked(v);
+	save_run(&v->cpu);
+	sync_out(v);
+	v->cpu.stats.exits++;
+	signals_leave(v);
+	return r;
+}
+
+void vcpu_msr_exit(struct cpu *c, uint32_t msr, bool write, uint64_t data)
+{
+	struct kvm_run *run = c->run;
+
+	run->exit_reason = write ? KVM_EXIT_X86_WRMSR : KVM_EXIT_X86_RDMSR;
+	run->msr.error = 0;
+	memset(run->msr.pad, 0, sizeof run->msr.pad);
+	run->msr.reason = c->vcpu->api->msr_reason;
+	run->msr.index = msr;
+	run->msr.data = data;
+	memset(&c->pio, 0, sizeof c->pio);
+	c->pio.active = true;
+	c->pio.kind = write ? PIO_WRMSR : PIO_RDMSR;
+	c->pio.lin_rip = cpu_cur_rip(c) + (c->flat ? 0 : c->seg[SEG_CS].base);
+	c->pio.next_rip = cpu_next_rip(c);
+	cpu_unwind(c, UNWIND_EXIT);
+}
+
+uint32_t vcpu_msr_reason(const struct cpu *c)
+{
+	return c->vcpu->api->msr_reason;
+}
