@@ -36,7 +36,6 @@ static inline void guest_exit(u8 code)
 /* The number of the check that failed becomes the status. */
 #define CHECK(n, cond) do { if (!(cond)) { puts_com1("FAIL " #n ": " #cond "\n"); guest_exit(n); } } while (0)
 
-struct irq_frame { u32 ip, cs, flags; };
 void set_gate(int vec, void *handler);
 void guest_main(u32 magic, u32 info);
 
