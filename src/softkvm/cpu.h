@@ -115,7 +115,7 @@ struct cpu {
 	const struct insn *cur;
 	const struct insn *block_end;   /* the loop stops when it reaches this; cpu_leave_after() moves it */
 	struct block *blk;              /* the running block (interp/block.h) */
-	uint64_t code_stamp;            /* generation and mode under which block links may be followed; 0: none (exec.c) */
+	uint64_t code_stamp;            /* generation and mode under which block links may be followed; 1: none (exec.c) */
 	struct tlb *tlb;                /* table for data accesses at the current privilege (tlb[...] below) */
 	_Atomic uint32_t requests;      /* (atomic) */
 	int32_t budget;                 /* instructions until the loop looks at the clock */

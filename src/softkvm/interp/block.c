@@ -1,0 +1,337 @@
+/* The cache of decoded blocks: see block.h. */
+#include "softkvm/interp/block.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "softkvm/vm.h"
+
+static const _Atomic uint32_t never_matches = 0;        /* marked pages are odd */
+
+/* -- life -------------------------------------------------------------------------------------- */
+int engine_cpu_init(struct cpu *c)
+{
+	struct block_cache *bc = calloc(1, sizeof *bc);
+
+	if (!bc)
+		return -ENOMEM;
+	bc->size = BLOCK_ARENA_DEFAULT;
+	bc->arena = mmap(NULL, bc->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	bc->scratch = aligned_alloc(64, ALIGN_UP(sizeof(struct block) + 2 * sizeof(struct insn) + 16, 64));
+	if (bc->arena == MAP_FAILED || !bc->scratch) {
+		if (bc->arena != MAP_FAILED)
+			munmap(bc->arena, bc->size);
+		free(bc->scratch);
+		free(bc);
+		return -ENOMEM;
+	}
+	bc->gen = 1;
+	c->blocks = bc;
+	return 0;
+}
+
+void engine_cpu_free(struct cpu *c)
+{
+	struct block_cache *bc = c->blocks;
+
+	if (!bc)
+		return;
+	munmap(bc->arena, bc->size);
+	free(bc->scratch);
+	free(bc);
+	c->blocks = NULL;
+}
+
+void block_new_generation(struct cpu *c)
+{
+	struct block_cache *bc = c->blocks;
+
+	bc->want = NULL;
+	c->code_stamp = CODE_STAMP_NONE;
+	if (++bc->gen == 0) {
+		bc->gen = 1;
+		block_flush(c);
+	}
+}
+
+void block_flush(struct cpu *c)
+{
+	struct block_cache *bc = c->blocks;
+
+	memset(bc->fast, 0, sizeof bc->fast);
+	memset(bc->hash, 0, sizeof bc->hash);
+	bc->used = 0;
+	bc->want = NULL;
+	c->code_stamp = CODE_STAMP_NONE;
+}
+
+uint32_t block_mode(const struct cpu *c, bool one)
+{
+	const struct seg *cs = &c->seg[SEG_CS];
+	uint32_t m = one ? BM_ONE : 0;
+
+	if (c->code_bits == 64)
+		m |= BM_CODE64 | BM_STACK64;
+	else
+		m |= (c->code_bits == 32 ? BM_CODE32 : BM_CODE16) | (c->stack_bits == 32 ? BM_STACK32 : BM_STACK16) |
+		     (c->real || c->vm86 ? BM_REAL : 0) | (cs->base || cs->limit != UINT32_MAX ? BM_SEG : 0);
+	return m | (c->smm ? BM_SMM : 0) | (c->cpl == 3 ? BM_USER : 0);
+}
+
+/* -- validity ---------------------------------------------------------------------------------- */
+static bool same_bytes(const struct block *b)
+{
+	unsigned first = b->cross ? 4096 - (b->gpa & 4095) : b->bytes;
+
+	return !memcmp(b->host, b->copy, first) &&
+	       (!b->cross || !memcmp(b->page[1].host, b->copy + first, b->bytes - first));
+}
+
+/* The page was written, or may have been behind our back: do the bytes still stand? Marked before they are compared. */
+static bool revive(struct cpu *c, struct block *b)
+{
+	uint32_t v0 = mmu_code_mark(c, &b->page[0]), v1 = b->cross ? mmu_code_mark(c, &b->page[1]) : 0;
+
+	if (!same_bytes(b)) {
+		c->stats.code_invalidations++;
+		return false;
+	}
+	b->epoch = c->blocks->seen_epoch;
+	b->page_ver[0] = v0;
+	b->page_ver[1] = v1;
+	if (!b->cross)
+		b->ver_value = v0;
+	return true;
+}
+
+static inline uint32_t ver_now(const struct code_page *p)
+{
+	return atomic_load_explicit((_Atomic uint32_t *)p->ver, memory_order_acquire);
+}
+
+static bool block_valid(struct cpu *c, struct block *b)
+{
+	if (likely(ver_now(&b->page[0]) == b->page_ver[0] && b->epoch == c->blocks->seen_epoch &&
+		   (!b->cross || ver_now(&b->page[1]) == b->page_ver[1])))
+		return true;
+	return revive(c, b);
+}
+
+/* -- making ------------------------------------------------------------------------------------ */
+struct build {
+	uint64_t lin, gpa;
+	uint32_t mode;
+	uint64_t limit;         /* bytes of code up to the CS limit */
+	struct code_page page[2];
+	uint32_t ver[2];
+	bool cross, keep;
+	unsigned n, bytes;
+	struct insn insn[BLOCK_MAX_INSNS];
+	uint8_t buf[BLOCK_MAX_BYTES + 16];
+};
+
+static const uint8_t *page_base(const struct code_page *p)
+{
+	return p->host - (p->gpa & 4095);
+}
+
+static void fetch(struct cpu *c, uint64_t lin, struct code_page *p)
+{
+	mmu_fetch(c, lin, p);
+	if (!p->host || !p->ver)
+		cpu_emulation_failed(c);
+	p->host = page_base(p);
+	p->gpa &= ~4095ULL;
+}
+
+/* The first instruction does not end in its page (or before the CS limit). */
+static void build_cross(struct cpu *c, struct build *b, unsigned first)
+{
+	unsigned avail = (unsigned)MIN(b->limit, 15), rest = 4096 - (b->gpa & 4095);
+
+	if (avail > rest) {
+		uint64_t lin = b->lin + rest;
+
+		if (c->code_bits != 64)
+			lin = (uint32_t)lin;
+		else if (!cpu_canonical(c, lin))
+			cpu_gp(c, 0);
+		fetch(c, lin, &b->page[1]);
+		b->cross = true;
+		b->ver[1] = mmu_code_mark(c, &b->page[1]);
+		memcpy(b->buf + rest, b->page[1].host, avail - rest);
+		if (decode_insn(c, b->mode, b->buf, avail, 0, b->insn) == DEC_OK) {
+			b->n = 1;
+			b->bytes = b->insn[0].len;
+			b->cross = b->bytes > rest;
+			return;
+		}
+	}
+	b->cross = false;       /* the limit cuts it off */
+	b->keep = false;
+	b->n = 1;
+	b->bytes = first;
+	b->insn[0] = (struct insn){ .fn = op_fetch_gp, .flags = IF_END, .len = (uint8_t)first,
+				    .base = R_ZERO, .index = R_ZERO };
+}
+
+static void build_block(struct cpu *c, struct build *b)
+{
+	unsigned rest = 4096 - (b->gpa & 4095), max = b->mode & BM_ONE ? 1 : BLOCK_MAX_INSNS;
+	unsigned have = (unsigned)MIN(MIN((uint64_t)rest, b->limit), (uint64_t)sizeof b->buf - 1);
+
+	b->ver[0] = mmu_code_mark(c, &b->page[0]);
+	memcpy(b->buf, b->page[0].host + (b->gpa & 4095), have);
+	while (b->n < max && b->bytes < BLOCK_MAX_BYTES && b->bytes < have) {
+		unsigned avail = MIN(15, have - b->bytes);
+		struct insn *i = &b->insn[b->n];
+
+		if (decode_insn(c, b->mode, b->buf + b->bytes, avail, b->bytes, i) == DEC_MORE) {
+			if (!b->n)
+				build_cross(c, b, avail);
+			return;
+		}
+		b->n++;
+		b->bytes += i->len;
+		if (i->flags & IF_END)
+			return;
+	}
+}
+
+static struct block *block_alloc(struct cpu *c, unsigned n, unsigned bytes)
+{
+	struct block_cache *bc = c->blocks;
+	size_t need = ALIGN_UP(sizeof(struct block) + (n + 1) * sizeof(struct insn) + bytes, 64);
+	struct block *b;
+
+	if (bc->size - bc->used < need)
+		block_flush(c);
+	b = (struct block *)(bc->arena + bc->used);
+	bc->used += need;
+	return b;
+}
+
+static unsigned hash_index(uint64_t gpa, uint32_t mode)
+{
+	uint64_t h = (gpa ^ (uint64_t)(mode & BM_PHYS_MASK) << 40) * 0x9e3779b97f4a7c15ULL;
+
+	return (unsigned)(h >> (64 - BLOCK_HASH_BITS));
+}
+
+static struct block *block_finish(struct cpu *c, const struct build *s)
+{
+	struct block_cache *bc = c->blocks;
+	struct block *b = s->keep ? block_alloc(c, s->n, s->bytes) : bc->scratch;
+	unsigned h = hash_index(s->gpa, s->mode);
+
+	memset(b, 0, sizeof *b);
+	memcpy(b->insn, s->insn, s->n * sizeof(struct insn));
+	b->insn[s->n] = (struct insn){ .fn = op_block_end, .off = (uint16_t)s->bytes, .base = R_ZERO, .index = R_ZERO };
+	b->copy = (uint8_t *)&b->insn[s->n + 1];
+	memcpy(b->copy, s->buf, s->bytes);
+	b->n = (uint16_t)s->n;
+	b->bytes = (uint16_t)s->bytes;
+	b->gpa = s->gpa;
+	b->mode = s->mode & BM_PHYS_MASK;
+	b->epoch = bc->seen_epoch;
+	b->cross = s->cross;
+	b->host = s->page[0].host + (s->gpa & 4095);
+	memcpy(b->page, s->page, sizeof b->page);
+	memcpy(b->page_ver, s->ver, sizeof b->page_ver);
+	b->ver = s->cross || !s->keep ? &never_matches : s->page[0].ver;
+	b->ver_value = s->cross || !s->keep ? 1 : s->ver[0];
+	if (s->keep) {
+		b->hash_next = bc->hash[h];
+		bc->hash[h] = b;
+	}
+	c->stats.blocks_decoded++;
+	return b;
+}
+
+/* -- finding ----------------------------------------------------------------------------------- */
+static struct block *hash_find(struct cpu *c, uint64_t gpa, uint32_t mode, const struct code_page *pg, uint64_t lin)
+{
+	struct block **p = &c->blocks->hash[hash_index(gpa, mode)], *b;
+
+	for (; (b = *p); p = &b->hash_next) {
+		if (b->gpa != gpa || b->mode != (mode & BM_PHYS_MASK))
+			continue;
+		if (b->page[0].host == pg->host && b->page[0].ver == pg->ver) {
+			struct code_page second = b->page[1];
+
+			if (b->cross) {
+				uint64_t next = (lin | 4095) + 1;
+
+				fetch(c, c->code_bits == 64 ? next : (uint32_t)next, &second);
+			}
+			if (second.host == b->page[1].host && second.ver == b->page[1].ver && block_valid(c, b))
+				return b;
+		}
+		*p = b->hash_next;
+		return NULL;
+	}
+	return NULL;
+}
+
+static struct block *block_slow(struct cpu *c, uint32_t mode, uint64_t lin)
+{
+	struct build s;
+	struct block *b;
+
+	s.n = s.bytes = 0;
+	s.cross = false;
+	s.keep = true;
+	s.ver[1] = 0;
+	memset(s.page, 0, sizeof s.page);
+	s.lin = lin;
+	s.mode = mode;
+	s.limit = UINT64_MAX;
+	if (mode & BM_CODE64) {
+		if (!cpu_canonical(c, lin))
+			cpu_gp(c, 0);
+	} else {
+		if (c->rip > c->seg[SEG_CS].limit)
+			cpu_gp(c, 0);
+		s.limit = (uint64_t)c->seg[SEG_CS].limit - c->rip + 1;
+	}
+	fetch(c, lin, &s.page[0]);
+	s.gpa = s.page[0].gpa | (lin & 4095);
+	b = hash_find(c, s.gpa, mode, &s.page[0], lin);
+	if (b && b->bytes <= s.limit)
+		return b;
+	if (b) {        /* cached under a larger limit */
+		s.keep = false;
+		s.mode |= BM_ONE;
+	}
+	build_block(c, &s);
+	return block_finish(c, &s);
+}
+
+/* While code is fetched there is no current instruction: RIP is what cpu_cur_rip() must say. */
+static const struct insn no_insn = { .fn = op_ud, .flags = IF_END, .base = R_ZERO, .index = R_ZERO };
+
+struct block *block_get(struct cpu *c, uint32_t mode)
+{
+	struct block_cache *bc = c->blocks;
+	uint64_t stamp = (uint64_t)bc->gen << 32 | mode | (1u << 31);
+	uint64_t lin = c->rip;
+	struct block_fast *e;
+	struct block *b;
+
+	if (!(mode & BM_CODE64))
+		lin = (uint32_t)(c->seg[SEG_CS].base + c->rip);
+	e = &bc->fast[block_fast_index(lin)];
+	c->code_stamp = mode & (BM_ONE | BM_SEG) ? CODE_STAMP_NONE : stamp;
+	if (likely(e->stamp == stamp && e->rip == lin && !(mode & BM_SEG)))
+		if (likely(block_valid(c, e->blk)))
+			return e->blk;
+	c->cur = &no_insn;
+	c->gpr[R_BLK] = c->rip;
+	b = block_slow(c, mode, lin);
+	c->code_stamp = mode & (BM_ONE | BM_SEG) ? CODE_STAMP_NONE : stamp;   /* a flush cleared it */
+	if (b != bc->scratch)
+		*e = (struct block_fast){ .rip = lin, .stamp = stamp, .blk = b };
+	return b;
+}

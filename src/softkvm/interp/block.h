@@ -1,0 +1,103 @@
+/*
+ * Decoded blocks: straight runs of guest instructions inside one page of guest physical memory.
+ * Private to interp/.
+ *
+ * Finding a block. By linear address in a direct-mapped table that is valid for one `code_stamp`
+ * (generation of the instruction TLB, code epoch and mode), else by physical address in a hash. A
+ * branch remembers where it went last (struct block_link) and goes there without leaving the handler.
+ *
+ * Staying right. A block remembers the version of its page (mmu_code_mark()); whoever stores to the page
+ * changes it. A block whose page changed is compared with the bytes it was made from and either revived or
+ * thrown away. For clients that do not announce their writes the same comparison is made when the VM's code
+ * epoch has moved. An instruction that crosses a page end is a block of its own and has two of everything.
+ *
+ * Memory. A bounded arena per vCPU, filled front to back and thrown away as a whole when full.
+ */
+#ifndef SOFTKVM_INTERP_BLOCK_H
+#define SOFTKVM_INTERP_BLOCK_H
+
+#include "softkvm/cpu.h"
+#include "softkvm/insn.h"
+
+#define BLOCK_MAX_INSNS 64
+#define BLOCK_MAX_BYTES 512
+#define BLOCK_ARENA_DEFAULT (6u << 20)
+
+/* Mode bits of a block: part of its key and of code_stamp. */
+enum {
+	BM_CODE16 = 0, BM_CODE32 = 1, BM_CODE64 = 2,    /* code_bits */
+	BM_STACK16 = 0, BM_STACK32 = 4, BM_STACK64 = 8,
+	BM_ONE = 16,            /* one instruction */
+	BM_REAL = 32,           /* real or virtual-8086 mode: fewer instructions exist */
+	BM_SMM = 64,
+	BM_USER = 128,          /* CPL 3: fetch permission; not part of the physical key */
+	BM_SEG = 256,           /* CS has a base or a limit: no links; not part of the physical key */
+};
+#define BM_PHYS_MASK (~(uint32_t)(BM_USER | BM_SEG))
+
+struct block_link {
+	uint64_t stamp, rip;
+	struct block *blk;
+};
+
+struct block {
+	const _Atomic uint32_t *ver;    /* what links check; a crossing block points to a version that never matches */
+	uint32_t ver_value;
+	uint16_t n;                     /* instructions */
+	uint16_t bytes;
+	uint64_t gpa;
+	uint32_t mode;
+	uint32_t epoch;                 /* code epoch at which the bytes were last known to be right */
+	struct block_link link[2];      /* fall-through or not taken; taken */
+	struct block *hash_next;
+	const uint8_t *host;            /* first byte in host memory */
+	struct code_page page[2];       /* [1] only when the instruction crosses */
+	uint32_t page_ver[2];
+	bool cross;
+	uint8_t *copy;                  /* the bytes this was decoded from */
+	_Alignas(32) struct insn insn[];/* n, then one with op_block_end */
+};
+
+struct block_fast { uint64_t rip, stamp; struct block *blk; };
+
+#define CODE_STAMP_NONE 1      /* no block or link ever has this */
+
+#define BLOCK_FAST_BITS 13
+#define BLOCK_HASH_BITS 14
+
+struct block_cache {
+	struct block_fast fast[1 << BLOCK_FAST_BITS];
+	struct block *hash[1 << BLOCK_HASH_BITS];
+	uint8_t *arena;
+	size_t size, used;
+	uint32_t gen;                   /* upper half of code_stamp */
+	uint32_t seen_fetch_gen, seen_epoch;
+	struct block_link *want;        /* link to be filled by the next lookup */
+	struct block *scratch;          /* for blocks that cannot be kept */
+	int32_t budget_start;           /* to count instructions */
+	bool stepping;                  /* one_insn was set when the running instruction began */
+	unsigned random_left;           /* RDRAND: numbers drawn and not yet given out */
+	uint64_t random[32];
+};
+
+static inline unsigned block_fast_index(uint64_t rip)
+{
+	return (unsigned)(rip ^ rip >> BLOCK_FAST_BITS) & ((1u << BLOCK_FAST_BITS) - 1);
+}
+
+/* Current mode bits. `one`: a block of one instruction is wanted. */
+uint32_t block_mode(const struct cpu *c, bool one);
+/* The valid block at CS:rip; decodes it when needed. Raises what the fetch raises. */
+struct block *block_get(struct cpu *c, uint32_t mode);
+/* Forget everything. Never while a block runs. */
+void block_flush(struct cpu *c);
+/* Do not follow links made before this point. */
+void block_new_generation(struct cpu *c);
+
+/* decode.c: decode one instruction from `bytes` of which `avail` (<= 15) can be had. */
+enum decode_result { DEC_OK, DEC_MORE /* needs bytes beyond avail */ };
+enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t *bytes, unsigned avail,
+			       unsigned off, struct insn *i);
+insn_fn op_block_end, op_fetch_gp;
+
+#endif
