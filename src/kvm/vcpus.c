@@ -315,6 +315,7 @@ int vcpus_start(struct vcpus *s, struct err *err)
 	pthread_attr_setstacksize(&a, VCPU_STACK);
 	thread_mask(&mask);
 	pthread_sigmask(SIG_SETMASK, &mask, &old);
+	pthread_mutex_lock(&s->lock); /* a thread parks first, so it waits until its struct is filled */
 	for (unsigned i = 0; !r && i < s->n; i++) {
 		struct cpu *c = &s->cpu[i];
 		if (c->started)
@@ -324,6 +325,7 @@ int vcpus_start(struct vcpus *s, struct err *err)
 		c->started = !r;
 		c->running = !r;
 	}
+	pthread_mutex_unlock(&s->lock);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	pthread_attr_destroy(&a);
 	if (r)
@@ -357,9 +359,12 @@ void vcpus_stop(struct vcpus *s)
 	for (unsigned i = 0; i < s->n; i++) {
 		if (s->cpu[i].started)
 			pthread_join(s->cpu[i].thread, NULL);
-		s->cpu[i].started = false;
 	}
+	pthread_mutex_lock(&s->lock);
+	for (unsigned i = 0; i < s->n; i++)
+		s->cpu[i].started = false;
 	s->stopping = false;
+	pthread_mutex_unlock(&s->lock);
 }
 
 void vcpus_request_pause(struct vcpus *s)

@@ -142,7 +142,7 @@ struct moving { pthread_mutex_t lock; bool alive; uint64_t calls; };
 static uint64_t mv_read(void *opaque, uint64_t off, unsigned size)
 {
 	struct moving *m = opaque;
-	m->calls++;
+	__atomic_fetch_add(&m->calls, 1, __ATOMIC_RELAXED);
 	return __atomic_load_n(&m->alive, __ATOMIC_ACQUIRE) ? off : 0xdead;
 }
 
