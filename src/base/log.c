@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <time.h>
 
@@ -44,12 +45,12 @@ void log_limited(struct log_limit *l, enum log_level level, const char *fmt, ...
 	struct timespec ts;
 	clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
 	uint64_t now = (uint64_t)ts.tv_sec + 1; /* never 0, so that the first window is new */
-	if (__atomic_exchange_n(&l->window, now, __ATOMIC_RELAXED) != now) {
-		uint32_t n = __atomic_exchange_n(&l->count, 0, __ATOMIC_RELAXED);
+	if (atomic_exchange_explicit(&l->window, now, memory_order_relaxed) != now) {
+		uint32_t n = atomic_exchange_explicit(&l->count, 0, memory_order_relaxed);
 		if (n > 10)
 			log_msg(level, "(%u similar messages dropped)", n - 10);
 	}
-	if (__atomic_fetch_add(&l->count, 1, __ATOMIC_RELAXED) >= 10)
+	if (atomic_fetch_add_explicit(&l->count, 1, memory_order_relaxed) >= 10)
 		return;
 	va_list ap;
 	va_start(ap, fmt);
