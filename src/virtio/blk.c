@@ -317,17 +317,22 @@ static void blk_drain(struct virtio_dev *v)
 	pthread_mutex_lock(&v->lock);
 }
 
+static bool cached(const struct blk *d)
+{
+	return d->write_cache ? d->write_cache == 1 : block_write_cache(d->drive);
+}
+
 /* Without FLUSH the driver can not ask for stability, so every write must give it (5.2.5.2). */
 static void blk_features(struct virtio_dev *v)
 {
 	struct blk *d = blk_of(v);
 
-	v->config[offsetof(struct virtio_blk_config, wce)] = d->write_cache != 2 && virtio_has(v, VIRTIO_BLK_F_FLUSH);
+	v->config[offsetof(struct virtio_blk_config, wce)] = cached(d) && virtio_has(v, VIRTIO_BLK_F_FLUSH);
 }
 
 static void blk_reset(struct virtio_dev *v)
 {
-	v->config[offsetof(struct virtio_blk_config, wce)] = blk_of(v)->write_cache != 2;
+	v->config[offsetof(struct virtio_blk_config, wce)] = cached(blk_of(v));
 }
 
 static void blk_config_write(struct virtio_dev *v, unsigned off, const uint8_t *buf, unsigned len)
@@ -348,7 +353,7 @@ static void fill_config(struct blk *d)
 		.seg_max = MIN(d->queue_size, 256u) - 2,
 		.blk_size = d->blk_size,
 		.physical_block_exp = __builtin_ctz(MAX((uint32_t)d->pbs, d->blk_size) / d->blk_size),
-		.wce = d->write_cache != 2,
+		.wce = cached(d),
 		.num_queues = d->num_queues,
 		.max_discard_sectors = WZ_MAX_SECTORS & ~(d->blk_size / 512 - 1),
 		.max_discard_seg = 1,

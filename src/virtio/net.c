@@ -19,7 +19,6 @@
 #define HDR sizeof(struct virtio_net_hdr_mrg_rxbuf)     /* with VERSION_1 in every frame, 5.1.6.1 */
 #define FRAME_MAX (64 * 1024)
 #define RX_CHAINS 128           /* buffers one frame may take */
-#define TX_RETRY_NS 1000000
 
 static struct vnet *vnet_of(struct virtio_dev *v)
 {
@@ -175,8 +174,7 @@ static void tx_kick(struct vnet *d)
 		if (!tx_frame(d)) {
 			virtq_unpop(q, &d->chain);
 			d->n_tx_full++;
-			timer_arm(&d->tx_retry, clock_now(v->env->clock) + TX_RETRY_NS);
-			break;
+			break;                  /* net_can_send() comes */
 		}
 		virtq_fill(q, &d->chain, 0);
 		n++;
@@ -191,7 +189,7 @@ static void tx_kick(struct vnet *d)
 	}
 }
 
-static void tx_retry(void *opaque)
+static void net_can_send(void *opaque)
 {
 	struct vnet *d = opaque;
 
@@ -291,7 +289,6 @@ static void net_free(struct vnet *d)
 	if (d->attached)
 		net_detach(d->netdev);
 	d->attached = false;
-	timer_stop(&d->tx_retry);
 	for (unsigned i = 0; d->rx && i < RX_CHAINS; i++)
 		virtq_chain_free(&d->rx[i]);
 	free(d->rx);
@@ -304,7 +301,7 @@ static void net_free(struct vnet *d)
 static int net_create(struct device *dev, struct err *err)
 {
 	struct vnet *d = container_of(dev, struct vnet, vp.dev);
-	struct net_client cl = { net_receive, net_link, d };
+	struct net_client cl = { net_receive, net_link, d, net_can_send };
 	int r = net_check(d, err);
 
 	if (r)
@@ -314,7 +311,6 @@ static int net_create(struct device *dev, struct err *err)
 			sizeof(struct virtio_net_config) }, err);
 	if (r)
 		return r;
-	timer_init(&d->tx_retry, dev->env->clock, tx_retry, d);
 	d->vp.v.vq[NET_RX].q.max_size = d->vp.v.vq[NET_RX].q.size = d->rx_size;
 	d->vp.v.vq[NET_TX].q.max_size = d->vp.v.vq[NET_TX].q.size = d->tx_size;
 	if (d->ctrl_vq)

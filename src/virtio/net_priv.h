@@ -24,7 +24,6 @@ struct vnet {
 	struct virtio_pci vp;
 	struct net_filter f;
 	struct virtq_chain chain, ctrl, *rx;  /* tx | control | 128 for merged receive buffers */
-	struct timer tx_retry;
 	bool attached, link_up;
 	uint64_t n_rx, n_tx, n_rx_dropped, n_tx_dropped, n_rx_full, n_tx_full;
 	/* properties */

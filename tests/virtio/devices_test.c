@@ -252,6 +252,65 @@ static void test_blk_reset(void **st)
 	disk_stop(&d);
 }
 
+/* Two vCPUs, a queue each, while the machine stops and goes. */
+struct cpu { struct disk *d; struct vq q; unsigned n; uint64_t at; };
+
+static void *cpu_run(void *opaque)
+{
+	struct cpu *c = opaque;
+	uint16_t id;
+	uint32_t len;
+
+	for (unsigned i = 0; i < c->n; i++) {
+		uint8_t *p = vt_ptr(&c->d->t, c->at);
+
+		st_le32(p, i % 2);
+		st_le64(p + 8, i * 8 % 1024);
+		vq_add(&c->q, (struct vseg[]){ { c->at, 16, false }, { c->at + 512, 4096, !(i % 2) },
+					       { c->at + 16, 1, true } }, 3, false);
+		vq_kick(&c->q);
+		for (unsigned spin = 0; !vq_used(&c->q, &id, &len); spin++) {
+			usleep(50);
+			if (spin > 100000)
+				return c;
+		}
+		if (*(uint8_t *)vt_ptr(&c->d->t, c->at + 16))
+			return c;
+	}
+	return NULL;
+}
+
+static void test_blk_threads(void **st)
+{
+	static const char *const props[] = { "num-queues", "2", NULL };
+	struct cpu c[2];
+	struct disk d;
+	pthread_t th[2];
+	void *bad;
+
+	disk_start(&d, props, BIT(12) | BIT(29), false);
+	for (unsigned i = 0; i < 2; i++) {
+		c[i] = (struct cpu){ .d = &d, .n = 300, .at = d.buf + i * SLOT };
+		if (i)
+			vq_setup(&c[i].q, &d.t, 1, 64, false, true);
+		else
+			c[i].q = d.q;
+	}
+	for (unsigned i = 0; i < 2; i++)
+		pthread_create(&th[i], NULL, cpu_run, &c[i]);
+	for (unsigned i = 0; i < 30; i++) {
+		d.t.dev->cls->pause(d.t.dev, true);
+		usleep(200);
+		d.t.dev->cls->pause(d.t.dev, false);
+		usleep(500);
+	}
+	for (unsigned i = 0; i < 2; i++) {
+		pthread_join(th[i], &bad);
+		assert_null(bad);
+	}
+	disk_stop(&d);
+}
+
 static void test_net(void **st)
 {
 	static const char *const props[] = { "mac", "52:54:00:aa:bb:cc", "host_mtu", "1400", NULL };
@@ -290,7 +349,7 @@ static void test_net(void **st)
 	vq_kick(&tx);
 	assert_false(vq_used(&tx, &id, &len));
 	t.net.full = false;
-	clock_step(t.env.clock, 2000000);
+	vt_net_can_send(&t);
 	assert_true(vq_used(&tx, &id, &len));
 	assert_int_equal(t.net.sent, 2);
 
@@ -470,7 +529,8 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_blk), cmocka_unit_test(test_blk_ro), cmocka_unit_test(test_blk_model),
-		cmocka_unit_test(test_blk_reset), cmocka_unit_test(test_net), cmocka_unit_test(test_rng_limit),
+		cmocka_unit_test(test_blk_reset), cmocka_unit_test(test_blk_threads),
+		cmocka_unit_test(test_net), cmocka_unit_test(test_rng_limit),
 		cmocka_unit_test(test_props), cmocka_unit_test(test_console),
 	};
 

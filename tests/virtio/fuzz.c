@@ -110,7 +110,7 @@ static void back_end(struct vt *t, struct input *in)
 	t->chr.room = b;
 	t->chr.n_out = 0;
 	if (t->net_client.receive)
-		vt_net_receive(t, frame, (b & 0xf0) * 8);
+		vt_net_receive(t, frame, (b & 0xf0) * 8), vt_net_can_send(t);
 	if (t->chr_client.event) {
 		vt_chr_event(t, b % 4);
 		vt_chr_input(t, "some input");

@@ -17,6 +17,7 @@ int net_attach(struct net_backend *n, const struct net_client *c, const char *ow
 	return 0;
 }
 bool vt_net_receive(struct vt *t, const void *f, size_t n) { return t->net_client.receive(t->net_client.opaque, f, n); }
+void vt_net_can_send(struct vt *t) { t->net_client.can_send(t->net_client.opaque); }
 void vt_chr_event(struct vt *t, int e) { t->chr_client.event(t->chr_client.opaque, e); }
 size_t vt_chr_input(struct vt *t, const char *s)
 {

@@ -51,6 +51,7 @@ uint8_t vt_status(struct vt *t);
 void vt_msix(struct vt *t, unsigned vectors);
 /* The back ends' side. */
 bool vt_net_receive(struct vt *t, const void *f, size_t n);
+void vt_net_can_send(struct vt *t);
 void vt_chr_event(struct vt *t, int e);
 size_t vt_chr_input(struct vt *t, const char *s);
 
