@@ -29,9 +29,9 @@ static long enable_x2apic(struct vm *vm, uint64_t flags)
 	if (flags & ~(uint64_t)(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK))
 		return -EINVAL;
 	if (flags & KVM_X2APIC_API_USE_32BIT_IDS)
-		vm->x2apic_32bit_ids = true;
+		vm->policy.x2apic_32bit_ids = true;
 	if (flags & KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
-		vm->x2apic_no_broadcast_quirk = true;
+		vm->policy.x2apic_no_broadcast_quirk = true;
 	return 0;
 }
 
