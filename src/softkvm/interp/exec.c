@@ -15,6 +15,7 @@
 #include "softkvm/vm.h"
 
 #define BUDGET 16384
+#define DR6_BS (1u << 14)
 #define GO_ON ((enum run_result)-1)
 
 /* -- RIP --------------------------------------------------------------------------------------- */
@@ -101,21 +102,49 @@ void cpu_emulation_failed(struct cpu *c)
 	cpu_unwind(c, UNWIND_EXIT);
 }
 
-/* -- one instruction at a time (cpu->one_insn; events.h says what the loop owes) ------------------ */
+/* -- one instruction at a time (events.h says what the loop owes) --------------------------------- */
+static bool wants_step(const struct cpu *c)
+{
+	return c->one_insn || c->shadow || c->code_bp || (c->eflags & (FL_TF | FL_RF));
+}
+
+/* Shadow and RF last for the instruction now beginning: taken off here, put back if it must run again. */
 static void step_begin(struct cpu *c)
 {
-	c->blocks->stepping = true;
+	struct block_cache *bc = c->blocks;
+
+	bc->stepping = true;
+	bc->old_shadow = c->shadow;
+	bc->old_rf = c->eflags & FL_RF;
 	c->step.tf = (c->eflags & FL_TF) || (c->dbg.enabled && c->dbg.step);
-	c->step.rf = c->eflags & FL_RF;
-	c->step.shadow = c->shadow;
+	c->shadow = 0;
+	c->eflags &= ~(uint32_t)FL_RF;
+}
+
+static void step_undo(struct cpu *c)
+{
+	struct block_cache *bc = c->blocks;
+
+	if (!bc->stepping)
+		return;
+	bc->stepping = false;
+	c->shadow = bc->old_shadow;
+	c->eflags |= bc->old_rf;
 }
 
 static void step_done(struct cpu *c)
 {
-	if (!c->blocks->stepping)
+	struct block_cache *bc = c->blocks;
+
+	if (!bc->stepping)
 		return;
-	c->blocks->stepping = false;
-	event_insn_done(c);
+	bc->stepping = false;
+	if (c->step.tf) {
+		c->trap_db = true;
+		c->trap_dr6 |= DR6_BS;
+	}
+	if (bc->old_shadow)
+		atomic_fetch_or(&c->requests, REQ_EVENT);       /* what waited for the end of the shadow */
 }
 
 /* Execution breakpoints of `dr`/`dr7` at the linear address: DR6 bits. */
@@ -174,6 +203,7 @@ static void serve_requests(struct cpu *c, uint32_t req)
 		mmu_flush_all(c);
 	if (req & REQ_BLOCKS) {
 		block_flush(c);
+		vec_flush(c);
 		block_new_generation(c);
 	}
 	if (req & REQ_CLOCK)
@@ -286,7 +316,7 @@ static enum run_result after_insn(struct cpu *c)
 static enum run_result run_one(struct cpu *c)
 {
 	struct block_cache *bc = c->blocks;
-	bool step = c->one_insn;
+	bool step = wants_step(c);
 	enum run_result r;
 	struct block_link *want;
 	struct block *b;
@@ -340,7 +370,7 @@ static enum run_result resume(struct cpu *c, enum unwind why)
 		return take_event(c);
 	case UNWIND_EXIT:
 		c->rip = cpu_cur_rip(c);
-		c->blocks->stepping = false;
+		step_undo(c);
 		return RUN_EXIT;
 	case UNWIND_EXIT_NEXT:
 		settle_next(c);
@@ -349,7 +379,7 @@ static enum run_result resume(struct cpu *c, enum unwind why)
 	case UNWIND_RETRY:
 		c->rip = cpu_cur_rip(c);
 		c->mmio.replay = 0;
-		c->blocks->stepping = false;
+		step_undo(c);
 		return GO_ON;
 	case UNWIND_LEAVE:
 	default:

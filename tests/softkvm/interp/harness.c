@@ -114,7 +114,7 @@ bool event_deliver(struct cpu *c)
 	return false;
 }
 bool event_boundary(struct cpu *c) { return true; }
-void event_insn_done(struct cpu *c) { }
+void vec_flush(struct cpu *c) { }
 uint64_t seg_lin(struct cpu *c, unsigned seg, uint64_t off, unsigned size, enum access acc)
 {
 	if (off + size - 1 > c->seg[seg].limit)
@@ -128,4 +128,3 @@ void vm_pause_all(struct vm *vm, struct cpu *self) { }
 void vm_resume_all(struct vm *vm, struct cpu *self) { }
 void vm_request_all(struct vm *vm, uint32_t req, struct cpu *except) { }
 bool bus_mmio(struct cpu *c, uint64_t gpa, unsigned len, bool write, void *data) { return false; }
-void debug_data_access(struct cpu *c, uint64_t lin, unsigned size, bool write) { }
