@@ -375,7 +375,7 @@ static struct topology effective(const struct topology *t)
 	return (struct topology){ t->sockets * t->cores * t->threads, 1, 1 };
 }
 
-int cpuid_set(struct machine *m, struct err *err)
+int machine_set_cpuid(struct machine *m, struct err *err)
 {
 	struct cpuid *base = calloc(2, sizeof(*base)), *own = base + 1;
 	struct topology t = effective(&m->topo);

@@ -70,7 +70,7 @@ void chips_free(struct machine *m);
 
 /* cpuid.c */
 int cpuid_topology(const struct machine_config *cfg, struct topology *t, struct err *err);
-int cpuid_set(struct machine *m, struct err *err);
+int machine_set_cpuid(struct machine *m, struct err *err);
 
 /* acpi.c: builds tables into m->acpi_low at BOOT_ACPI; returns the RSDP's address through m->boot.rsdp. */
 int acpi_build(struct machine *m, struct err *err);

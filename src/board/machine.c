@@ -480,7 +480,7 @@ static int create_vm(struct machine *m, struct err *err)
 	if (!r)
 		r = vcpus_create(&m->vcpus, m->vm, m->cfg.cpus, &handlers, m, err);
 	if (!r)
-		r = cpuid_set(m, err);
+		r = machine_set_cpuid(m, err);
 	return r ? r : chips_save(m, err);
 }
 
