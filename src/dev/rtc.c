@@ -84,12 +84,17 @@ static void regs_load(struct rtc *r)
 	r->cmos[CENTURY] = enc(r, (tm.tm_year + 1900) / 100 % 100);
 }
 
+/* Nanoseconds in 64 bits end in 2262: a century that a PC's clock never shows counts as this one. */
 static int64_t regs_time(const struct rtc *r)
 {
+	unsigned year = dec(r, r->cmos[CENTURY]) * 100 + dec(r, r->cmos[YEAR]);
+
+	if (year < 1900 || year > 2199)
+		year = 2000 + year % 100;
 	struct tm tm = {
 		.tm_sec = dec(r, r->cmos[SEC]), .tm_min = dec(r, r->cmos[MIN_]), .tm_hour = dec_hour(r, r->cmos[HOUR]),
 		.tm_mday = dec(r, r->cmos[MDAY]), .tm_mon = (int)dec(r, r->cmos[MON]) - 1,
-		.tm_year = (int)(dec(r, r->cmos[CENTURY]) * 100 + dec(r, r->cmos[YEAR])) - 1900,
+		.tm_year = (int)year - 1900,
 	};
 
 	return (int64_t)timegm(&tm) * NS;
