@@ -172,6 +172,7 @@ void vcpu_free(struct vcpu *v)
 	if (c->lapic)
 		lapic_destroy(c);
 	engine_cpu_free(c);
+	vec_cpu_free(c);
 	mmu_cpu_free(c);
 	cpuid_free(c);
 	if (c->run)

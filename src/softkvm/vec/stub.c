@@ -40,14 +40,16 @@ struct vec_cache {
 };
 
 /* -- what the host has -------------------------------------------------------------------------- */
-struct host { uint32_t c1, d1, b7, c7, d7, a71, ce1, de1; uint64_t x; };
+struct host { bool intel; uint32_t c1, d1, b7, c7, d7, a71, ce1, de1; uint64_t x; };
 static struct host host;
 static pthread_once_t host_once = PTHREAD_ONCE_INIT;
 
 static void host_init(void)
 {
-	uint32_t a, b, c, d;
+	uint32_t a, b = 0, c, d;
 
+	__get_cpuid(0, &a, &b, &c, &d);
+	host.intel = b == signature_INTEL_ebx;
 	__get_cpuid(1, &a, &b, &host.c1, &host.d1);
 	if (__get_cpuid_count(7, 0, &a, &host.b7, &host.c7, &host.d7) && a >= 1)
 		__get_cpuid_count(7, 1, &host.a71, &b, &c, &d);
@@ -66,6 +68,7 @@ static const struct host *host_get(void)
 }
 
 bool host_avx(void) { return host_get()->c1 >> 28 & 1; }
+bool host_is_intel(void) { return host_get()->intel; }
 bool host_avx512(void) { return host_get()->b7 >> 16 & 1; }
 
 #define ISA(x) case ZYDIS_ISA_SET_##x

@@ -466,6 +466,8 @@ static void set_alignment(struct vec_op *op, const struct decoded *d)
 
 	if (aligned_move(m)) {
 		op->align = op->size ? op->size - 1 : 0;
+	} else if (d->z.meta.isa_set == ZYDIS_ISA_SET_SHA && !host_is_intel()) {
+		op->align = 0;          /* AMD's manual and CPUs ask for no alignment here */
 	} else if (d->z.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && op->size == 16 && !unaligned_form(m)) {
 		op->align = 15;
 		op->flags |= VO_MM;

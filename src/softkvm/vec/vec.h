@@ -66,6 +66,7 @@ bool stub_rewrite(struct vec_shape *s, const struct decoded *d);
 bool host_has_isa(int isa_set);
 bool host_avx512(void);
 bool host_avx(void);
+bool host_is_intel(void);
 
 /* Raise #UD or #NM when instructions of this class cannot run now. */
 void vec_check_slow(struct cpu *c, enum vec_class cls);

@@ -37,19 +37,24 @@ void x87_normalise(struct fpu *f)
 	st_le16(f->fx + FX_FSW, sw);
 }
 
-void x87_mmx_enter(struct fpu *f)
+/* The image holds registers by stack position: when something but FRSTOR and FXRSTOR moves TOP, they change places. */
+static void rotate(struct fpu *f, unsigned top)
 {
-	uint16_t sw = ld_le16(f->fx + FX_FSW);
-	unsigned top = sw >> 11 & 7;
+	unsigned by = (top - (ld_le16(f->fx + FX_FSW) >> 11)) & 7;
 	uint8_t old[128];
 
-	f->fx[FX_FTW] = 0xff;
-	if (!top)
+	if (!by)
 		return;
 	memcpy(old, f->fx + FX_ST, 128);
 	for (unsigned r = 0; r < 8; r++)
-		memcpy(f->fx + FX_ST + 16 * r, old + 16 * ((r - top) & 7), 16);
-	st_le16(f->fx + FX_FSW, sw & ~FSW_TOP);
+		memcpy(f->fx + FX_ST + 16 * r, old + 16 * ((r + by) & 7), 16);
+}
+
+void x87_mmx_enter(struct fpu *f)
+{
+	rotate(f, 0);
+	st_le16(f->fx + FX_FSW, ld_le16(f->fx + FX_FSW) & ~FSW_TOP);
+	f->fx[FX_FTW] = 0xff;
 }
 
 /* -- arithmetic ----------------------------------------------------------------------------------- */
@@ -123,6 +128,7 @@ static void op_fwait(struct cpu *c, const struct insn *i)
 
 static void x87_init(struct fpu *f)
 {
+	rotate(f, 0);
 	memset(f->fx, 0, 24);
 	st_le16(f->fx + FX_FCW, 0x37f);
 	st_le32(f->fx + FX_FCS, 0);
@@ -313,6 +319,7 @@ static void op_fldenv(struct cpu *c, const struct insn *i)
 	x87_check(c);
 	x87_check_pending(c);
 	mem_read(c, insn_lin(c, i, len, ACC_READ), env, len);
+	rotate(&c->fpu, ld_le16(env + (o16 ? 2 : 4)) >> 11 & 7);
 	env_get(c, env, o16);
 }
 
