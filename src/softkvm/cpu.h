@@ -172,7 +172,6 @@ struct cpu {
 	uint8_t ext_vector;
 	bool ev_pending;                /* cpu->ev is "pending" rather than "injected" in kvm_vcpu_events' terms */
 	bool task_switched;             /* by the event under way: RIP is the new task's */
-	uint8_t msr_exit_reason;        /* KVM_MSR_EXIT_REASON_*, set where msr_read/msr_write return MSR_EXIT */
 	bool triple_fault;              /* shut down: every entry exits again until user space resets the state */
 	struct { uint64_t addr; bool armed; } monitor;
 

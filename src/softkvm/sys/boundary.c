@@ -48,35 +48,6 @@ static bool wants_window(const struct cpu *c)
 	return !c->lapic || lapic_accepts_pic(c);
 }
 
-static void start_sipi(struct cpu *c, uint8_t vector)
-{
-	struct seg *cs = &c->seg[SEG_CS];
-
-	cs->sel = (uint16_t)(vector << 8);
-	cs->base = (uint64_t)vector << 12;
-	c->rip = 0;
-	c->halted = false;
-	cpu_update_mode(c);
-}
-
-/* INIT and SIPI that came through the LAPIC. */
-static void take_init_sipi(struct cpu *c)
-{
-	uint8_t vector = 0;
-	unsigned w = lapic_take_init_sipi(c, &vector);
-	bool bsp = c->msr.apic_base & (1 << 8);
-
-	if (w & LAPIC_INIT) {
-		cpu_reset(c, true);
-		if (c->vcpu)
-			atomic_store(&c->vcpu->mp_state, bsp ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_INIT_RECEIVED);
-	}
-	if ((w & LAPIC_SIPI) && c->vcpu && atomic_load(&c->vcpu->mp_state) == KVM_MP_STATE_INIT_RECEIVED) {
-		start_sipi(c, vector);
-		atomic_store(&c->vcpu->mp_state, KVM_MP_STATE_RUNNABLE);
-	}
-}
-
 static bool waits_for_sipi(const struct cpu *c)
 {
 	uint32_t s = c->vcpu ? atomic_load(&c->vcpu->mp_state) : KVM_MP_STATE_RUNNABLE;
@@ -99,7 +70,8 @@ static bool poll_lapic(struct cpu *c)
 		c->run->eoi.vector = (uint8_t)eoi;
 		return false;
 	}
-	take_init_sipi(c);
+	if (c->vcpu)
+		vcpu_init_sipi(c);
 	w = lapic_take_nmi_smi(c);
 	if (w & LAPIC_NMI)
 		c->nmi_pending = true;

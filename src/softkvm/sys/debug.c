@@ -23,7 +23,7 @@ static inline unsigned bp_len(uint64_t dr7, unsigned n)
 
 void debug_update(struct cpu *c)
 {
-	bool data = false, code = false, had = c->data_bp;
+	bool data = false, code = false;
 	uint64_t dr7;
 
 	bp_addrs(c, &dr7);
@@ -37,7 +37,7 @@ void debug_update(struct cpu *c)
 	}
 	c->code_bp = code;
 	c->data_bp = data;
-	if (data && !had)
+	if (data)       /* pages with a breakpoint leave the fast path */
 		mmu_flush_all(c);
 	event_update_one_insn(c);
 }

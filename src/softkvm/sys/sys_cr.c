@@ -208,7 +208,7 @@ static void op_mov_from_cr(struct cpu *c, const struct insn *i)
 
 static void op_mov_to_cr(struct cpu *c, const struct insn *i)
 {
-	uint64_t v = gpr_operand(c, i->src);
+	uint64_t v = gpr_operand(c, i->src), old_cr8 = c->cr8;
 	bool ok = true;
 
 	need_cpl0(c);
@@ -221,8 +221,8 @@ static void op_mov_to_cr(struct cpu *c, const struct insn *i)
 	}
 	if (!ok)
 		cpu_gp(c, 0);
-	/* KVM tells user space about CR8 when the interrupt controller is there. */
-	if (i->aux == 8 && !c->lapic && c->vm) {
+	/* KVM tells user space about a lowered CR8 when the interrupt controller is there. */
+	if (i->aux == 8 && !c->lapic && v < old_cr8) {
 		c->run->exit_reason = KVM_EXIT_SET_TPR;
 		c->run->cr8 = v;
 		cpu_unwind(c, UNWIND_EXIT_NEXT);

@@ -7,24 +7,9 @@
  *   SYSENTER, SYSEXIT  AMD: #UD in long mode, compatibility mode included; Intel: everywhere in protected mode.
  */
 #include "softkvm/sys/sysint.h"
+#include "softkvm/vcpu.h"
 
 static bool is_amd(const struct cpu *c) { return c->feat && c->feat->amd; }
-
-static _Noreturn void msr_exit(struct cpu *c, bool write, uint32_t index, uint64_t v)
-{
-	struct kvm_run *r = c->run;
-
-	memset(&r->msr, 0, sizeof r->msr);
-	r->exit_reason = write ? KVM_EXIT_X86_WRMSR : KVM_EXIT_X86_RDMSR;
-	r->msr.reason = c->msr_exit_reason;
-	r->msr.index = index;
-	r->msr.data = v;
-	c->pio.active = true;
-	c->pio.kind = write ? PIO_WRMSR : PIO_RDMSR;
-	c->pio.next_rip = cpu_next_rip(c);
-	c->pio.lin_rip = c->flat ? cpu_cur_rip(c) : (uint32_t)(c->seg[SEG_CS].base + cpu_cur_rip(c));
-	cpu_unwind(c, UNWIND_EXIT);
-}
 
 static void op_rdmsr(struct cpu *c, const struct insn *i)
 {
@@ -34,7 +19,7 @@ static void op_rdmsr(struct cpu *c, const struct insn *i)
 	need_cpl0(c);
 	switch (msr_read(c, index, &v, false)) {
 	case MSR_OK: break;
-	case MSR_EXIT: msr_exit(c, false, index, 0);
+	case MSR_EXIT: vcpu_msr_exit(c, index, false, 0);
 	default: cpu_gp(c, 0);
 	}
 	c->gpr[R_RAX] = (uint32_t)v;
@@ -49,7 +34,7 @@ static void op_wrmsr(struct cpu *c, const struct insn *i)
 	need_cpl0(c);
 	switch (msr_write(c, index, v, false)) {
 	case MSR_OK: return;
-	case MSR_EXIT: msr_exit(c, true, index, v);
+	case MSR_EXIT: vcpu_msr_exit(c, index, true, v);
 	default: cpu_gp(c, 0);
 	}
 }
