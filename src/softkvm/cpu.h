@@ -166,7 +166,7 @@ struct cpu {
 	bool nmi_window_iret;           /* NMIs unmask after the IRET under way */
 	bool trap_db;                   /* single-step #DB due after this instruction; payload in trap_dr6 */
 	uint64_t trap_dr6;
-	struct { bool tf; } step;       /* TF or guest debugging wanted a trap when this instruction began (events.h) */
+	struct { bool tf, rf; uint8_t shadow; } step;   /* state at the start of an instruction in one_insn mode (events.h) */
 	bool irq_blocked;               /* something pends that IF, a shadow or NMI masking holds back: look when that changes */
 	bool ext_pending;               /* a vector from KVM_INTERRUPT waits */
 	uint8_t ext_vector;

@@ -22,13 +22,16 @@ bool event_deliver(struct cpu *c);
 bool event_boundary(struct cpu *c);
 
 /*
- * The loop's part: event_boundary() at entry to KVM_RUN and at block boundaries with requests (REQ_EVENT), trap_db,
- * one_insn, a halted vCPU or a valid cpu->ev. It takes shadow and RF off before an instruction and puts them back if
- * that one is to be executed again; records the single-step trap of one that completed when TF was set at its start
- * (cpu->step.tf, which a handler may overwrite: SYSCALL); and looks again (REQ_EVENT) after a shadow. It also checks
- * instruction breakpoints. After event_boundary() returned true it looks at cpu->halted and the MP state.
+ * The loop's part. Before every instruction in one_insn mode, at entry to KVM_RUN, and at block boundaries with
+ * requests (REQ_EVENT, REQ_TIMER, REQ_DEBUG), trap_db, or a valid cpu->ev: event_boundary(). When one_insn was set at
+ * an instruction's start the loop fills in cpu->step and calls event_insn_done() after it completed (not after a fault
+ * or software interrupt; after UNWIND_LEAVE and UNWIND_EXIT_NEXT too): it ages shadow and RF, records the single-step
+ * trap if cpu->step.tf still says so (SYSCALL overwrites it), and recomputes one_insn. Instruction breakpoints are the
+ * loop's. After event_boundary() returned true the loop looks at cpu->halted and the MP state.
  */
-/* Recompute one_insn (TF, code breakpoints, guest debugging). */
+void event_insn_done(struct cpu *c);
+
+/* Recompute one_insn (TF, RF, shadows, code breakpoints, guest debugging). */
 void event_update_one_insn(struct cpu *c);
 /* DR0-3, DR7, CR4.DE or cpu->dbg changed: recompute code_bp and data_bp, flush what they make stale. */
 void debug_update(struct cpu *c);

@@ -9,7 +9,24 @@
 
 void event_update_one_insn(struct cpu *c)
 {
-	c->one_insn = (c->eflags & FL_TF) || c->code_bp || (c->dbg.enabled && c->dbg.step);
+	c->one_insn = (c->eflags & (FL_TF | FL_RF)) || c->shadow || c->code_bp || (c->dbg.enabled && c->dbg.step);
+}
+
+void event_insn_done(struct cpu *c)
+{
+	uint8_t ended = c->shadow & c->step.shadow;
+
+	/* An instruction that sets a shadow it was already under gets no second one, as on real processors. */
+	c->shadow &= (uint8_t)~ended;
+	if (c->step.rf)
+		c->eflags &= ~FL_RF;
+	if (c->step.tf) {
+		c->trap_db = true;
+		c->trap_dr6 |= 1 << 14;
+	}
+	if (ended && !c->shadow && c->irq_blocked)
+		event_unblocked(c);
+	event_update_one_insn(c);
 }
 
 void event_unblocked(struct cpu *c)

@@ -142,6 +142,7 @@ void cpu_set_rflags(struct cpu *c, uint64_t fl)
 
 	c->aflags = aflags_from(fl);
 	c->eflags = (uint32_t)fl & 0x3f7700;
+	c->step.rf = false;     /* an RF that this instruction loads is for the next */
 	if ((old ^ c->eflags) & (FL_AC | FL_VM))
 		cpu_update_mode(c);
 	if ((c->eflags & ~old & FL_IF) && c->irq_blocked)
