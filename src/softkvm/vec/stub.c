@@ -11,8 +11,10 @@
  * and executable, never both at one address. The area is bounded and per vCPU; when it is full,
  * everything is thrown away together with the decoded blocks that point into it (vec_flush()).
  *
- * Where Zydis accepts bytes that the host CPU does not, the stub traps: the SIGILL handler, which
- * looks only at program counters inside a stub area of the running thread, makes the stub return 1.
+ * Where Zydis accepts bytes that the host CPU does not, or the guest has unmasked a SIMD exception, the
+ * stub traps: the handler of SIGILL and SIGFPE, which looks only at program counters inside the stub area
+ * of the running thread and passes everything else on, makes the stub return early. Nothing was stored
+ * then. vCPU threads must not block these two signals.
  */
 #include <cpuid.h>
 #include <errno.h>
@@ -153,49 +155,64 @@ bool host_has_isa(int isa)
 	}
 }
 
-/* -- SIGILL ------------------------------------------------------------------------------------- */
+/* -- SIGILL and SIGFPE -------------------------------------------------------------------------- */
 static __thread const struct vec_cache *running;
-static struct sigaction old_ill;
-static pthread_once_t ill_once = PTHREAD_ONCE_INIT;
+static __thread uint32_t fault_mxcsr;
+static struct sigaction old_ill, old_fpe;
+static pthread_once_t signals_once = PTHREAD_ONCE_INIT;
 
-static void on_sigill(int sig, siginfo_t *si, void *uctx)
+static void on_signal(int sig, siginfo_t *si, void *uctx)
 {
+	const struct sigaction *old = sig == SIGFPE ? &old_fpe : &old_ill;
 	ucontext_t *u = uctx;
 	const struct vec_cache *v = running;
 	uint64_t pc = (uint64_t)u->uc_mcontext.gregs[REG_RIP];
 
 	if (v && pc - (uintptr_t)v->rx < CODE_SIZE) {
+		fault_mxcsr = u->uc_mcontext.fpregs->mxcsr;
+		u->uc_mcontext.fpregs->mxcsr = 0x1f80;
 		u->uc_mcontext.gregs[REG_RIP] = (greg_t)(uintptr_t)v->rx;       /* the `ret` at its start */
-		u->uc_mcontext.gregs[REG_RAX] = 1;
+		u->uc_mcontext.gregs[REG_RAX] = sig == SIGFPE ? STUB_FP_FAULT : STUB_UNDEFINED;
 		return;
 	}
-	if (old_ill.sa_flags & SA_SIGINFO) {
-		old_ill.sa_sigaction(sig, si, uctx);
-	} else if (old_ill.sa_handler != SIG_DFL && old_ill.sa_handler != SIG_IGN) {
-		old_ill.sa_handler(sig);
-	} else {
-		sigaction(SIGILL, &old_ill, NULL);      /* the instruction traps again and ends the process */
-	}
+	if (old->sa_flags & SA_SIGINFO)
+		old->sa_sigaction(sig, si, uctx);
+	else if (old->sa_handler != SIG_DFL && old->sa_handler != SIG_IGN)
+		old->sa_handler(sig);
+	else
+		sigaction(sig, old, NULL);      /* the instruction traps again and ends the process */
 }
 
-static void ill_install(void)
+static void signals_install(void)
 {
-	struct sigaction sa = { .sa_sigaction = on_sigill, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER };
+	struct sigaction sa = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER };
 
 	sigemptyset(&sa.sa_mask);
 	sigaction(SIGILL, &sa, &old_ill);
+	sigaction(SIGFPE, &sa, &old_fpe);
 }
 
-bool stub_run(struct cpu *c, const struct vec_op *op, void *mem)
+enum stub_end stub_try(struct cpu *c, const struct vec_op *op, void *mem, uint32_t *mxcsr)
 {
+	int r;
+
 	running = c->vec;
-	if (likely(!op->code(c, mem)))
-		return true;
+	r = op->code(c, mem);
+	if (likely(!r))
+		return STUB_DONE;
 	/* The stub was left half-way. */
 	__asm__ volatile("fnclex; fninit; emms" ::: "memory");
 	if (host_avx())
 		__asm__ volatile("vzeroupper");
-	return false;
+	*mxcsr = fault_mxcsr;
+	return r == STUB_FP_FAULT ? STUB_FP_FAULT : STUB_UNDEFINED;
+}
+
+bool stub_run(struct cpu *c, const struct vec_op *op, void *mem)
+{
+	uint32_t mxcsr;
+
+	return stub_try(c, op, mem, &mxcsr) == STUB_DONE;
 }
 
 /* -- the cache ---------------------------------------------------------------------------------- */
@@ -248,7 +265,7 @@ static struct vec_cache *cache_get(struct cpu *c)
 		return NULL;
 	}
 	cache_clear(v);
-	pthread_once(&ill_once, ill_install);
+	pthread_once(&signals_once, signals_install);
 	return c->vec = v;
 }
 

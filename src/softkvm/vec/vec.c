@@ -5,10 +5,7 @@
 
 #define HOST_MXCSR 0x1f80u
 #define MX_FLAGS 0x3fu
-#define MX_MASKS 0x1f80u
 #define MX_CONTROL 0xffc0u      /* all but the flags and AMD's MM */
-#define MX_FTZ 0x8000u
-#define MX_UE 0x10u
 #define MX_MM (1u << 17)
 
 /* -- may it run? -------------------------------------------------------------------------------- */
@@ -62,74 +59,22 @@ static void run_plain(struct cpu *c, const struct vec_op *op, void *mem)
 		cpu_ud(c);
 }
 
-/* One masked run with this control word: the flags it raised. */
-static uint32_t run_with(struct cpu *c, const struct vec_op *op, void *mem, uint32_t control)
+/* One run under the guest's control word. An unmasked exception leaves the stub before it stores anything. */
+static __attribute__((noinline)) void run_with_control(struct cpu *c, const struct vec_op *op, void *mem)
 {
-	uint32_t flags;
-	bool ok;
+	uint32_t mx = c->fpu.mxcsr, flags;
+	enum stub_end end;
 
-	_mm_setcsr((control & MX_CONTROL & ~MX_FLAGS) | MX_MASKS);
-	ok = stub_run(c, op, mem);
-	flags = _mm_getcsr() & MX_FLAGS;
+	_mm_setcsr(mx & MX_CONTROL & ~MX_FLAGS);
+	end = stub_try(c, op, mem, &flags);
+	if (end == STUB_DONE)
+		flags = _mm_getcsr();
 	_mm_setcsr(HOST_MXCSR);
-	if (!ok)
+	if (end == STUB_UNDEFINED)
 		cpu_ud(c);
-	return flags;
-}
-
-struct snapshot { struct fpu fpu; uint64_t gpr[R_COUNT]; uint16_t aflags; };
-
-static void snapshot_take(struct snapshot *s, const struct cpu *c)
-{
-	s->fpu = c->fpu;
-	memcpy(s->gpr, c->gpr, sizeof s->gpr);
-	s->aflags = c->aflags;
-}
-
-static void snapshot_back(const struct snapshot *s, struct cpu *c)
-{
-	c->fpu = s->fpu;
-	memcpy(c->gpr, s->gpr, sizeof s->gpr);
-	c->aflags = s->aflags;
-}
-
-static _Noreturn void raise_xm(struct cpu *c, uint32_t flags)
-{
-	/* An unmasked invalid, denormal or divide-by-zero keeps the later kinds from being detected. */
-	if (flags & 7 & ~(c->fpu.mxcsr >> 7))
-		flags &= 7;
-	c->fpu.mxcsr |= flags;
-	cpu_raise(c, c->cr4 & CR4_OSXMMEXCPT ? EXC_XM : EXC_UD);
-}
-
-/*
- * Some exception is unmasked: run with everything masked and judge by the flags. An unmasked underflow
- * is signalled by a tiny result, exact or not; masked, the flag needs inexactness too, unless results
- * are flushed to zero, so a first run flushes.
- */
-static __attribute__((noinline)) void run_unmasked(struct cpu *c, const struct vec_op *op, void *mem)
-{
-	uint32_t mx = c->fpu.mxcsr, open = ~(mx >> 7) & MX_FLAGS, flags;
-	struct snapshot s;
-
-	snapshot_take(&s, c);
-	if (open & MX_UE) {
-		flags = run_with(c, op, mem, mx | MX_FTZ);
-		snapshot_back(&s, c);
-		if (flags & MX_UE) {
-			uint32_t exact = run_with(c, op, mem, mx & ~MX_FTZ);
-
-			snapshot_back(&s, c);
-			raise_xm(c, exact | MX_UE);
-		}
-		mx &= ~MX_FTZ;
-	}
-	flags = run_with(c, op, mem, mx);
-	if (flags & open) {
-		snapshot_back(&s, c);
-		raise_xm(c, flags);
-	}
-	c->fpu.mxcsr |= flags;
+	c->fpu.mxcsr = mx | (flags & MX_FLAGS);
+	if (end == STUB_FP_FAULT)
+		cpu_raise(c, c->cr4 & CR4_OSXMMEXCPT ? EXC_XM : EXC_UD);
 }
 
 /*
@@ -149,10 +94,8 @@ static inline void run_op(struct cpu *c, const struct vec_op *op, void *mem)
 			_mm_setcsr(HOST_MXCSR);
 		run_plain(c, op, mem);
 		c->fpu.mxcsr = mx | (_mm_getcsr() & MX_FLAGS);
-	} else if ((mx & MX_MASKS) == MX_MASKS) {
-		c->fpu.mxcsr |= run_with(c, op, mem, mx);
 	} else {
-		run_unmasked(c, op, mem);
+		run_with_control(c, op, mem);
 	}
 }
 

@@ -59,7 +59,10 @@ struct vec_op {
 
 /* The op with this contents (code is ignored), making its stub; NULL when the cache is full (vec_decode_full() then). */
 struct vec_op *stub_get(struct cpu *c, const struct vec_op *want);
-/* Call a stub. False: the host calls the instruction undefined. */
+/* Call a stub. STUB_FP_FAULT: an unmasked SIMD exception; *mxcsr is the register as the CPU left it. */
+enum stub_end { STUB_DONE, STUB_UNDEFINED, STUB_FP_FAULT };
+enum stub_end stub_try(struct cpu *c, const struct vec_op *op, void *mem, uint32_t *mxcsr);
+/* With all exceptions masked. False: the host calls the instruction undefined. */
 bool stub_run(struct cpu *c, const struct vec_op *op, void *mem);
 /* True when the instruction could be rewritten. */
 bool stub_rewrite(struct vec_shape *s, const struct decoded *d);

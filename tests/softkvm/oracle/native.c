@@ -107,7 +107,6 @@ static void on_signal(int sig, siginfo_t *si, void *uctx)
 		signal(sig, SIG_DFL);
 		return;
 	}
-	in_native = 0;
 	trap = (int)u->uc_mcontext.gregs[REG_TRAPNO];
 	u->uc_mcontext.gregs[REG_RIP] = (greg_t)(uintptr_t)after;
 	u->uc_mcontext.gregs[REG_EFL] &= ~0x100;
