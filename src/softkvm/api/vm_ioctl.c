@@ -194,26 +194,6 @@ static long set_clock(struct vm *vm, const struct kvm_clock_data *d)
 	return 0;
 }
 
-static long set_region(struct vm *vm, const struct kvm_userspace_memory_region *r)
-{
-	long ret;
-
-	pthread_mutex_lock(&vm->lock);
-	ret = phys_set_region(vm, r);
-	pthread_mutex_unlock(&vm->lock);
-	return ret;
-}
-
-static long dirty_log(struct vm *vm, unsigned long req, const void *a)
-{
-	long ret;
-
-	pthread_mutex_lock(&vm->lock);
-	ret = req == KVM_GET_DIRTY_LOG ? phys_get_dirty(vm, a) : phys_clear_dirty(vm, a);
-	pthread_mutex_unlock(&vm->lock);
-	return ret;
-}
-
 union arg {
 	struct kvm_userspace_memory_region region;
 	struct kvm_dirty_log dirty;
@@ -254,9 +234,9 @@ static size_t arg_size(unsigned long req)
 static long do_struct(struct vm *vm, unsigned long req, const union arg *a)
 {
 	switch (req) {
-	case KVM_SET_USER_MEMORY_REGION: return set_region(vm, &a->region);
-	case KVM_GET_DIRTY_LOG:
-	case KVM_CLEAR_DIRTY_LOG: return dirty_log(vm, req, a);
+	case KVM_SET_USER_MEMORY_REGION: return phys_set_region(vm, &a->region);
+	case KVM_GET_DIRTY_LOG: return phys_get_dirty(vm, &a->dirty);
+	case KVM_CLEAR_DIRTY_LOG: return phys_clear_dirty(vm, &a->clear);
 	case KVM_CREATE_PIT2: return create_pit(vm, &a->pit);
 	case KVM_SIGNAL_MSI: return signal_msi(vm, &a->msi);
 	case KVM_IRQFD: return vm->irqchip ? irqchip_irqfd(vm, &a->irqfd) : -EINVAL;
