@@ -114,7 +114,7 @@ bool msr_filtered(const struct cpu *c, uint32_t msr, bool write);
 int mtrr_read(struct cpu *c, uint32_t msr, uint64_t *v);
 int mtrr_write(struct cpu *c, uint32_t msr, uint64_t v);
 bool mtrr_is(uint32_t msr);
-int mce_read(struct cpu *c, uint32_t msr, uint64_t *v);
+int mce_read(struct cpu *c, uint32_t msr, uint64_t *v, bool host);
 int mce_write(struct cpu *c, uint32_t msr, uint64_t v, bool host);
 bool mce_is(const struct cpu *c, uint32_t msr);
 #define MCE_CAP_SUPPORTED (BIT(8) | BIT(24) | MCE_BANKS)        /* MCG_CTL_P, MCG_SER_P */

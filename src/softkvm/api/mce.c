@@ -22,7 +22,7 @@ bool mce_is(const struct cpu *c, uint32_t msr)
 		(msr >= MSR_MC0_CTL && msr < MSR_MC0_CTL + 4 * banks(c));
 }
 
-int mce_read(struct cpu *c, uint32_t msr, uint64_t *v)
+int mce_read(struct cpu *c, uint32_t msr, uint64_t *v, bool host)
 {
 	struct vcpu_api *a = c->vcpu->api;
 
@@ -34,7 +34,7 @@ int mce_read(struct cpu *c, uint32_t msr, uint64_t *v)
 		*v = c->msr.mcg_status;
 		return MSR_OK;
 	case MSR_MCG_CTL:
-		if (!(a->mcg_cap & MCG_CTL_P))
+		if (!host && !(a->mcg_cap & MCG_CTL_P))
 			return MSR_FAULT;
 		*v = c->msr.mcg_ctl;
 		return MSR_OK;
@@ -56,7 +56,7 @@ int mce_write(struct cpu *c, uint32_t msr, uint64_t v, bool host)
 		c->msr.mcg_status = v;
 		return MSR_OK;
 	case MSR_MCG_CTL:
-		if (!(a->mcg_cap & MCG_CTL_P) || (!host && v && v != ~0ull))
+		if (!host && (!(a->mcg_cap & MCG_CTL_P) || (v && v != ~0ull)))
 			return MSR_FAULT;
 		c->msr.mcg_ctl = v;
 		return MSR_OK;

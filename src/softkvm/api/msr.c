@@ -152,7 +152,7 @@ static int read_any(struct cpu *c, uint32_t msr, uint64_t *v, bool host)
 	if (mtrr_is(msr))
 		return mtrr_read(c, msr, v);
 	if (mce_is(c, msr))
-		return mce_read(c, msr, v);
+		return mce_read(c, msr, v, host);
 	if (kvmclock_msr_is(msr))
 		return kvmclock_msr_read(c, msr, v);
 	if ((msr >= 0x800 && msr <= 0x8ff) || msr == MSR_TSC_DEADLINE) {

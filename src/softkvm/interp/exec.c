@@ -239,8 +239,9 @@ static enum run_result boundary(struct cpu *c)
 		count_insns(c);
 		if (c->lapic)
 			lapic_timer_poll(c);
-		if (*(volatile uint8_t *)&c->run->immediate_exit)
+		if (vcpu_poll(c))
 			req |= REQ_EXIT;
+		c->blocks->budget_start = c->budget;
 	}
 	if (req) {
 		req |= atomic_exchange(&c->requests, 0);
