@@ -1,0 +1,186 @@
+/* KVM_RUN with small guests on both providers: exits and their completion, HLT and waking, signals, SMP start, clocks. */
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "guest.h"
+
+GUEST_ASM(io_code, 64, "mov $0x41, %al; out %al, $0x80; in $0x81, %al; out %al, $0x82; mov $0x3f8, %dx; in %dx, %eax;"
+	  "mov $0x30000000, %rbx; mov %eax, (%rbx); mov 4(%rbx), %ecx; addl $5, 8(%rbx); hlt");
+GUEST_ASM(loop_code, 64, "1: inc %rax; jmp 1b");
+GUEST_ASM(hlt_code, 64, "1: cli; hlt; jmp 1b");
+GUEST_ASM(msr_code, 64, "mov $0x1234, %ecx; rdmsr; mov %eax, %ebx; mov $0x1234, %ecx; mov $7, %eax; xor %edx, %edx; wrmsr; hlt");
+GUEST_ASM(real_code, 16, "mov $0x1234, %ax; mov %ax, 0x600; mov $0x42, %al; out %al, $0xf4");
+GUEST_ASM(cli_code, 64, "cli; mov $0x2000, %esi; xor %eax, %eax; lock incl 0x6000; 1: pause; jmp 1b");
+
+static uint64_t input(struct guest *g, const struct guest_exit *e, void *opaque) { return 0x11223344 + e->addr; }
+
+static void setup_io(struct guest *g, void *opaque)
+{
+	guest_load(g, 0x10000, io_code, (size_t)(io_code_end - io_code));
+	guest_long64(g, 0, 0x10000);
+}
+
+static void io_exits(void **state)
+{
+	struct guest_log *log = calloc(1, sizeof *log);
+	struct kvm_regs r;
+	struct guest g;
+
+	guest_compare(&(struct guest_cfg){ 0 }, setup_io, NULL);
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+	setup_io(&g, NULL);
+	log->input = input;
+	assert_int_equal(guest_run_log(&g, 0, log), KVM_EXIT_HLT);
+	assert_int_equal(log->n, 9);
+	assert_int_equal(log->e[2].data, 0xc5);                 /* what IN gave */
+	assert_int_equal(log->e[4].addr, 0x30000000);
+	assert_int_equal(log->e[6].addr, 0x30000008);
+	assert_int_equal(log->e[7].data, log->e[6].data + 5);   /* read-modify-write */
+	guest_get_regs(&g, 0, &r);
+	assert_int_equal(r.rcx, 0x11223344 + 0x30000004);
+	guest_destroy(&g);
+	free(log);
+}
+
+static void setup_real(struct guest *g, void *opaque)
+{
+	guest_load(g, 0x1000, real_code, (size_t)(real_code_end - real_code));
+	guest_real16(g, 0, 0, 0x1000);
+}
+
+static void real_mode(void **state) { guest_compare(&(struct guest_cfg){ 0 }, setup_real, NULL); }
+
+/* -- signals ---------------------------------------------------------------------------------- */
+static struct kvm_run *volatile target;
+static void set_exit(int s) { if (target) target->immediate_exit = 1; }
+static void nothing(int s) { }
+
+static void *kick(void *opaque)
+{
+	usleep(20000);
+	pthread_kill(*(pthread_t *)opaque, SIGUSR1);
+	return NULL;
+}
+
+static void leave(struct guest *g, void (*handler)(int))
+{
+	struct sigaction sa = { .sa_handler = handler };
+	pthread_t self = pthread_self(), t;
+
+	sigaction(SIGUSR1, &sa, NULL);
+	pthread_create(&t, NULL, kick, &self);
+	assert_int_equal(guest_run(g, 0), -EINTR);
+	pthread_join(t, NULL);
+	g->run[0]->immediate_exit = 0;
+}
+
+static void signals(void **state)
+{
+	struct kvm_regs r;
+	struct guest g;
+
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+	guest_load(&g, 0x10000, loop_code, (size_t)(loop_code_end - loop_code));
+	guest_long64(&g, 0, 0x10000);
+	target = g.run[0];
+	leave(&g, set_exit);
+	leave(&g, nothing);
+	guest_get_regs(&g, 0, &r);
+	assert_true(r.rax > 100000);
+	target = NULL;
+	guest_destroy(&g);
+}
+
+static void idle(void **state)
+{
+	struct timespec a, b;
+	struct guest g;
+	double ms;
+
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT, .irqchip = true });
+	guest_load(&g, 0x10000, hlt_code, (size_t)(hlt_code_end - hlt_code));
+	guest_long64(&g, 0, 0x10000);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &a);
+	leave(&g, nothing);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &b);
+	ms = (double)(b.tv_sec - a.tv_sec) * 1e3 + (double)(b.tv_nsec - a.tv_nsec) / 1e6;
+	assert_true(ms < 5);
+	guest_destroy(&g);
+}
+
+/* -- user-space MSRs -------------------------------------------------------------------------- */
+static void user_msr(void **state)
+{
+	struct kvm_enable_cap cap = { .cap = KVM_CAP_X86_USER_SPACE_MSR, .args = { KVM_MSR_EXIT_REASON_UNKNOWN } };
+	struct kvm_regs r;
+	struct guest g;
+
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+	assert_int_equal(gioctl(&g.vm, KVM_ENABLE_CAP, &cap, NULL), 0);
+	guest_load(&g, 0x10000, msr_code, (size_t)(msr_code_end - msr_code));
+	guest_long64(&g, 0, 0x10000);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_X86_RDMSR);
+	assert_int_equal(g.run[0]->msr.index, 0x1234);
+	assert_int_equal(g.run[0]->msr.reason, KVM_MSR_EXIT_REASON_UNKNOWN);
+	g.run[0]->msr.data = 0x55;
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_X86_WRMSR);
+	assert_int_equal(g.run[0]->msr.data, 7);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_HLT);
+	guest_get_regs(&g, 0, &r);
+	assert_int_equal(r.rbx, 0x55);
+	guest_destroy(&g);
+}
+
+/* -- stop the world --------------------------------------------------------------------------- */
+struct runner { struct guest *g; unsigned v; };
+static void *run_thread(void *opaque)
+{
+	struct runner *r = opaque;
+
+	while (guest_run(r->g, r->v) == -EINTR && !r->g->run[r->v]->immediate_exit)
+		;
+	return NULL;
+}
+
+static void slots_while_running(void **state)
+{
+	struct kvm_userspace_memory_region m = { .slot = 5, .guest_phys_addr = 0x20000000 };
+	struct runner r[2];
+	pthread_t t[2];
+	struct guest g;
+
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT, .nvcpus = 2 });
+	guest_load(&g, 0x10000, cli_code, (size_t)(cli_code_end - cli_code));
+	m.userspace_addr = (uintptr_t)g.mem;
+	for (unsigned v = 0; v < 2; v++) {
+		guest_long64(&g, v, 0x10000);
+		r[v] = (struct runner){ &g, v };
+		pthread_create(&t[v], NULL, run_thread, &r[v]);
+	}
+	for (int i = 0; i < 100; i++) {
+		m.memory_size = i & 1 ? 0 : 0x10000;
+		assert_int_equal(gioctl(&g.vm, KVM_SET_USER_MEMORY_REGION, &m, NULL), 0);
+	}
+	for (unsigned v = 0; v < 2; v++)
+		g.run[v]->immediate_exit = 1;
+	for (unsigned v = 0; v < 2; v++)
+		pthread_join(t[v], NULL);
+	assert_int_equal(*(uint32_t *)(g.mem + 0x6000), 2);
+	guest_destroy(&g);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(io_exits), cmocka_unit_test(real_mode), cmocka_unit_test(signals), cmocka_unit_test(idle),
+		cmocka_unit_test(user_msr), cmocka_unit_test(slots_while_running),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
