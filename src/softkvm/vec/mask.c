@@ -177,6 +177,9 @@ static void maskmov_exec(struct cpu *c, const struct insn *i)
 	val = mmx ? c->fpu.fx + FX_ST + 16 * i->dst : c->fpu.zmm[i->dst];
 	sel = mmx ? c->fpu.fx + FX_ST + 16 * i->src : c->fpu.zmm[i->src];
 	lin = insn_lin(c, i, mmx ? 8 : 16, ACC_WRITE);
+	/* Implementations differ in whether bytes left out may fault; AMD's check the whole operand. */
+	if (!host_is_intel())
+		mem_probe(c, lin, mmx ? 8 : 16, ACC_WRITE);
 	for (unsigned n = 0; n < (mmx ? 8 : 16); n++)
 		if (sel[n] & 0x80)
 			mem_probe(c, lin + n, 1, ACC_WRITE);
