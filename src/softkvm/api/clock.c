@@ -125,12 +125,12 @@ static void kvmclock_write(struct cpu *c)
 		t.flags |= PVCLOCK_GUEST_STOPPED;
 		a->clock_stopped = false;
 	}
-	/* Odd while the rest changes (the guest retries), even afterwards. */
+	/* Odd while the rest changes (the guest retries), even afterwards; stores are not reordered on x86. */
 	t.version = (old.version | 1) + (old.version & 1 ? 2 : 0);
 	phys_write(c->vm, gpa, &t.version, 4);
-	atomic_thread_fence(memory_order_seq_cst);
+	atomic_signal_fence(memory_order_seq_cst);
 	phys_write(c->vm, gpa + 8, (uint8_t *)&t + 8, sizeof t - 8);
-	atomic_thread_fence(memory_order_seq_cst);
+	atomic_signal_fence(memory_order_seq_cst);
 	t.version++;
 	phys_write(c->vm, gpa, &t.version, 4);
 }
@@ -148,7 +148,7 @@ static void wall_clock_write(struct cpu *c, uint64_t gpa)
 	w.sec = (uint32_t)(ns / 1000000000u);
 	w.nsec = (uint32_t)(ns % 1000000000u);
 	phys_write(c->vm, gpa + 4, &w.sec, 8);
-	atomic_thread_fence(memory_order_seq_cst);
+	atomic_signal_fence(memory_order_seq_cst);
 	w.version++;
 	phys_write(c->vm, gpa, &w.version, 4);
 }
@@ -195,11 +195,11 @@ static void steal_write(struct cpu *c)
 	a->run_delay = delay;
 	st.version = (st.version | 1) + (st.version & 1 ? 2 : 0);
 	phys_write(c->vm, gpa + 8, &st.version, 4);
-	atomic_thread_fence(memory_order_seq_cst);
+	atomic_signal_fence(memory_order_seq_cst);
 	phys_write(c->vm, gpa, &st.steal, 8);
 	st.preempted = 0;
 	phys_write(c->vm, gpa + 16, &st.preempted, 1);
-	atomic_thread_fence(memory_order_seq_cst);
+	atomic_signal_fence(memory_order_seq_cst);
 	st.version++;
 	phys_write(c->vm, gpa + 8, &st.version, 4);
 }
