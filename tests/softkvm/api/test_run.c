@@ -164,6 +164,9 @@ static void slots_while_running(void **state)
 		r[v] = (struct runner){ &g, v };
 		pthread_create(&t[v], NULL, run_thread, &r[v]);
 	}
+	/* Both are under way. */
+	for (int i = 0; i < 5000 && __atomic_load_n((uint32_t *)(g.mem + 0x6000), __ATOMIC_RELAXED) != 2; i++)
+		usleep(1000);
 	for (int i = 0; i < 100; i++) {
 		m.memory_size = i & 1 ? 0 : 0x10000;
 		assert_int_equal(gioctl(&g.vm, KVM_SET_USER_MEMORY_REGION, &m, NULL), 0);
