@@ -124,6 +124,7 @@ uint64_t seg_lin(struct cpu *c, unsigned seg, uint64_t off, unsigned size, enum 
 void lapic_timer_poll(struct cpu *c) { }
 void clock_update(struct cpu *c) { }
 void vm_park(struct cpu *c) { }
+bool vcpu_poll(struct cpu *c) { c->budget = 16384; return c->run->immediate_exit; }
 void vm_pause_all(struct vm *vm, struct cpu *self) { }
 void vm_resume_all(struct vm *vm, struct cpu *self) { }
 void vm_request_all(struct vm *vm, uint32_t req, struct cpu *except) { }
