@@ -35,6 +35,21 @@ static struct regs look(const struct decoded *d)
 	return r;
 }
 
+/* Outside 64-bit mode W does not choose a 64-bit general-purpose or memory integer. */
+static bool w_is_ignored(const struct decoded *d, struct regs r)
+{
+	if (d->code_bits == 64)
+		return false;
+	switch (d->z.mnemonic) {
+	case ZYDIS_MNEMONIC_VCVTSI2SS: case ZYDIS_MNEMONIC_VCVTSI2SD: case ZYDIS_MNEMONIC_VCVTSI2SH:
+	case ZYDIS_MNEMONIC_VCVTUSI2SS: case ZYDIS_MNEMONIC_VCVTUSI2SD: case ZYDIS_MNEMONIC_VCVTUSI2SH:
+	case ZYDIS_MNEMONIC_VPINSRD: case ZYDIS_MNEMONIC_VPEXTRD: case ZYDIS_MNEMONIC_VMOVD:
+		return true;
+	default:
+		return r.gpr_reg || r.gpr_rm;
+	}
+}
+
 static void put(struct vec_shape *s, unsigned b)
 {
 	if (s->len < sizeof s->code)
@@ -80,7 +95,7 @@ static void vex_prefix(struct vec_shape *s, const struct decoded *d, struct regs
 	if (d->code_bits != 64) {
 		p1 |= 0xe0;
 		p2 |= 0x40;
-		if (r.gpr_reg || r.gpr_rm)
+		if (w_is_ignored(d, r))
 			p2 &= 0x7f;
 	}
 	p1 |= (r.mem ? 0x60 : 0) | (r.gpr_rm ? 0x20 : 0) | (r.gpr_reg ? 0x80 : 0);
@@ -99,7 +114,7 @@ static void evex_prefix(struct vec_shape *s, const struct decoded *d, struct reg
 		p1 |= 0xf0;
 		p2 |= 0x40;
 		p3 |= 0x08;
-		if (r.gpr_reg || r.gpr_rm)
+		if (w_is_ignored(d, r))
 			p2 &= 0x7f;
 	}
 	p1 |= (r.mem || r.gpr_rm ? 0x60 : 0) | (r.gpr_reg ? 0x90 : 0);
