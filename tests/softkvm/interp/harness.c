@@ -7,6 +7,7 @@
 #include "softkvm/bus.h"
 #include "softkvm/events.h"
 #include "softkvm/irqchip.h"
+#include "softkvm/vcpu.h"
 
 struct harness h;
 static const struct cpu_features feat = { .phys_bits = 40, .f80000001_edx = BIT(26), .f80000001_ecx = BIT(5), .f7_ebx = BIT(3), .amd = true };
