@@ -108,6 +108,7 @@ static bool deliver_ext(struct cpu *c, int vector)
 {
 	if (vector < 0)
 		return true;
+	c->irq_blocked = true;          /* there may be more: look again when IF comes back */
 	c->ev = (struct event){ .valid = true, .vector = (uint8_t)vector, .type = EV_EXT };
 	return event_deliver(c);
 }
@@ -123,7 +124,7 @@ static bool boundary_intr(struct cpu *c)
 			return true;
 		}
 		c->ext_pending = false;
-		return deliver_ext(c, c->ext_vector) && (!wants_window(c) || (event_unblocked(c), true));
+		return deliver_ext(c, c->ext_vector);
 	}
 	if (c->vm && c->vm->irqchip && irqchip_pending(c) >= 0) {
 		if (!open) {

@@ -1,0 +1,225 @@
+/* What privileged instructions and events show user space: port strings, debug exits, NMI, interrupt window, shutdown. */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "guest.h"
+#include "handlers.h"
+
+static void start64(struct guest *g, const uint8_t *code, const uint8_t *end)
+{
+	guest_create(g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+	guest_load(g, 0x10000, code, (size_t)(end - code));
+	guest_load(g, HANDLERS, h64, (size_t)(h64_end - h64));
+	guest_long64(g, 0, 0x10000);
+	for (unsigned v = 0; v < 0x40; v++)
+		guest_gate(g, 64, v, HANDLERS + 16 * v, 0);
+}
+
+static uint8_t *io_data(struct guest *g) { return (uint8_t *)g->run[0] + g->run[0]->io.data_offset; }
+
+/* -- port strings ----------------------------------------------------------------------------- */
+GUEST_ASM(strings, 64,
+	"mov $0x30000, %esi; mov $5, %ecx; mov $0x55, %edx; cld; rep outsw\n"
+	"mov $0x31ffc, %edi; mov $3, %ecx; rep insl\n"
+	"std; mov $0x31003, %edi; mov $4, %ecx; rep insb; cld\n"
+	"xor %ecx, %ecx; rep insb; mov $0x41, %al; out %al, $0xf4");
+
+/* Serve one exit; returns elements moved. */
+static unsigned serve_string(struct guest *g, bool in, unsigned size, uint8_t *buf)
+{
+	assert_int_equal(guest_run(g, 0), KVM_EXIT_IO);
+	assert_int_equal(g->run[0]->io.port, 0x55);
+	assert_int_equal(g->run[0]->io.direction, in ? KVM_EXIT_IO_IN : KVM_EXIT_IO_OUT);
+	assert_int_equal(g->run[0]->io.size, size);
+	if (in)
+		memcpy(io_data(g), buf, g->run[0]->io.count * size);
+	else
+		memcpy(buf, io_data(g), g->run[0]->io.count * size);
+	return g->run[0]->io.count;
+}
+
+static void test_strings(void **state)
+{
+	uint8_t out[10], in[12];
+	struct kvm_regs r;
+	struct guest g;
+
+	start64(&g, strings, strings_end);
+	memcpy(g.mem + 0x30000, "0123456789", 10);
+	for (unsigned n = 0; n < 5;)
+		n += serve_string(&g, false, 2, out + 2 * n);
+	assert_memory_equal(out, "0123456789", 10);
+	memcpy(in, "abcdefghijkl", 12);
+	for (unsigned n = 0; n < 3;)
+		n += serve_string(&g, true, 4, in + 4 * n);
+	for (unsigned n = 0; n < 4;)
+		n += serve_string(&g, true, 1, in + n);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+	assert_int_equal(g.run[0]->io.port, 0xf4);
+	guest_get_regs(&g, 0, &r);
+	assert_int_equal(r.rdi, 0x30fff);
+	assert_int_equal(r.rcx, 0);
+	assert_memory_equal(g.mem + 0x31ffc, "abcdefghijkl", 12);
+	assert_memory_equal(g.mem + 0x31000, "dcba", 4);
+	guest_destroy(&g);
+}
+
+/* User space that moves RIP while a port exit is open gets that RIP, as after a reset through a port. */
+GUEST_ASM(moved, 64, "in $0x60, %al; hlt; nop; nop; out %al, $0x61; hlt");
+
+static void test_moved_rip(void **state)
+{
+	struct kvm_regs r;
+	struct guest g;
+
+	start64(&g, moved, moved_end);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+	guest_get_regs(&g, 0, &r);
+	assert_int_equal(r.rip, 0x10000);
+	r.rip = 0x10003;
+	r.rax = 0x77;
+	guest_set_regs(&g, 0, &r);
+	*io_data(&g) = 0x99;
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+	assert_int_equal(g.run[0]->io.port, 0x61);
+	assert_int_equal(*io_data(&g), 0x77);
+	guest_destroy(&g);
+}
+
+/* -- guest debugging -------------------------------------------------------------------------- */
+GUEST_ASM(debugged, 64, "nop; mov $1, %eax; int3; nop; mov %eax, 0x9000; nop; hlt");
+
+static void guest_debug(struct guest *g, uint32_t control, uint64_t addr, uint64_t dr7)
+{
+	struct kvm_guest_debug d = { .control = control };
+
+	d.arch.debugreg[0] = addr;
+	d.arch.debugreg[7] = dr7;
+	assert_int_equal(gioctl(&g->vcpu[0], KVM_SET_GUEST_DEBUG, &d, NULL), 0);
+}
+
+static void expect_debug(struct guest *g, uint64_t pc, unsigned exception)
+{
+	assert_int_equal(guest_run(g, 0), KVM_EXIT_DEBUG);
+	assert_int_equal(g->run[0]->debug.arch.pc, pc);
+	assert_int_equal(g->run[0]->debug.arch.exception, exception);
+}
+
+static void test_guest_debug(void **state)
+{
+	struct kvm_regs r;
+	struct guest g;
+
+	start64(&g, debugged, debugged_end);
+	guest_debug(&g, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_USE_SW_BP, 0, 0);
+	expect_debug(&g, 0x10001, 1);
+	expect_debug(&g, 0x10006, 1);
+	assert_true(g.run[0]->debug.arch.dr6 & 1 << 14);
+	expect_debug(&g, 0x10006, 3);
+	guest_get_regs(&g, 0, &r);
+	assert_int_equal(r.rip, 0x10006);
+	assert_int_equal(r.rflags & 0x100, 0);
+	r.rip++;
+	guest_set_regs(&g, 0, &r);
+	guest_debug(&g, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, 0x10008, 2 | 1 << 10);
+	expect_debug(&g, 0x10008, 1);
+	assert_true(g.run[0]->debug.arch.dr6 & 1);
+	guest_debug(&g, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, 0x9000, 0xd0002 | 1 << 10);
+	expect_debug(&g, 0x1000f, 1);
+	guest_debug(&g, 0, 0, 0);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_HLT);
+	guest_destroy(&g);
+}
+
+/* -- interrupts with the chips in user space -------------------------------------------------- */
+GUEST_ASM(irqs, 64,
+	"xor %r13d, %r13d; lea 1f(%rip), %r14; mov %r14, %r15; nop; hlt\n"
+	"sti; 1: nop; nop; hlt; hlt");
+
+static void expect_out(struct guest *g, unsigned port, uint64_t data)
+{
+	uint64_t v = 0;
+
+	assert_int_equal(guest_run(g, 0), KVM_EXIT_IO);
+	memcpy(&v, io_data(g), g->run[0]->io.size);
+	assert_int_equal(g->run[0]->io.port, port);
+	assert_int_equal(v, data);
+}
+
+static void test_window(void **state)
+{
+	struct kvm_interrupt irq = { .irq = 0x35 };
+	struct guest g;
+
+	start64(&g, irqs, irqs_end);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_HLT);
+	assert_int_equal(g.run[0]->if_flag, 0);
+	assert_int_equal(g.run[0]->ready_for_interrupt_injection, 0);
+	g.run[0]->request_interrupt_window = 1;
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_IRQ_WINDOW_OPEN);
+	assert_int_equal(g.run[0]->ready_for_interrupt_injection, 1);
+	g.run[0]->request_interrupt_window = 0;
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_INTERRUPT, &irq, NULL), 0);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_INTERRUPT, &irq, NULL), -EEXIST);
+	expect_out(&g, 0x80, 0x35);
+	expect_out(&g, 0x86, 1);        /* the shadow of STI covers one NOP */
+	guest_destroy(&g);
+}
+
+GUEST_ASM(nmis, 64,
+	"1: hlt; nop; hlt\n"
+	".skip 60\n"
+	".globl nmis_handler\nnmis_handler: mov $1, %al; out %al, $0x70; nop; mov $2, %al; out %al, $0x70; iretq");
+extern const uint8_t nmis_handler[];
+
+static void test_nmi(void **state)
+{
+	struct kvm_vcpu_events e;
+	struct guest g;
+
+	start64(&g, nmis, nmis_end);
+	guest_gate(&g, 64, 2, 0x10000 + (uint64_t)(nmis_handler - nmis), 0);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_NMI, NULL, NULL), 0);
+	expect_out(&g, 0x70, 1);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_NMI, NULL, NULL), 0);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_GET_VCPU_EVENTS, &e, NULL), 0);
+	assert_int_equal(e.nmi.masked, 1);
+	expect_out(&g, 0x70, 2);        /* the second one waits for IRET */
+	expect_out(&g, 0x70, 1);
+	expect_out(&g, 0x70, 2);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_HLT);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_GET_VCPU_EVENTS, &e, NULL), 0);
+	assert_int_equal(e.nmi.masked, 0);
+	guest_destroy(&g);
+}
+
+/* -- injected exceptions, shutdown -------------------------------------------------------------- */
+GUEST_ASM(quiet, 64, "hlt; hlt");
+
+static void test_inject(void **state)
+{
+	struct kvm_vcpu_events e = { .exception = { .injected = 1, .nr = 13, .has_error_code = 1, .error_code = 0x1234 } };
+	struct kvm_sregs s;
+	struct guest g;
+
+	start64(&g, quiet, quiet_end);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_SET_VCPU_EVENTS, &e, NULL), 0);
+	expect_out(&g, 0x80, 13);
+	expect_out(&g, 0x84, 0x1234);
+	guest_get_sregs(&g, 0, &s);
+	s.idt.limit = 0;
+	guest_set_sregs(&g, 0, &s);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_SET_VCPU_EVENTS, &e, NULL), 0);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_SHUTDOWN);
+	guest_destroy(&g);
+}
+
+int main(void)
+{
+	const struct CMUnitTest t[] = {
+		cmocka_unit_test(test_strings), cmocka_unit_test(test_moved_rip), cmocka_unit_test(test_guest_debug),
+		cmocka_unit_test(test_window), cmocka_unit_test(test_nmi), cmocka_unit_test(test_inject),
+	};
+
+	return cmocka_run_group_tests(t, NULL, NULL);
+}
