@@ -38,7 +38,7 @@ static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, str
 	for (unsigned i = 0; !ret && i < o->nnodes; i++) {
 		struct block_opts bo;
 
-		if (node_is_child(o, optlist_get(&o->nodes[i].opts, "node-name")))
+		if (node_is_child(o, keyvals_get(&o->nodes[i].opts, "node-name")))
 			continue;
 		ret = node_block_opts(o, &o->nodes[i], &bo, err);
 		if (!ret)

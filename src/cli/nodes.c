@@ -9,7 +9,7 @@
 static struct vm_node *node_find(struct vm_opts *o, const char *name)
 {
 	for (unsigned i = 0; i < o->nnodes; i++)
-		if (!strcmp(optlist_get(&o->nodes[i].opts, "node-name"), name))
+		if (!strcmp(keyvals_get(&o->nodes[i].opts, "node-name"), name))
 			return &o->nodes[i];
 	return NULL;
 }
@@ -17,21 +17,21 @@ static struct vm_node *node_find(struct vm_opts *o, const char *name)
 bool node_is_child(struct vm_opts *o, const char *name)
 {
 	for (unsigned i = 0; i < o->nnodes; i++) {
-		const char *f = optlist_get(&o->nodes[i].opts, "file");
+		const char *f = keyvals_get(&o->nodes[i].opts, "file");
 		if (f && !strcmp(f, name))
 			return true;
 	}
 	return false;
 }
 
-static const char *get(struct optlist *l, const char *prefix, const char *key, char buf[64])
+static const char *get(struct keyvals *l, const char *prefix, const char *key, char buf[64])
 {
 	snprintf(buf, 64, "%s%s", prefix, key);
-	return optlist_get(l, buf);
+	return keyvals_get(l, buf);
 }
 
 /* Keys that both kinds of node may carry. */
-static int usage_keys(struct optlist *l, const char *prefix, struct block_opts *b, struct err *err)
+static int usage_keys(struct keyvals *l, const char *prefix, struct block_opts *b, struct err *err)
 {
 	const char *what = "-blockdev", *v;
 	bool ro = b->read_only, direct = b->cache == CACHE_NONE, noflush = b->cache == CACHE_UNSAFE, locking;
@@ -39,14 +39,14 @@ static int usage_keys(struct optlist *l, const char *prefix, struct block_opts *
 	int ret;
 #define KEY(k) (get(l, prefix, k, key), key)
 
-	if ((ret = optlist_bool(l, what, KEY("read-only"), &ro, err)) ||
-	    (ret = optlist_bool(l, what, KEY("auto-read-only"), &locking, err)) ||
-	    (ret = optlist_bool(l, what, KEY("cache.direct"), &direct, err)) ||
-	    (ret = optlist_bool(l, what, KEY("cache.no-flush"), &noflush, err)) ||
-	    (ret = optlist_only(l, what, KEY("locking"), "auto|on", err)) ||
-	    (ret = optlist_only(l, what, KEY("force-share"), "off", err)) ||
-	    (ret = optlist_only(l, what, KEY("detect-zeroes"), "off", err)) ||
-	    (ret = optlist_only(l, what, KEY("aio"), "threads|io_uring", err)))
+	if ((ret = keyvals_bool(l, what, KEY("read-only"), &ro, err)) ||
+	    (ret = keyvals_bool(l, what, KEY("auto-read-only"), &locking, err)) ||
+	    (ret = keyvals_bool(l, what, KEY("cache.direct"), &direct, err)) ||
+	    (ret = keyvals_bool(l, what, KEY("cache.no-flush"), &noflush, err)) ||
+	    (ret = keyvals_only(l, what, KEY("locking"), "auto|on", err)) ||
+	    (ret = keyvals_only(l, what, KEY("force-share"), "off", err)) ||
+	    (ret = keyvals_only(l, what, KEY("detect-zeroes"), "off", err)) ||
+	    (ret = keyvals_only(l, what, KEY("aio"), "threads|io_uring", err)))
 		return ret;
 	if ((v = get(l, prefix, "discard", key))) {
 		if (strcmp(v, "unmap") && strcmp(v, "ignore"))
@@ -59,7 +59,7 @@ static int usage_keys(struct optlist *l, const char *prefix, struct block_opts *
 #undef KEY
 }
 
-static int protocol(struct optlist *l, const char *prefix, struct block_opts *b, struct err *err)
+static int protocol(struct keyvals *l, const char *prefix, struct block_opts *b, struct err *err)
 {
 	char key[64];
 	const char *driver = get(l, prefix, "driver", key);
@@ -75,11 +75,11 @@ static int protocol(struct optlist *l, const char *prefix, struct block_opts *b,
 
 int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, struct err *err)
 {
-	struct optlist *l = &n->opts;
-	const char *driver = optlist_get(l, "driver"), *ref = optlist_get(l, "file");
+	struct keyvals *l = &n->opts;
+	const char *driver = keyvals_get(l, "driver"), *ref = keyvals_get(l, "file");
 	int ret;
 
-	*b = (struct block_opts){ .id = optlist_get(l, "node-name"), .format = "raw", .snapshot = o->snapshot };
+	*b = (struct block_opts){ .id = keyvals_get(l, "node-name"), .format = "raw", .snapshot = o->snapshot };
 	if (!driver)
 		return err_set(err, -EINVAL, "-blockdev: driver= is missing");
 	if (strcmp(driver, "raw")) {
@@ -90,11 +90,11 @@ int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, 
 			return err_set(err, -ENOENT, "-blockdev: file=%s names no node", ref);
 		ret = protocol(&child->opts, "", b, err);
 		if (!ret)
-			ret = optlist_end(&child->opts, "-blockdev", err);
+			ret = keyvals_end(&child->opts, "-blockdev", err);
 	} else {
 		ret = protocol(l, "file.", b, err);
 	}
 	if (!ret && !strcmp(driver, "raw"))
 		ret = usage_keys(l, "", b, err);
-	return ret ? ret : optlist_end(l, "-blockdev", err);
+	return ret ? ret : keyvals_end(l, "-blockdev", err);
 }

@@ -24,28 +24,28 @@ static int set_cache(struct block_opts *b, const char *what, const char *mode, s
 /* Keys that say how a file is used, shared by all three options. */
 static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 {
-	struct optlist *l = &d->text;
+	struct keyvals *l = &d->text;
 	struct block_opts *b = &d->b;
 	const char *v;
 	int ret;
 
-	b->format = optlist_get(l, "format");
+	b->format = keyvals_get(l, "format");
 	if (b->format && strcmp(b->format, "raw"))
 		return err_set(err, -ENOTSUP, "%s: format=%s is not supported yet, only raw", what, b->format);
-	if ((v = optlist_get(l, "cache")) && (ret = set_cache(b, what, v, err)))
+	if ((v = keyvals_get(l, "cache")) && (ret = set_cache(b, what, v, err)))
 		return ret;
-	if ((v = optlist_get(l, "discard"))) {
+	if ((v = keyvals_get(l, "discard"))) {
 		if (!strcmp(v, "unmap") || !strcmp(v, "on"))
 			b->discard_unmap = true;
 		else if (strcmp(v, "ignore") && strcmp(v, "off"))
 			return err_set(err, -EINVAL, "%s: discard=%s is neither ignore nor unmap", what, v);
 	}
-	if ((ret = optlist_bool(l, what, "readonly", &b->read_only, err)) ||
-	    (ret = optlist_bool(l, what, "read-only", &b->read_only, err)) ||
-	    (ret = optlist_bool(l, what, "snapshot", &b->snapshot, err)) ||
-	    (ret = optlist_only(l, what, "detect-zeroes", "off", err)) ||
-	    (ret = optlist_only(l, what, "aio", "threads|io_uring", err)) ||
-	    (ret = optlist_only(l, what, "copy-on-read", "off", err)))
+	if ((ret = keyvals_bool(l, what, "readonly", &b->read_only, err)) ||
+	    (ret = keyvals_bool(l, what, "read-only", &b->read_only, err)) ||
+	    (ret = keyvals_bool(l, what, "snapshot", &b->snapshot, err)) ||
+	    (ret = keyvals_only(l, what, "detect-zeroes", "off", err)) ||
+	    (ret = keyvals_only(l, what, "aio", "threads|io_uring", err)) ||
+	    (ret = keyvals_only(l, what, "copy-on-read", "off", err)))
 		return ret;
 	return 0;
 }
@@ -54,54 +54,54 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 static int drive_device(struct vm_opts *o, struct vm_drive *d, const char *what, struct err *err)
 {
 	static const char *const pass[] = { "serial", "werror", "rerror", "addr" };
-	struct optlist *l = &vmopts_add(o, devices)->opts;
+	struct keyvals *l = &vmopts_add(o, devices)->opts;
 	char *text = vmopts_printf(o, "virtio-blk-pci,drive=%s", d->id);
 
 	for (unsigned i = 0; i < ARRAY_SIZE(pass); i++) {
-		const char *v = optlist_get(&d->text, pass[i]);
+		const char *v = keyvals_get(&d->text, pass[i]);
 		if (v)
 			text = vmopts_printf(o, "%s,%s=%s", text, pass[i], v);
 	}
-	return optlist_parse(l, what, text, "driver", err);
+	return keyvals_parse(l, what, text, "driver", err);
 }
 
 static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what, bool device, struct err *err)
 {
-	const char *v = optlist_get(&d->text, "id");
+	const char *v = keyvals_get(&d->text, "id");
 	int ret = common_keys(d, what, err);
 
 	if (ret)
 		return ret;
-	d->file = vmopts_printf(o, "%s", optlist_get(&d->text, "file") ? optlist_get(&d->text, "file") : "");
+	d->file = vmopts_printf(o, "%s", keyvals_get(&d->text, "file") ? keyvals_get(&d->text, "file") : "");
 	if (!*d->file)
 		return err_set(err, -EINVAL, "%s: file= is missing (empty drives are not supported)", what);
 	d->id = v ? vmopts_printf(o, "%s", v) : vmopts_printf(o, "#drive%u", o->auto_ids++);
 	if (device && (ret = drive_device(o, d, what, err)))
 		return ret;
-	return optlist_end(&d->text, what, err);
+	return keyvals_end(&d->text, what, err);
 }
 
 int opt_drive(struct vm_opts *o, const char *arg, struct err *err)
 {
 	struct vm_drive *d = vmopts_add(o, drives);
-	int ret = optlist_parse(&d->text, "-drive", arg, "file", err);
+	int ret = keyvals_parse(&d->text, "-drive", arg, "file", err);
 
 	if (ret)
 		return ret;
-	const char *bus = optlist_get(&d->text, "if"), *media = optlist_get(&d->text, "media");
+	const char *bus = keyvals_get(&d->text, "if"), *media = keyvals_get(&d->text, "media");
 	if (media && strcmp(media, "disk"))
 		return err_set(err, -ENOTSUP, "-drive: media=%s is not supported yet, only disk", media);
 	if (!bus || (strcmp(bus, "virtio") && strcmp(bus, "none")))
 		return err_set(err, -ENOTSUP, "-drive: if=%s is not supported yet; write if=virtio, or if=none with -device",
 			       bus ? bus : "ide (the default)");
-	optlist_get(&d->text, "index"); /* the order on the command line decides, as with one bus of virtio disks */
+	keyvals_get(&d->text, "index"); /* the order on the command line decides, as with one bus of virtio disks */
 	return finish_drive(o, d, "-drive", !strcmp(bus, "virtio"), err);
 }
 
 int opt_disk(struct vm_opts *o, const char *arg, struct err *err)
 {
 	struct vm_drive *d = vmopts_add(o, drives);
-	int ret = optlist_parse(&d->text, "--disk", arg, "file", err);
+	int ret = keyvals_parse(&d->text, "--disk", arg, "file", err);
 
 	if (ret)
 		return ret;
@@ -114,11 +114,11 @@ int opt_disk(struct vm_opts *o, const char *arg, struct err *err)
 int opt_blockdev(struct vm_opts *o, const char *arg, struct err *err)
 {
 	struct vm_node *n = vmopts_add(o, nodes);
-	int ret = optlist_parse(&n->opts, "-blockdev", arg, "driver", err);
+	int ret = keyvals_parse(&n->opts, "-blockdev", arg, "driver", err);
 
 	if (ret)
 		return ret;
-	const char *name = optlist_get(&n->opts, "node-name");
+	const char *name = keyvals_get(&n->opts, "node-name");
 	return name && *name ? 0 : err_set(err, -EINVAL, "-blockdev: node-name= is missing");
 }
 

@@ -10,20 +10,20 @@
 int opt_chardev(struct vm_opts *o, const char *arg, struct err *err)
 {
 	struct vm_spec *c = vmopts_add(o, chardevs);
-	struct optlist l;
-	int ret = optlist_parse(&l, "-chardev", arg, "backend", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-chardev", arg, "backend", err);
 
 	if (ret)
 		return ret;
-	const char *id = optlist_get(&l, "id");
-	if (!optlist_get(&l, "backend") || !id) {
+	const char *id = keyvals_get(&l, "id");
+	if (!keyvals_get(&l, "backend") || !id) {
 		ret = err_set(err, -EINVAL, "-chardev: %s is missing", id ? "the type" : "id=");
 	} else {
-		char *text = optlist_text(&l, "backend", NULL);
+		char *text = keyvals_text(&l, "backend", NULL);
 		*c = (struct vm_spec){ vmopts_printf(o, "%s", id), vmopts_printf(o, "%s", text ? text : "") };
 		free(text);
 	}
-	optlist_free(&l);
+	keyvals_free(&l);
 	return ret;
 }
 

@@ -22,19 +22,19 @@ static int unknown_class(const char *what, const char *name, struct err *err)
 
 int opt_device(struct vm_opts *o, const char *arg, struct err *err)
 {
-	struct optlist *l = &vmopts_add(o, devices)->opts;
-	int ret = optlist_parse(l, "-device", arg, "driver", err);
+	struct keyvals *l = &vmopts_add(o, devices)->opts;
+	int ret = keyvals_parse(l, "-device", arg, "driver", err);
 
 	if (ret)
 		return ret;
-	const char *cls = optlist_get(l, "driver");
+	const char *cls = keyvals_get(l, "driver");
 	if (!cls)
 		return err_set(err, -EINVAL, "-device: name a device class; '-device help' lists them");
 	if (!strcmp(cls, "help") || !strcmp(cls, "?"))
 		return help_devices(), OPT_DONE;
 	if (!device_class_find(cls))
 		return unknown_class("-device", cls, err);
-	if (optlist_wants_help(l)) {
+	if (keyvals_wants_help(l)) {
 		ret = help_device(cls, err);
 		return ret ? ret : OPT_DONE;
 	}
@@ -58,28 +58,28 @@ int opt_global(struct vm_opts *o, const char *arg, struct err *err)
 	return 0;
 }
 
-static int check_memory_backend(struct vm_opts *o, struct optlist *l, struct err *err)
+static int check_memory_backend(struct vm_opts *o, struct keyvals *l, struct err *err)
 {
 	bool share = true, huge = false;
 	int ret;
 
-	if ((ret = optlist_bool(l, "-object memory-backend", "share", &share, err)) ||
-	    (ret = optlist_bool(l, "-object memory-backend", "hugetlb", &huge, err)) ||
-	    (ret = optlist_bool(l, "-object memory-backend", "prealloc", &o->prealloc, err)))
+	if ((ret = keyvals_bool(l, "-object memory-backend", "share", &share, err)) ||
+	    (ret = keyvals_bool(l, "-object memory-backend", "hugetlb", &huge, err)) ||
+	    (ret = keyvals_bool(l, "-object memory-backend", "prealloc", &o->prealloc, err)))
 		return ret;
 	o->hugepages |= huge;
-	return optlist_get(l, "size") ? 0 : err_set(err, -EINVAL, "-object memory-backend: size= is missing");
+	return keyvals_get(l, "size") ? 0 : err_set(err, -EINVAL, "-object memory-backend: size= is missing");
 }
 
 int opt_object(struct vm_opts *o, const char *arg, struct err *err)
 {
 	struct vm_object *obj = vmopts_add(o, objects);
-	struct optlist *l = &obj->opts;
-	int ret = optlist_parse(l, "-object", arg, "qom-type", err);
+	struct keyvals *l = &obj->opts;
+	int ret = keyvals_parse(l, "-object", arg, "qom-type", err);
 
 	if (ret)
 		return ret;
-	const char *type = optlist_get(l, "qom-type"), *id = optlist_get(l, "id");
+	const char *type = keyvals_get(l, "qom-type"), *id = keyvals_get(l, "id");
 	if (type && !strcmp(type, "help"))
 		return puts("rng-builtin\nrng-random\nmemory-backend-ram\nmemory-backend-memfd"), OPT_DONE;
 	if (!type || !id)
@@ -87,12 +87,12 @@ int opt_object(struct vm_opts *o, const char *arg, struct err *err)
 	obj->type = vmopts_printf(o, "%s", type);
 	obj->id = vmopts_printf(o, "%s", id);
 	if (!strcmp(type, "rng-random"))
-		ret = optlist_only(l, "-object rng-random", "filename", "/dev/urandom|/dev/random", err);
+		ret = keyvals_only(l, "-object rng-random", "filename", "/dev/urandom|/dev/random", err);
 	else if (!strcmp(type, "memory-backend-ram") || !strcmp(type, "memory-backend-memfd"))
 		ret = check_memory_backend(o, l, err);
 	else if (strcmp(type, "rng-builtin"))
 		return err_set(err, -ENOTSUP, "-object: type '%s' is not supported (rng-builtin, rng-random, memory-backend-ram, memory-backend-memfd)", type);
-	return ret ? ret : optlist_end(l, "-object", err);
+	return ret ? ret : keyvals_end(l, "-object", err);
 }
 
 /* -- network ----------------------------------------------------------------------------------- */
@@ -100,22 +100,22 @@ int opt_object(struct vm_opts *o, const char *arg, struct err *err)
 int opt_netdev(struct vm_opts *o, const char *arg, struct err *err)
 {
 	struct vm_spec *n = vmopts_add(o, netdevs);
-	struct optlist l;
-	int ret = optlist_parse(&l, "-netdev", arg, "type", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-netdev", arg, "type", err);
 
 	if (ret)
 		return ret;
-	const char *id = optlist_get(&l, "id");
-	if (!optlist_get(&l, "type") || !id)
+	const char *id = keyvals_get(&l, "id");
+	if (!keyvals_get(&l, "type") || !id)
 		ret = err_set(err, -EINVAL, "-netdev: %s is missing", id ? "the type (user, tap)" : "id=");
 	else
 		*n = (struct vm_spec){ vmopts_printf(o, "%s", id), NULL };
 	if (!ret) {
-		char *text = optlist_text(&l, "type", NULL);
+		char *text = keyvals_text(&l, "type", NULL);
 		n->text = vmopts_printf(o, "%s", text ? text : "");
 		free(text);
 	}
-	optlist_free(&l);
+	keyvals_free(&l);
 	return ret;
 }
 
@@ -123,34 +123,34 @@ int opt_netdev(struct vm_opts *o, const char *arg, struct err *err)
 static int card(struct vm_opts *o, const char *what, const char *arg, struct err *err)
 {
 	static const char *const skip[] = { "model", "mac", "macaddr", "addr", "id", NULL };
-	struct optlist l;
-	int ret = optlist_parse(&l, what, arg, "type", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, what, arg, "type", err);
 
 	if (ret)
 		return ret;
 	o->net_given = true;
-	const char *type = optlist_get(&l, "type"), *model = optlist_get(&l, "model"), *mac = optlist_get(&l, "mac");
-	const char *addr = optlist_get(&l, "addr"), *id = optlist_get(&l, "id");
+	const char *type = keyvals_get(&l, "type"), *model = keyvals_get(&l, "model"), *mac = keyvals_get(&l, "mac");
+	const char *addr = keyvals_get(&l, "addr"), *id = keyvals_get(&l, "id");
 	if (!mac)
-		mac = optlist_get(&l, "macaddr");
+		mac = keyvals_get(&l, "macaddr");
 	if (type && !strcmp(type, "none")) {
-		ret = optlist_end(&l, what, err);
+		ret = keyvals_end(&l, what, err);
 		goto out;
 	}
 	if (model && strncmp(model, "virtio", 6)) {
 		ret = err_set(err, -ENOTSUP, "%s: model=%s is not supported, only virtio", what, model);
 		goto out;
 	}
-	char *text = optlist_text(&l, "type", skip);
+	char *text = keyvals_text(&l, "type", skip);
 	char *name = id ? vmopts_printf(o, "%s", id) : vmopts_printf(o, "#net%u", o->auto_ids++);
 	struct vm_spec *n = vmopts_add(o, netdevs);
 	*n = (struct vm_spec){ name, vmopts_printf(o, "%s,id=%s", text ? text : "", name) };
 	free(text);
-	struct optlist *d = &vmopts_add(o, devices)->opts;
-	ret = optlist_parse(d, what, vmopts_printf(o, "virtio-net-pci,netdev=%s%s%s%s%s", name, mac ? ",mac=" : "",
+	struct keyvals *d = &vmopts_add(o, devices)->opts;
+	ret = keyvals_parse(d, what, vmopts_printf(o, "virtio-net-pci,netdev=%s%s%s%s%s", name, mac ? ",mac=" : "",
 						   mac ? mac : "", addr ? ",addr=" : "", addr ? addr : ""), "driver", err);
 out:
-	optlist_free(&l);
+	keyvals_free(&l);
 	return ret;
 }
 

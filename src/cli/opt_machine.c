@@ -27,22 +27,22 @@ static int set_accel(struct vm_opts *o, const char *what, const char *list, stru
 
 int opt_accel(struct vm_opts *o, const char *arg, struct err *err)
 {
-	struct optlist l;
-	int ret = optlist_parse(&l, "-accel", arg, "accel", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-accel", arg, "accel", err);
 
 	if (ret)
 		return ret;
-	const char *a = optlist_get(&l, "accel");
+	const char *a = keyvals_get(&l, "accel");
 	ret = a ? set_accel(o, "-accel", a, err) : err_set(err, -EINVAL, "-accel: name an accelerator: kvm, soft or auto");
 	if (!ret)
-		ret = optlist_only(&l, "-accel", "mode", "interp", err);
+		ret = keyvals_only(&l, "-accel", "mode", "interp", err);
 	if (!ret)
-		ret = optlist_only(&l, "-accel", "thread", "multi", err);
+		ret = keyvals_only(&l, "-accel", "thread", "multi", err);
 	if (!ret)
-		ret = optlist_only(&l, "-accel", "kernel-irqchip", "on", err);
+		ret = keyvals_only(&l, "-accel", "kernel-irqchip", "on", err);
 	if (!ret)
-		ret = optlist_end(&l, "-accel", err);
-	optlist_free(&l);
+		ret = keyvals_end(&l, "-accel", err);
+	keyvals_free(&l);
 	return ret;
 }
 
@@ -52,7 +52,7 @@ int opt_enable_kvm(struct vm_opts *o, const char *arg, struct err *err)
 	return 0;
 }
 
-static int machine_keys(struct vm_opts *o, struct optlist *l, struct err *err)
+static int machine_keys(struct vm_opts *o, struct keyvals *l, struct err *err)
 {
 	/* What the machine does anyway may be said; anything else is an error. */
 	static const char *const only[][2] = {
@@ -61,35 +61,35 @@ static int machine_keys(struct vm_opts *o, struct optlist *l, struct err *err)
 		{ "nvdimm", "off" }, { "pic", "on" }, { "pit", "on" }, { "acpi", "on|auto" }, { "i8042", "on" },
 		{ "sata", "off" }, { "smbus", "off" }, { "pcspk-audiodev", "" },
 	};
-	const char *v = optlist_get(l, "type");
+	const char *v = keyvals_get(l, "type");
 
 	if (v && strcmp(v, "q35") && strcmp(v, "pc") && strcmp(v, "microvm") && strncmp(v, "pc-q35-", 7))
 		return err_set(err, -EINVAL, "-machine: unknown type '%s'; there are q35 (also called pc) and microvm", v);
 	if (v)
 		o->type = vmopts_printf(o, "%s", !strcmp(v, "microvm") ? v : "q35");
-	if ((v = optlist_get(l, "accel"))) {
+	if ((v = keyvals_get(l, "accel"))) {
 		int ret = set_accel(o, "-machine accel", v, err);
 		if (ret)
 			return ret;
 	}
-	if ((v = optlist_get(l, "memory-backend")))
+	if ((v = keyvals_get(l, "memory-backend")))
 		o->mem_backend = vmopts_printf(o, "%s", v);
 	for (unsigned i = 0; i < ARRAY_SIZE(only); i++) {
-		int ret = optlist_only(l, "-machine", only[i][0], only[i][1], err);
+		int ret = keyvals_only(l, "-machine", only[i][0], only[i][1], err);
 		if (ret)
 			return ret;
 	}
-	return optlist_end(l, "-machine", err);
+	return keyvals_end(l, "-machine", err);
 }
 
 int opt_machine(struct vm_opts *o, const char *arg, struct err *err)
 {
-	struct optlist l;
-	int ret = optlist_parse(&l, "-machine", arg, "type", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-machine", arg, "type", err);
 
 	if (ret)
 		return ret;
-	if (optlist_wants_help(&l)) {
+	if (keyvals_wants_help(&l)) {
 		puts("Supported machines are:\n"
 		     "q35                  PC with PCI Express, ACPI and legacy chips (default; alias pc)\n"
 		     "microvm              the same without PCI and ACPI power management");
@@ -97,7 +97,7 @@ int opt_machine(struct vm_opts *o, const char *arg, struct err *err)
 	} else {
 		ret = machine_keys(o, &l, err);
 	}
-	optlist_free(&l);
+	keyvals_free(&l);
 	return ret;
 }
 
@@ -150,18 +150,18 @@ static int check_topology(struct vm_opts *o, uint64_t cpus, uint64_t s, uint64_t
 int opt_smp(struct vm_opts *o, const char *arg, struct err *err)
 {
 	uint64_t cpus = 0, max = 0, s = 0, c = 0, t = 0;
-	struct optlist l;
-	int ret = optlist_parse(&l, "-smp", arg, "cpus", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-smp", arg, "cpus", err);
 
 	if (ret)
 		return ret;
-	if ((ret = optlist_u64(&l, "-smp", "cpus", 1, 64, &cpus, err)) ||
-	    (ret = optlist_u64(&l, "-smp", "maxcpus", 1, 64, &max, err)) ||
-	    (ret = optlist_u64(&l, "-smp", "sockets", 1, 64, &s, err)) ||
-	    (ret = optlist_u64(&l, "-smp", "cores", 1, 64, &c, err)) ||
-	    (ret = optlist_u64(&l, "-smp", "threads", 1, 64, &t, err)) ||
-	    (ret = optlist_only(&l, "-smp", "dies", "1", err)) || (ret = optlist_only(&l, "-smp", "clusters", "1", err)) ||
-	    (ret = optlist_end(&l, "-smp", err)))
+	if ((ret = keyvals_u64(&l, "-smp", "cpus", 1, 64, &cpus, err)) ||
+	    (ret = keyvals_u64(&l, "-smp", "maxcpus", 1, 64, &max, err)) ||
+	    (ret = keyvals_u64(&l, "-smp", "sockets", 1, 64, &s, err)) ||
+	    (ret = keyvals_u64(&l, "-smp", "cores", 1, 64, &c, err)) ||
+	    (ret = keyvals_u64(&l, "-smp", "threads", 1, 64, &t, err)) ||
+	    (ret = keyvals_only(&l, "-smp", "dies", "1", err)) || (ret = keyvals_only(&l, "-smp", "clusters", "1", err)) ||
+	    (ret = keyvals_end(&l, "-smp", err)))
 		goto out;
 	if (!cpus && !s && !c && !t)
 		cpus = max;
@@ -170,7 +170,7 @@ int opt_smp(struct vm_opts *o, const char *arg, struct err *err)
 		ret = err_set(err, -ENOTSUP, "-smp: maxcpus=%llu: CPU hotplug is not supported, maxcpus must equal cpus",
 			      (unsigned long long)max);
 out:
-	optlist_free(&l);
+	keyvals_free(&l);
 	return ret;
 }
 
@@ -187,29 +187,29 @@ int opt_cpus(struct vm_opts *o, const char *arg, struct err *err)
 int opt_memory(struct vm_opts *o, const char *arg, struct err *err)
 {
 	const char *what = o->qemu ? "-m" : "--memory", *v;
-	struct optlist l;
+	struct keyvals l;
 	uint64_t size;
-	int ret = optlist_parse(&l, what, arg, "size", err);
+	int ret = keyvals_parse(&l, what, arg, "size", err);
 
 	if (ret)
 		return ret;
-	v = optlist_get(&l, "size");
+	v = keyvals_get(&l, "size");
 	if (!v || parse_size(v, 1 << 20, &size))
 		ret = err_set(err, -EINVAL, "%s: '%s' is no size; write 512M or 2G", what, v ? v : arg);
 	else if (size < 1 << 20 || size > 1ull << 40)
 		ret = err_set(err, -EINVAL, "%s: %s is out of range; Lodge takes 1M to 1T", what, v);
 	else if (size & 4095)
 		ret = err_set(err, -EINVAL, "%s: %s is not a multiple of 4K", what, v);
-	else if (!(ret = optlist_only(&l, what, "slots", "0", err)) && (v = optlist_get(&l, "maxmem"))) {
+	else if (!(ret = keyvals_only(&l, what, "slots", "0", err)) && (v = keyvals_get(&l, "maxmem"))) {
 		uint64_t max;
 		if (parse_size(v, 1 << 20, &max) || max != size)
 			ret = err_set(err, -ENOTSUP, "%s: maxmem=%s: memory hotplug is not supported", what, v);
 	}
 	if (!ret)
-		ret = optlist_end(&l, what, err);
+		ret = keyvals_end(&l, what, err);
 	if (!ret)
 		o->mem_size = size;
-	optlist_free(&l);
+	keyvals_free(&l);
 	return ret;
 }
 
@@ -228,54 +228,54 @@ static int rtc_date(struct vm_opts *o, const char *base, struct err *err)
 
 int opt_rtc(struct vm_opts *o, const char *arg, struct err *err)
 {
-	struct optlist l;
-	int ret = optlist_parse(&l, "-rtc", arg, "base", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-rtc", arg, "base", err);
 
 	if (ret)
 		return ret;
-	const char *base = optlist_get(&l, "base");
+	const char *base = keyvals_get(&l, "base");
 	if (base && !strcmp(base, "localtime"))
 		o->localtime = true;
 	else if (base && strcmp(base, "utc"))
 		ret = rtc_date(o, base, err);
 	if (!ret)
-		ret = optlist_only(&l, "-rtc", "clock", "host", err);
+		ret = keyvals_only(&l, "-rtc", "clock", "host", err);
 	if (!ret)
-		ret = optlist_only(&l, "-rtc", "driftfix", "none", err);
+		ret = keyvals_only(&l, "-rtc", "driftfix", "none", err);
 	if (!ret)
-		ret = optlist_end(&l, "-rtc", err);
-	optlist_free(&l);
+		ret = keyvals_end(&l, "-rtc", err);
+	keyvals_free(&l);
 	return ret;
 }
 
 int opt_boot(struct vm_opts *o, const char *arg, struct err *err)
 {
-	struct optlist l;
-	int ret = optlist_parse(&l, "-boot", arg, "order", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-boot", arg, "order", err);
 
 	if (ret)
 		return ret;
-	if (!(ret = optlist_only(&l, "-boot", "strict", "on|off", err)) &&
-	    !(ret = optlist_only(&l, "-boot", "menu", "off", err)) &&
-	    !(ret = optlist_only(&l, "-boot", "order", "c", err)))
-		ret = optlist_end(&l, "-boot", err);
-	optlist_free(&l);
+	if (!(ret = keyvals_only(&l, "-boot", "strict", "on|off", err)) &&
+	    !(ret = keyvals_only(&l, "-boot", "menu", "off", err)) &&
+	    !(ret = keyvals_only(&l, "-boot", "order", "c", err)))
+		ret = keyvals_end(&l, "-boot", err);
+	keyvals_free(&l);
 	return ret;
 }
 
 int opt_name(struct vm_opts *o, const char *arg, struct err *err)
 {
-	struct optlist l;
-	int ret = optlist_parse(&l, "-name", arg, "guest", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-name", arg, "guest", err);
 
 	if (ret)
 		return ret;
-	const char *v = optlist_get(&l, "guest");
+	const char *v = keyvals_get(&l, "guest");
 	if (v)
 		o->name = vmopts_printf(o, "%s", v);
-	if (!(ret = optlist_only(&l, "-name", "debug-threads", "on|off", err)))
-		ret = optlist_end(&l, "-name", err);
-	optlist_free(&l);
+	if (!(ret = keyvals_only(&l, "-name", "debug-threads", "on|off", err)))
+		ret = keyvals_end(&l, "-name", err);
+	keyvals_free(&l);
 	return ret;
 }
 

@@ -129,28 +129,28 @@ int opt_log_level(struct vm_opts *o, const char *arg, struct err *err)
 
 int opt_msg(struct vm_opts *o, const char *arg, struct err *err)
 {
-	struct optlist l;
-	int ret = optlist_parse(&l, "-msg", arg, NULL, err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-msg", arg, NULL, err);
 
 	if (!ret)
-		ret = optlist_bool(&l, "-msg", "timestamp", &o->timestamps, err);
+		ret = keyvals_bool(&l, "-msg", "timestamp", &o->timestamps, err);
 	if (!ret)
-		ret = optlist_end(&l, "-msg", err);
-	optlist_free(&l);
+		ret = keyvals_end(&l, "-msg", err);
+	keyvals_free(&l);
 	return ret;
 }
 
 int opt_sandbox(struct vm_opts *o, const char *arg, struct err *err)
 {
 	bool on = true;
-	struct optlist l;
-	int ret = optlist_parse(&l, "-sandbox", arg, "enable", err);
+	struct keyvals l;
+	int ret = keyvals_parse(&l, "-sandbox", arg, "enable", err);
 
 	if (!ret)
-		ret = optlist_bool(&l, "-sandbox", "enable", &on, err);
+		ret = keyvals_bool(&l, "-sandbox", "enable", &on, err);
 	if (!ret && on)
 		ret = err_set(err, -ENOTSUP, "-sandbox on: the seccomp filter is not there yet; use -sandbox off");
-	optlist_free(&l);
+	keyvals_free(&l);
 	return ret;
 }
 

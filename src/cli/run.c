@@ -72,7 +72,7 @@ static bool known_bus(struct vm_opts *o, const char *bus)
 	if (!strcmp(bus, "pcie.0") || !strcmp(bus, "pci.0") || !strcmp(bus, "isa.0"))
 		return true;
 	for (unsigned i = 0; i < o->ndevices; i++) {
-		const char *id = optlist_get(&o->devices[i].opts, "id");
+		const char *id = keyvals_get(&o->devices[i].opts, "id");
 		if (id && n == strlen(id) + 2 && !strncmp(bus, id, n - 2) && !strcmp(bus + n - 2, ".0"))
 			return true;
 	}
@@ -86,12 +86,12 @@ static void add_prop(struct machine_prop **props, unsigned *n, const char *name,
 }
 
 /* -device text to what the board takes; -global values come first, so that the device's own win. */
-static int convert(struct vm_opts *o, struct optlist *l, struct machine_device *d, struct err *err)
+static int convert(struct vm_opts *o, struct keyvals *l, struct machine_device *d, struct err *err)
 {
 	struct machine_prop *props = NULL;
 
-	d->cls = optlist_get(l, "driver");
-	d->id = optlist_get(l, "id");
+	d->cls = keyvals_get(l, "driver");
+	d->id = keyvals_get(l, "id");
 	for (unsigned i = 0; i < o->nglobals; i++)
 		if (device_class_find(o->globals[i].driver) == device_class_find(d->cls))
 			add_prop(&props, &d->nprops, o->globals[i].prop, o->globals[i].value);

@@ -52,7 +52,7 @@ void *vmopts_grow(void *list, unsigned *n, size_t size)
 
 void vmopts_device(struct vm_opts *o, const char *cls, ...)
 {
-	struct optlist *l = &vmopts_add(o, devices)->opts;
+	struct keyvals *l = &vmopts_add(o, devices)->opts;
 	char *text = vmopts_printf(o, "%s", cls);
 	const char *k;
 	va_list ap;
@@ -61,20 +61,20 @@ void vmopts_device(struct vm_opts *o, const char *cls, ...)
 	while ((k = va_arg(ap, const char *)))
 		text = vmopts_printf(o, "%s,%s=%s", text, k, va_arg(ap, const char *));
 	va_end(ap);
-	if (optlist_parse(l, cls, text, "driver", NULL))
+	if (keyvals_parse(l, cls, text, "driver", NULL))
 		out_of_memory();
 }
 
 void vmopts_free(struct vm_opts *o)
 {
 	for (unsigned i = 0; i < o->ndevices; i++)
-		optlist_free(&o->devices[i].opts);
+		keyvals_free(&o->devices[i].opts);
 	for (unsigned i = 0; i < o->ndrives; i++)
-		optlist_free(&o->drives[i].text);
+		keyvals_free(&o->drives[i].text);
 	for (unsigned i = 0; i < o->nnodes; i++)
-		optlist_free(&o->nodes[i].opts);
+		keyvals_free(&o->nodes[i].opts);
 	for (unsigned i = 0; i < o->nobjects; i++)
-		optlist_free(&o->objects[i].opts);
+		keyvals_free(&o->objects[i].opts);
 	for (unsigned i = 0; i < o->npool; i++)
 		free(o->pool[i]);
 	free(o->devices);
@@ -161,9 +161,9 @@ static int duplicate(const char *what, const char *id, struct err *err)
 static int check_ids(struct vm_opts *o, struct err *err)
 {
 	for (unsigned i = 0; i < o->ndevices; i++) {
-		const char *a = optlist_get(&o->devices[i].opts, "id"), *b;
+		const char *a = keyvals_get(&o->devices[i].opts, "id"), *b;
 		for (unsigned j = 0; a && j < i; j++)
-			if ((b = optlist_get(&o->devices[j].opts, "id")) && !strcmp(a, b))
+			if ((b = keyvals_get(&o->devices[j].opts, "id")) && !strcmp(a, b))
 				return duplicate("-device", a, err);
 	}
 	for (unsigned i = 0; i < o->ndrives; i++)
@@ -192,7 +192,7 @@ static int apply_memory_backend(struct vm_opts *o, struct err *err)
 		if (strcmp(obj->id, o->mem_backend) || strncmp(obj->type, "memory-backend", 14))
 			continue;
 		uint64_t size;
-		const char *v = optlist_get(&obj->opts, "size");
+		const char *v = keyvals_get(&obj->opts, "size");
 		if (!v || parse_size(v, 1, &size) || size < 1 << 20 || (size & 4095))
 			return err_set(err, -EINVAL, "-object %s: size=%s is no size of at least 1M", obj->id, v ? v : "");
 		o->mem_size = size;
@@ -208,7 +208,7 @@ int vmopts_finish(struct vm_opts *o, struct err *err)
 	if ((ret = apply_memory_backend(o, err)))
 		return ret;
 	for (unsigned i = 0; i < o->ndevices; i++) {
-		const char *rng = optlist_get(&o->devices[i].opts, "rng");
+		const char *rng = keyvals_get(&o->devices[i].opts, "rng");
 		if (rng && !has_object(o, rng))
 			return err_set(err, -ENOENT, "-device: rng=%s names no -object", rng);
 	}

@@ -11,17 +11,17 @@
 #include "base/err.h"
 #include "block/block.h"
 #include "board/machine.h"
-#include "cli/optlist.h"
+#include "cli/keyvals.h"
 
-struct vm_device { struct optlist opts; };              /* "driver" is the class */
+struct vm_device { struct keyvals opts; };              /* "driver" is the class */
 struct vm_drive {
 	struct block_opts b;            /* strings owned by `text` */
-	struct optlist text;
+	struct keyvals text;
 	char *id, *file;
 };
-struct vm_node { struct optlist opts; };                /* -blockdev */
+struct vm_node { struct keyvals opts; };                /* -blockdev */
 struct vm_spec { char *id, *text; };                    /* -netdev, -chardev: text for the back end */
-struct vm_object { struct optlist opts; char *type, *id; };
+struct vm_object { struct keyvals opts; char *type, *id; };
 struct vm_global { char *driver, *prop, *value; };
 
 #define VM_LIST(type, name) struct type *name; unsigned n##name

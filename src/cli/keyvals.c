@@ -1,4 +1,4 @@
-#include "cli/optlist.h"
+#include "cli/keyvals.h"
 
 #include <errno.h>
 #include <jansson.h>
@@ -8,9 +8,9 @@
 
 #include "base/parse.h"
 
-static int add(struct optlist *l, char *key, char *val)
+static int add(struct keyvals *l, char *key, char *val)
 {
-	struct opt *o = key && val ? realloc(l->o, (l->n + 1) * sizeof *o) : NULL;
+	struct keyval *o = key && val ? realloc(l->o, (l->n + 1) * sizeof *o) : NULL;
 
 	if (!o) {
 		free(key);
@@ -18,18 +18,18 @@ static int add(struct optlist *l, char *key, char *val)
 		return -ENOMEM;
 	}
 	l->o = o;
-	o[l->n++] = (struct opt){ key, val, false };
+	o[l->n++] = (struct keyval){ key, val, false };
 	return 0;
 }
 
-void optlist_free(struct optlist *l)
+void keyvals_free(struct keyvals *l)
 {
 	for (unsigned i = 0; i < l->n; i++) {
 		free(l->o[i].key);
 		free(l->o[i].val);
 	}
 	free(l->o);
-	*l = (struct optlist){ 0 };
+	*l = (struct keyvals){ 0 };
 }
 
 /* The text up to a single comma, doubled ones made one; *s moves behind the comma, or to NULL at the end. */
@@ -52,7 +52,7 @@ static char *word(const char **s)
 	return out;
 }
 
-static int add_word(struct optlist *l, const char *what, char *w, const char *implied, bool first, struct err *err)
+static int add_word(struct keyvals *l, const char *what, char *w, const char *implied, bool first, struct err *err)
 {
 	char *eq = strchr(w, '=');
 
@@ -69,7 +69,7 @@ static int add_word(struct optlist *l, const char *what, char *w, const char *im
 	return add(l, strdup(w), strdup("on"));
 }
 
-static int json_flatten(struct optlist *l, const char *prefix, json_t *v)
+static int json_flatten(struct keyvals *l, const char *prefix, json_t *v)
 {
 	char key[256], num[64];
 	const char *k;
@@ -108,7 +108,7 @@ static int json_flatten(struct optlist *l, const char *prefix, json_t *v)
 	}
 }
 
-static int parse_json(struct optlist *l, const char *what, const char *text, struct err *err)
+static int parse_json(struct keyvals *l, const char *what, const char *text, struct err *err)
 {
 	json_error_t je;
 	json_t *v = json_loads(text, JSON_REJECT_DUPLICATES, &je);
@@ -120,13 +120,13 @@ static int parse_json(struct optlist *l, const char *what, const char *text, str
 	return ret ? err_set(err, ret, "%s: out of memory", what) : 0;
 }
 
-int optlist_parse(struct optlist *l, const char *what, const char *text, const char *implied_key, struct err *err)
+int keyvals_parse(struct keyvals *l, const char *what, const char *text, const char *implied_key, struct err *err)
 {
 	const char *s = text;
 	bool first = true;
 	int ret = 0;
 
-	*l = (struct optlist){ 0 };
+	*l = (struct keyvals){ 0 };
 	if (*text == '{') {
 		ret = parse_json(l, what, text, err);
 	} else if (!*text) {
@@ -140,11 +140,11 @@ int optlist_parse(struct optlist *l, const char *what, const char *text, const c
 		}
 	}
 	if (ret)
-		optlist_free(l);
+		keyvals_free(l);
 	return ret;
 }
 
-const char *optlist_get(struct optlist *l, const char *key)
+const char *keyvals_get(struct keyvals *l, const char *key)
 {
 	const char *v = NULL;
 
@@ -156,7 +156,7 @@ const char *optlist_get(struct optlist *l, const char *key)
 	return v;
 }
 
-bool optlist_wants_help(const struct optlist *l)
+bool keyvals_wants_help(const struct keyvals *l)
 {
 	for (unsigned i = 0; i < l->n; i++) {
 		if (!strcmp(l->o[i].key, "help") || !strcmp(l->o[i].key, "?"))
@@ -167,19 +167,19 @@ bool optlist_wants_help(const struct optlist *l)
 	return false;
 }
 
-int optlist_bool(struct optlist *l, const char *what, const char *key, bool *v, struct err *err)
+int keyvals_bool(struct keyvals *l, const char *what, const char *key, bool *v, struct err *err)
 {
-	const char *s = optlist_get(l, key);
+	const char *s = keyvals_get(l, key);
 
 	if (s && parse_bool(s, v))
 		return err_set(err, -EINVAL, "%s: %s=%s is neither on nor off", what, key, s);
 	return 0;
 }
 
-int optlist_u64(struct optlist *l, const char *what, const char *key, uint64_t min, uint64_t max, uint64_t *v,
+int keyvals_u64(struct keyvals *l, const char *what, const char *key, uint64_t min, uint64_t max, uint64_t *v,
 		struct err *err)
 {
-	const char *s = optlist_get(l, key);
+	const char *s = keyvals_get(l, key);
 	uint64_t n;
 
 	if (!s)
@@ -202,16 +202,16 @@ static bool one_of(const char *v, const char *values)
 	return false;
 }
 
-int optlist_only(struct optlist *l, const char *what, const char *key, const char *values, struct err *err)
+int keyvals_only(struct keyvals *l, const char *what, const char *key, const char *values, struct err *err)
 {
-	const char *v = optlist_get(l, key);
+	const char *v = keyvals_get(l, key);
 
 	if (!v || one_of(v, values))
 		return 0;
 	return err_set(err, -ENOTSUP, "%s: %s=%s is not supported (supported: %s)", what, key, v, values);
 }
 
-int optlist_end(const struct optlist *l, const char *what, struct err *err)
+int keyvals_end(const struct keyvals *l, const char *what, struct err *err)
 {
 	for (unsigned i = 0; i < l->n; i++)
 		if (!l->o[i].used)
@@ -227,7 +227,7 @@ static bool skipped(const char *key, const char *const *skip)
 	return false;
 }
 
-char *optlist_text(const struct optlist *l, const char *implied_key, const char *const *skip)
+char *keyvals_text(const struct keyvals *l, const char *implied_key, const char *const *skip)
 {
 	char *text = NULL;
 	size_t len;
@@ -237,7 +237,7 @@ char *optlist_text(const struct optlist *l, const char *implied_key, const char 
 	if (!f)
 		return NULL;
 	for (unsigned i = 0; i < l->n; i++) {
-		const struct opt *o = &l->o[i];
+		const struct keyval *o = &l->o[i];
 
 		if (skipped(o->key, skip))
 			continue;
