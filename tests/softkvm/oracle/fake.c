@@ -4,12 +4,16 @@
 #include <string.h>
 
 #include "oracle.h"
+#include "softkvm/interp/block.h"
+#include "softkvm/sys.h"
 #include "softkvm/vec/vec.h"
 
 static struct cpu *cpu;
 static struct tlb *tlb;
 static jmp_buf back;
-static struct insn insn;
+static struct insn insns[2];   /* integer handlers may go on to the next one: it stops */
+
+static void op_stop(struct cpu *c, const struct insn *i) { }
 
 static _Noreturn void leave(int vector)
 {
@@ -26,6 +30,8 @@ void mmu_flush_all(struct cpu *c) { }
 
 static uint8_t *range(uint64_t lin, unsigned len)
 {
+	if ((uint64_t)((int64_t)(lin << 16) >> 16) != lin)
+		leave(insns[0].flags & IF_STACK ? EXC_SS : EXC_GP);
 	if (range_bad(lin - (uintptr_t)sandbox, len, SANDBOX))
 		leave(EXC_PF);
 	return (uint8_t *)(uintptr_t)lin;
@@ -38,29 +44,26 @@ void mem_write_slow(struct cpu *c, uint64_t lin, const void *buf, unsigned len) 
 void mem_probe(struct cpu *c, uint64_t lin, unsigned len, enum access acc) { range(lin, len); }
 
 uint64_t seg_lin(struct cpu *c, unsigned seg, uint64_t off, unsigned size, enum access acc) { return off; }
-uint64_t insn_offset(const struct cpu *c, const struct insn *i)
+bool sys_decode(struct insn *i, const struct decoded *d) { return false; }
+bool cpuid_has_isa(const struct cpu *c, int isa) { return true; }
+uint64_t cpu_next_rip(const struct cpu *c) { return 0; }
+void cpu_leave_after(struct cpu *c) { }
+void cpu_set_rflags(struct cpu *c, uint64_t fl)
 {
-	uint64_t o = c->gpr[i->base] + (c->gpr[i->index] << i->scale) + (uint64_t)(int64_t)i->disp;
-
-	return i->flags & IF_A32 ? (uint32_t)o : o;
+	c->aflags = aflags_from(fl);
+	c->eflags = (uint32_t)fl & ~OSZAPC;
 }
-uint64_t insn_lin_slow(struct cpu *c, const struct insn *i, unsigned size, enum access acc) { return insn_offset(c, i); }
-uint8_t insn_reg_off(ZydisRegister r)
+void *mem_host(struct cpu *c, uint64_t lin, unsigned len, enum access acc)
 {
-	return (uint8_t)(ZydisRegisterGetId(ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, r)) * 8);
+	return acc == ACC_READ ? tlb_hit_r(c, lin, len) : tlb_hit_w(c, lin, len);
 }
-
-void insn_set_mem(struct insn *i, const struct decoded *d, const ZydisDecodedOperand *op)
+void *mem_rmw(struct cpu *c, uint64_t lin, unsigned size)
 {
-	const ZydisDecodedOperandMem *m = &op->mem;
-
-	i->flags |= IF_MEM | (d->z.address_width == 32 ? IF_A32 | IF_EA_SLOW : 0);
-	i->base = m->base == ZYDIS_REGISTER_NONE ? R_ZERO : insn_reg_off(m->base) / 8;
-	i->index = m->index == ZYDIS_REGISTER_NONE || m->type == ZYDIS_MEMOP_TYPE_VSIB ? R_ZERO : insn_reg_off(m->index) / 8;
-	i->scale = (uint8_t)(m->scale ? __builtin_ctz(m->scale) : 0);
-	i->disp = m->disp.has_displacement ? (int32_t)m->disp.value : 0;
-	i->seg = SEG_DS;
+	range(lin, size);
+	return mem_host(c, lin, size, ACC_RMW);
 }
+void mem_lock(struct cpu *c) { }
+void mem_unlock(struct cpu *c) { }
 
 int engine_init(void)
 {
@@ -69,6 +72,8 @@ int engine_init(void)
 	memset(cpu, 0, sizeof *cpu);
 	tlb = calloc(1, sizeof *tlb);
 	cpu->tlb = tlb;
+	cpu->blocks = calloc(1, sizeof *cpu->blocks);
+	cpu->budget = 1 << 30;
 	cpu->flat = true;
 	cpu->code_bits = 64;
 	cpu->cpl = 3;
@@ -76,21 +81,17 @@ int engine_init(void)
 	cpu->cr4 = CR4_OSFXSR | CR4_OSXMMEXCPT | (host_avx() ? CR4_OSXSAVE : 0);
 	cpu->xcr0 = xsave_supported();
 	fpu_reset(&cpu->fpu);
-	return tlb ? 0 : -1;
+	return tlb && cpu->blocks ? 0 : -1;
 }
 
 bool engine_prepare(const struct test_case *t)
 {
-	struct decoded d = { .z = t->z, .bytes = t->bytes, .code_bits = 64, .cpu = cpu };
-
-	memcpy(d.op, t->op, sizeof d.op);
 	for (unsigned pass = 0; pass < 2; pass++) {
-		insn = (struct insn){ .len = t->len, .base = R_ZERO, .index = R_ZERO, .seg = SEG_DS };
-		if (t->z.address_width == 32)
-			insn.flags |= IF_A32;
-		if (!vec_decode(&insn, &d))
+		if (decode_insn(cpu, BM_CODE64, t->bytes, t->len, 0, &insns[0]) != DEC_OK)
 			return false;
-		if (!(insn.flags & IF_END))
+		if (insns[0].fn == op_ud)
+			return false;
+		if (!(insns[0].flags & IF_END) || pass)
 			break;
 		vec_flush(cpu);
 	}
@@ -115,6 +116,7 @@ void engine_test_run(const struct test_case *t, const struct state *in, struct s
 	memcpy(cpu->gpr, in->gpr, sizeof in->gpr);
 	cpu->gpr[R_ZERO] = 0;
 	cpu->aflags = aflags_from(in->flags);
+	cpu->eflags = FL_IF;
 	memcpy(f->zmm, in->zmm, sizeof f->zmm);
 	memcpy(f->k, in->k, sizeof f->k);
 	memcpy(f->fx, in->fx, 24);
@@ -122,9 +124,12 @@ void engine_test_run(const struct test_case *t, const struct state *in, struct s
 	f->mxcsr = in->mxcsr;
 	memcpy(sandbox, in->mem, SANDBOX);
 	set_tlb(t);
+	cpu->cur = &insns[0];
+	insns[1].fn = op_stop;
+	cpu->block_end = &insns[1];
 	r = setjmp(back);
 	if (!r)
-		insn.fn(cpu, &insn);
+		insns[0].fn(cpu, &insns[0]);
 	*out = *in;
 	out->trap = r ? r - 2 : -1;
 	memcpy(out->gpr, cpu->gpr, sizeof out->gpr);

@@ -48,6 +48,82 @@ static unsigned put_evex(uint8_t *b)
 	return 4;
 }
 
+static unsigned put_integer(uint8_t *b)
+{
+	unsigned n = 0;
+
+	switch (below(8)) {
+	case 0: b[n++] = 0x66; break;
+	case 1: b[n++] = below(2) ? 0xf2 : 0xf3; break;
+	case 2: b[n++] = 0xf0; break;
+	}
+	if (below(8) == 0) {
+		n += put_vex(b + n);
+		b[n - 1] &= 0x7b | (rnd() & 0x80);
+		return n;
+	}
+	if (below(2))
+		b[n++] = 0x40 | below(16);
+	if (below(3) == 0) {
+		b[n++] = 0x0f;
+		if (below(4) == 0)
+			b[n++] = 0x38;
+	}
+	return n;
+}
+
+/* What every x86-64-v3 CPU has; anything newer may be missing here. */
+static bool host_has_int(const struct test_case *t)
+{
+	switch (t->z.meta.isa_set) {
+	case ZYDIS_ISA_SET_I86: case ZYDIS_ISA_SET_I186: case ZYDIS_ISA_SET_I386: case ZYDIS_ISA_SET_I486: case ZYDIS_ISA_SET_I486REAL:
+	case ZYDIS_ISA_SET_LONGMODE: case ZYDIS_ISA_SET_CMOV: case ZYDIS_ISA_SET_LAHF: case ZYDIS_ISA_SET_PENTIUMREAL:
+	case ZYDIS_ISA_SET_CMPXCHG16B:
+		return true;
+	case ZYDIS_ISA_SET_BMI1: return __builtin_cpu_supports("bmi");
+	case ZYDIS_ISA_SET_BMI2: return __builtin_cpu_supports("bmi2");
+	case ZYDIS_ISA_SET_LZCNT: return __builtin_cpu_supports("lzcnt");
+	case ZYDIS_ISA_SET_MOVBE: return __builtin_cpu_supports("movbe");
+	case ZYDIS_ISA_SET_POPCNT: case ZYDIS_ISA_SET_SSE42: return __builtin_cpu_supports("popcnt");
+	case ZYDIS_ISA_SET_ADOX_ADCX: return __builtin_cpu_supports("avx2");
+	default: return false;
+	}
+}
+
+/* Deterministic, without transfers of control, without reach outside the sandbox. */
+static bool integer_wanted(const struct test_case *t)
+{
+	switch (t->z.meta.category) {
+	case ZYDIS_CATEGORY_BINARY: case ZYDIS_CATEGORY_BITBYTE: case ZYDIS_CATEGORY_BMI1: case ZYDIS_CATEGORY_BMI2:
+	case ZYDIS_CATEGORY_CMOV: case ZYDIS_CATEGORY_CONVERT: case ZYDIS_CATEGORY_LOGICAL: case ZYDIS_CATEGORY_LZCNT:
+	case ZYDIS_CATEGORY_PUSH: case ZYDIS_CATEGORY_POP: case ZYDIS_CATEGORY_ROTATE: case ZYDIS_CATEGORY_SEMAPHORE:
+	case ZYDIS_CATEGORY_SETCC: case ZYDIS_CATEGORY_SHIFT: case ZYDIS_CATEGORY_STRINGOP: case ZYDIS_CATEGORY_ADOX_ADCX:
+	case ZYDIS_CATEGORY_DATAXFER: case ZYDIS_CATEGORY_MISC: case ZYDIS_CATEGORY_SSE:
+		break;
+	case ZYDIS_CATEGORY_FLAGOP:
+		return t->z.mnemonic != ZYDIS_MNEMONIC_STI && t->z.mnemonic != ZYDIS_MNEMONIC_CLI && t->z.mnemonic != ZYDIS_MNEMONIC_STD;
+	default:
+		return false;
+	}
+	switch (t->z.mnemonic) {
+	case ZYDIS_MNEMONIC_POPF: case ZYDIS_MNEMONIC_POPFQ: case ZYDIS_MNEMONIC_PUSHF: case ZYDIS_MNEMONIC_PUSHFQ:
+	case ZYDIS_MNEMONIC_ENTER: case ZYDIS_MNEMONIC_CPUID: case ZYDIS_MNEMONIC_XLAT: case ZYDIS_MNEMONIC_RDPID:
+	case ZYDIS_MNEMONIC_MONITORX: case ZYDIS_MNEMONIC_MWAITX: case ZYDIS_MNEMONIC_CLZERO: case ZYDIS_MNEMONIC_LEAVE:
+		return false;
+	default:
+		break;
+	}
+	for (unsigned n = 0; n < t->z.operand_count; n++) {
+		const ZydisDecodedOperand *o = &t->op[n];
+
+		if (o->type == ZYDIS_OPERAND_TYPE_MEMORY && o->mem.type == ZYDIS_MEMOP_TYPE_MEM && o->size > 512)
+			return false;
+		if (o->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(o->reg.value) == ZYDIS_REGCLASS_SEGMENT)
+			return false;
+	}
+	return t->z.meta.isa_set != ZYDIS_ISA_SET_RDRAND && t->z.meta.isa_set != ZYDIS_ISA_SET_RDSEED && host_has_int(t);
+}
+
 static bool unwanted(const struct test_case *t)
 {
 	switch (t->z.mnemonic) {
@@ -80,12 +156,14 @@ bool gen_instruction(struct test_case *t, enum group g)
 	case G_SSE: n = put_legacy(t->bytes); break;
 	case G_AVX: n = put_vex(t->bytes); break;
 	case G_AVX512: n = put_evex(t->bytes); break;
-	default: return false;
+	default: n = put_integer(t->bytes); break;
 	}
 	random_tail(t, n);
 	if (ZYAN_FAILED(ZydisDecoderDecodeFull(&dec, t->bytes, 15, &t->z, t->op)))
 		return false;
 	t->len = t->z.length;
+	if (g == G_INTEGER && !integer_wanted(t))
+		return false;
 	return !unwanted(t) && engine_prepare(t);
 }
 
@@ -175,6 +253,8 @@ static bool place(struct test_case *t, struct state *s, const ZydisDecodedOperan
 	bool vsib = m->type == ZYDIS_MEMOP_TYPE_VSIB;
 	uint64_t target = (uintptr_t)sandbox, rest = m->disp.has_displacement ? (uint64_t)m->disp.value : 0;
 
+	if (m->type == ZYDIS_MEMOP_TYPE_AGEN)
+		return m->base != ZYDIS_REGISTER_RIP && m->base != ZYDIS_REGISTER_EIP;
 	if (m->base == ZYDIS_REGISTER_NONE || m->base == ZYDIS_REGISTER_RIP || m->base == ZYDIS_REGISTER_EIP)
 		return false;
 	if (vsib) {
@@ -211,6 +291,17 @@ bool gen_state(struct test_case *t, struct state *s)
 			st_le64(s->zmm[r] + n, number());
 	for (unsigned r = 0; native_avx512() && r < 8; r++)
 		s->k[r] = below(4) ? rnd() : 0;
+	if (t->z.meta.category == ZYDIS_CATEGORY_STRINGOP)
+		s->gpr[1] = below(9);
+	/* A bit offset in a register moves the address. */
+	if (t->z.mnemonic >= ZYDIS_MNEMONIC_BT && t->z.mnemonic <= ZYDIS_MNEMONIC_BTS && t->op[1].type == ZYDIS_OPERAND_TYPE_REGISTER &&
+	    t->op[0].type == ZYDIS_OPERAND_TYPE_MEMORY) {
+		if (gpr_of(t->op[1].reg.value) == gpr_of(t->op[0].mem.base))
+			return false;
+		if (t->op[0].mem.index != ZYDIS_REGISTER_NONE)
+			return false;
+		s->gpr[gpr_of(t->op[1].reg.value)] = (uint64_t)below(4096) - 2048;
+	}
 	random_x87(s);
 	random_mxcsr(s);
 	for (unsigned n = 0; n < SANDBOX; n += 8)

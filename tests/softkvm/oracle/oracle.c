@@ -159,9 +159,9 @@ int main(int argc, char **argv)
 		printf("cannot set up\n");
 		return 1;
 	}
-	for (unsigned g = 0; g < G_INTEGER; g++)
+	for (unsigned g = 0; g < G_COUNT; g++)
 		groups += !strcmp(group, "all") || !strcmp(group, names[g]);
-	for (unsigned g = 0; g < G_INTEGER; g++) {
+	for (unsigned g = 0; g < G_COUNT; g++) {
 		if (strcmp(group, "all") && strcmp(group, names[g]))
 			continue;
 		if (g == G_AVX512 && !native_avx512()) {
