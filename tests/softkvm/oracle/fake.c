@@ -84,12 +84,27 @@ int engine_init(void)
 	return tlb && cpu->blocks ? 0 : -1;
 }
 
+/* Vector groups: only what the vector family claims; transfers of control and system calls must not get through. */
+static bool decode_vector(const struct test_case *t)
+{
+	struct decoded d = { .z = t->z, .bytes = t->bytes, .code_bits = 64, .cpu = cpu };
+
+	memcpy(d.op, t->op, sizeof d.op);
+	insns[0] = (struct insn){ .len = t->len, .base = R_ZERO, .index = R_ZERO, .seg = SEG_DS };
+	if (t->z.address_width == 32)
+		insns[0].flags |= IF_A32;
+	return vec_decode(&insns[0], &d);
+}
+
+static bool decode_integer(const struct test_case *t)
+{
+	return decode_insn(cpu, BM_CODE64, t->bytes, t->len, 0, &insns[0]) == DEC_OK && insns[0].fn != op_ud;
+}
+
 bool engine_prepare(const struct test_case *t)
 {
 	for (unsigned pass = 0; pass < 2; pass++) {
-		if (decode_insn(cpu, BM_CODE64, t->bytes, t->len, 0, &insns[0]) != DEC_OK)
-			return false;
-		if (insns[0].fn == op_ud)
+		if (!(t->integer ? decode_integer(t) : decode_vector(t)))
 			return false;
 		if (!(insns[0].flags & IF_END) || pass)
 			break;

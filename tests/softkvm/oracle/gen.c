@@ -162,6 +162,7 @@ bool gen_instruction(struct test_case *t, enum group g)
 	if (ZYAN_FAILED(ZydisDecoderDecodeFull(&dec, t->bytes, 15, &t->z, t->op)))
 		return false;
 	t->len = t->z.length;
+	t->integer = g == G_INTEGER;
 	if (g == G_INTEGER && !integer_wanted(t))
 		return false;
 	return !unwanted(t) && engine_prepare(t);

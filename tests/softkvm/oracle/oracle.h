@@ -32,6 +32,7 @@ struct state {
 struct test_case {
 	uint8_t bytes[16];
 	uint8_t len;
+	bool integer;
 	ZydisDecodedInstruction z;
 	ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
 	bool tlb[SANDBOX_PAGES];        /* pages the engine finds in its TLB */
