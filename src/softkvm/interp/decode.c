@@ -161,7 +161,9 @@ enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t
 	}
 	i->len = d.z.length;
 	i->flags = prefix_flags(&d.z);
-	if (!cpuid_has_isa(c, d.z.meta.isa_set) || !families(i, &d))
+	/* Zydis knows Xeon Phi's own VEX encodings (LZCNT and others): no other CPU does. */
+	if ((d.z.meta.isa_set >= ZYDIS_ISA_SET_KNCE && d.z.meta.isa_set <= ZYDIS_ISA_SET_KNC_PF_HINT) ||
+	    !cpuid_has_isa(c, d.z.meta.isa_set) || !families(i, &d))
 		undefined(i);
 	return DEC_OK;
 }
