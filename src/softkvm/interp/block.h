@@ -75,9 +75,7 @@ struct block_cache {
 	struct block_link *want;        /* link to be filled by the next lookup */
 	struct block *scratch;          /* for blocks that cannot be kept */
 	int32_t budget_start;           /* to count instructions */
-	bool stepping;                  /* the running instruction is a block of its own, begun by step_begin() */
-	uint8_t old_shadow;             /* what step_begin() took away */
-	uint32_t old_rf;
+	bool stepping;                  /* one_insn was set when the running instruction began */
 	unsigned random_left;           /* RDRAND: numbers drawn and not yet given out */
 	uint64_t random[32];
 };

@@ -15,7 +15,6 @@
 #include "softkvm/vm.h"
 
 #define BUDGET 16384
-#define DR6_BS (1u << 14)
 #define GO_ON ((enum run_result)-1)
 
 /* -- RIP --------------------------------------------------------------------------------------- */
@@ -103,48 +102,21 @@ void cpu_emulation_failed(struct cpu *c)
 }
 
 /* -- one instruction at a time (events.h says what the loop owes) --------------------------------- */
-static bool wants_step(const struct cpu *c)
-{
-	return c->one_insn || c->shadow || c->code_bp || (c->eflags & (FL_TF | FL_RF));
-}
-
-/* Shadow and RF last for the instruction now beginning: taken off here, put back if it must run again. */
 static void step_begin(struct cpu *c)
 {
-	struct block_cache *bc = c->blocks;
-
-	bc->stepping = true;
-	bc->old_shadow = c->shadow;
-	bc->old_rf = c->eflags & FL_RF;
+	c->blocks->stepping = true;
 	c->step.tf = (c->eflags & FL_TF) || (c->dbg.enabled && c->dbg.step);
-	c->shadow = 0;
-	c->eflags &= ~(uint32_t)FL_RF;
+	c->step.rf = c->eflags & FL_RF;
+	c->step.shadow = c->shadow;
 }
 
-static void step_undo(struct cpu *c)
-{
-	struct block_cache *bc = c->blocks;
-
-	if (!bc->stepping)
-		return;
-	bc->stepping = false;
-	c->shadow = bc->old_shadow;
-	c->eflags |= bc->old_rf;
-}
-
+/* The instruction is complete: ages shadow and RF, records the trap, recomputes one_insn. */
 static void step_done(struct cpu *c)
 {
-	struct block_cache *bc = c->blocks;
-
-	if (!bc->stepping)
+	if (!c->blocks->stepping)
 		return;
-	bc->stepping = false;
-	if (c->step.tf) {
-		c->trap_db = true;
-		c->trap_dr6 |= DR6_BS;
-	}
-	if (bc->old_shadow)
-		atomic_fetch_or(&c->requests, REQ_EVENT);       /* what waited for the end of the shadow */
+	c->blocks->stepping = false;
+	event_insn_done(c);
 }
 
 /* Execution breakpoints of `dr`/`dr7` at the linear address: DR6 bits. */
@@ -317,7 +289,7 @@ static enum run_result after_insn(struct cpu *c)
 static enum run_result run_one(struct cpu *c)
 {
 	struct block_cache *bc = c->blocks;
-	bool step = wants_step(c);
+	bool step = c->one_insn;
 	enum run_result r;
 	struct block_link *want;
 	struct block *b;
@@ -371,7 +343,7 @@ static enum run_result resume(struct cpu *c, enum unwind why)
 		return take_event(c);
 	case UNWIND_EXIT:
 		c->rip = cpu_cur_rip(c);
-		step_undo(c);
+		c->blocks->stepping = false;
 		return RUN_EXIT;
 	case UNWIND_EXIT_NEXT:
 		settle_next(c);
@@ -380,7 +352,7 @@ static enum run_result resume(struct cpu *c, enum unwind why)
 	case UNWIND_RETRY:
 		c->rip = cpu_cur_rip(c);
 		c->mmio.replay = 0;
-		step_undo(c);
+		c->blocks->stepping = false;
 		return GO_ON;
 	case UNWIND_LEAVE:
 	default:

@@ -115,6 +115,7 @@ bool event_deliver(struct cpu *c)
 	return false;
 }
 bool event_boundary(struct cpu *c) { return true; }
+void event_insn_done(struct cpu *c) { c->one_insn = false; }
 void vec_flush(struct cpu *c) { }
 uint64_t seg_lin(struct cpu *c, unsigned seg, uint64_t off, unsigned size, enum access acc)
 {
