@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "kvm/provider.h"
+#include "softkvm/softkvm.h"
 
 /* softkvm's interpreter on a plain loop, instructions a second; /dev/kvm has to beat it. */
 #define SOFT_RATE 60000000u
@@ -136,6 +137,9 @@ int kvm_vm_create(struct kvm_vm **out, struct kvm *k, struct err *err)
 		free(vm);
 		return err_set_errno(err, r, "%s: cannot create a virtual machine", k->f.p->name);
 	}
+	/* Asking is the promise to call kvm_vm_code_written() for every write; without it softkvm checks code by itself. */
+	if (vm->f.p->code_written)
+		vm->f.p->ioctl(&vm->f, KVM_CHECK_EXTENSION, SOFTKVM_CAP_CODE_WRITTEN, NULL);
 	*out = vm;
 	return 0;
 }
