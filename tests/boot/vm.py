@@ -53,11 +53,11 @@ class Vm:
         self.proc.stdin.flush()
 
     def run(self, command):
-        """A command in the guest's shell: its output. Fails when its status is not 0."""
-        self.send(f"{command}; echo \"[status:\"$?]\n")
+        """A command in the guest's shell, which must not echo: its output. Fails when its status is not 0."""
+        begin = self.pos
+        self.send(f"{command}; echo [status:$?]\n")
         match = self.expect(r"\[status:(\d+)\]\n")
-        start = self.log.rfind("$?]\n", 0, match.start())
-        out = self.log[start + 4:match.start()] if start >= 0 else self.log[:match.start()]
+        out = self.log[begin:match.start()]
         assert match.group(1) == "0", f"{command!r} ended with status {match.group(1)}:\n{out}"
         return out
 
