@@ -272,9 +272,9 @@ static int write_plain(struct cpu *c, uint32_t msr, uint64_t *p, uint64_t v, boo
 		if (v & ~1ull)
 			return MSR_FAULT;
 		break;
-	case 0xc0010015:                        /* HWCR: the bits KVM lets pass silently, and McStatusWrEn */
-		v &= ~(uint64_t)0x1000148;
-		if (v & ~BIT(18))
+	case 0xc0010015:                        /* HWCR: the bits KVM lets pass silently, McStatusWrEn, TscFreqSel */
+		v &= ~(uint64_t)0x148;
+		if (v & ~(BIT(18) | BIT(24)))
 			return MSR_FAULT;
 		break;
 	case 0xc001001f:
@@ -402,6 +402,7 @@ void msr_reset(struct cpu *c, bool init)
 	msr_feature_read(MSR_ARCH_CAPABILITIES, &c->msr.arch_capabilities);
 	msr_feature_read(MSR_UCODE_REV, &c->msr.ucode_rev);
 	a->platform_info = BIT(31);     /* CPUID faulting is there */
-	a->hwcr = c->msr.misc_features = 0;
+	a->hwcr = BIT(24);              /* TscFreqSel: the TSC counts at the P0 frequency; Linux warns without it */
+	c->msr.misc_features = 0;
 	a->mtrr_def = 0;
 }
