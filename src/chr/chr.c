@@ -85,6 +85,10 @@ static void pump_all(struct chardev *c)
 		pump(c, c->port[i]);
 	bool drained = !c->nports || !c->port[c->focus]->used;
 	c->throttled = c->nports && !room_in_focus(c) && !(c->mux && c->is_tty);
+	if (c->eof && drained && c->eof_closes && c->nports) {
+		c->eof_closes = false;
+		chr_event_all(c, CHR_CLOSED);
+	}
 	if (c->eof && drained && c->on_eof) {
 		void (*fn)(void *) = c->on_eof;
 		c->on_eof = NULL;

@@ -37,6 +37,7 @@ struct chardev {
 	bool own_fds, is_tty, poll_first, is_socket, is_pty;
 	struct loop_watch *rwatch, *wwatch;
 	bool want_out, throttled, eof;
+	bool eof_closes;                /* the end of input is CHR_CLOSED, once all of it was taken */
 	bool accept_posted;             /* atomic: one is on its way */
 	struct chr_port *port[CHR_CLIENTS];
 	unsigned nports, focus;

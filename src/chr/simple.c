@@ -35,25 +35,49 @@ static int need_path(struct chardev *c, struct optlist *o, const char **path, st
 	return *path && **path ? 0 : err_set(err, -EINVAL, "-chardev %s: path= is missing", c->kind->name);
 }
 
+/*
+ * A file by name. /dev/stdin, /dev/stdout and /dev/stderr mean the descriptors themselves: opened anew a
+ * regular file would start over at its beginning, and a socket could not be opened at all.
+ */
+static int open_named(const char *path, int flags)
+{
+	static const char *const std[] = { "/dev/stdin", "/dev/stdout", "/dev/stderr" };
+
+	for (int i = 0; i < 3; i++)
+		if (!strcmp(path, std[i]))
+			return fcntl(i, F_DUPFD_CLOEXEC, 3);
+	return open(path, flags | O_CLOEXEC | O_NOCTTY, 0666);
+}
+
 static int file_open(struct chardev *c, struct optlist *o, struct err *err)
 {
-	const char *path;
+	const char *path, *in_path = optlist_get(o, "input-path");
 	bool append = false;
-	int r = need_path(c, o, &path, err);
+	int in = -1, r = need_path(c, o, &path, err);
 	if (!r)
 		r = optlist_bool(o, "append", &append, err);
 	if (r)
 		return r;
-	int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOCTTY | (append ? O_APPEND : O_TRUNC), 0666);
-	if (fd < 0)
-		return err_set_errno(err, -errno, "-chardev file: %s", path);
+	if (in_path) {
+		in = open_named(in_path, O_RDONLY | O_NONBLOCK);
+		if (in < 0)
+			return err_set_errno(err, -errno, "-chardev file: input-path=%s", in_path);
+	}
+	int fd = open_named(path, O_WRONLY | O_CREAT | (append ? O_APPEND : O_TRUNC));
+	if (fd < 0) {
+		r = -errno;
+		if (in >= 0)
+			close(in);
+		return err_set_errno(err, r, "-chardev file: %s", path);
+	}
 	c->own_fds = true;
+	c->eof_closes = true;
 	snprintf(c->label, sizeof c->label, "file: %.128s", path);
-	return chr_connect(c, -1, fd, err);
+	return chr_connect(c, in, fd, err);
 }
 
 const struct chr_kind chr_file = {
-	.name = "file", .options = (const char *const[]){ "id", "mux", "path", "append", NULL }, .open = file_open,
+	.name = "file", .options = (const char *const[]){ "id", "mux", "path", "input-path", "append", NULL }, .open = file_open,
 };
 
 /* path.in and path.out where both exist, else one that serves both ways. O_RDWR never blocks on a FIFO. */
