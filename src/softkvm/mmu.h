@@ -55,19 +55,23 @@ static inline void *tlb_hit_w(struct cpu *c, uint64_t lin, unsigned size)
 }
 
 /* Guest memory is shared between threads: single accesses are relaxed atomics of their size where aligned. */
+typedef uint8_t mem_u8;
+typedef uint16_t mem_u16 __attribute__((aligned(1)));
+typedef uint32_t mem_u32 __attribute__((aligned(1)));
+typedef uint64_t mem_u64 __attribute__((aligned(1)));
 #define MMU_LDST(bits)                                                                              \
 	static inline uint##bits##_t mem_ld##bits(struct cpu *c, uint64_t lin)                      \
 	{                                                                                           \
 		uint##bits##_t v;                                                                   \
 		void *p = tlb_hit_r(c, lin, bits / 8);                                              \
-		if (likely(p)) v = *(volatile uint##bits##_t __attribute__((aligned(1))) *)p;       \
+		if (likely(p)) v = *(volatile mem_u##bits *)p;                                     \
 		else mem_read_slow(c, lin, &v, bits / 8);                                           \
 		return v;                                                                           \
 	}                                                                                           \
 	static inline void mem_st##bits(struct cpu *c, uint64_t lin, uint##bits##_t v)              \
 	{                                                                                           \
 		void *p = tlb_hit_w(c, lin, bits / 8);                                              \
-		if (likely(p)) *(volatile uint##bits##_t __attribute__((aligned(1))) *)p = v;       \
+		if (likely(p)) *(volatile mem_u##bits *)p = v;                                     \
 		else mem_write_slow(c, lin, &v, bits / 8);                                          \
 	}
 MMU_LDST(8)

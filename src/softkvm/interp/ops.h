@@ -98,7 +98,7 @@ static ALWAYS_INLINE bool cond(const struct cpu *c, unsigned cc)
 u64 ops_ld_slow(struct cpu *c, u64 lin, unsigned size);
 void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size);
 
-#define HOST(bits, p) (*(volatile u##bits __attribute__((aligned(1))) *)(p))
+#define HOST(bits, p) (*(volatile mem_u##bits *)(p))
 
 /* `v` = the memory operand, then the statements, then the end of the handler. */
 #define WITH_LD_AT(bits, v, lin_, ...) do {                                     \
@@ -127,8 +127,7 @@ void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size);
 		u64 l_ = (lin_);                                                \
 		void *p_ = tlb_hit_w(c, l_, bits / 8);                          \
 		if (likely(p_)) {                                               \
-			typedef u##bits __attribute__((aligned(1))) un_;        \
-			un_ *q_ = p_;                                           \
+			mem_u##bits *q_ = p_;                                   \
 			{ RMW_LV(m, *q_) __VA_ARGS__; }                        \
 			NEXT;                                                   \
 		}                                                               \

@@ -53,6 +53,7 @@ EXT(movsx64_8, s8, 8, 64)
 EXT(movsx16_16, s16, 16, 16)
 EXT(movsx32_16, s16, 16, 32)
 EXT(movsx64_16, s16, 16, 64)
+EXT(movsx16_32, s32, 32, 16)       /* MOVSXD of 16 bits reads all 32, as the CPU's page faults show */
 EXT(movsx32_32, s32, 32, 32)
 EXT(movsx64_32, s32, 32, 64)
 
@@ -164,7 +165,7 @@ static insn_fn *extension(bool sign, unsigned db, unsigned sb, bool mem)
 		return db == 16 ? PICK(movsx16_8) : db == 32 ? PICK(movsx32_8) : PICK(movsx64_8);
 	if (sb == 16)
 		return db == 16 ? PICK(movsx16_16) : db == 32 ? PICK(movsx32_16) : PICK(movsx64_16);
-	return db == 16 ? mem ? mov16_rm : mov16_rr : db == 32 ? PICK(movsx32_32) : PICK(movsx64_32);
+	return db == 16 ? PICK(movsx16_32) : db == 32 ? PICK(movsx32_32) : PICK(movsx64_32);
 #undef PICK
 }
 

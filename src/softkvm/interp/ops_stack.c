@@ -10,7 +10,7 @@ u64 stk_lin(struct cpu *c, u64 off, unsigned size, enum access acc)
 
 void stk_set(struct cpu *c, u64 sp)
 {
-	if (c->stack_bits == 64)
+	if (c->code_bits == 64)
 		c->gpr[R_RSP] = sp;
 	else if (c->stack_bits == 32)
 		c->gpr[R_RSP] = (u32)sp;
