@@ -97,13 +97,13 @@ struct event {
  * taking logged results in order. Writes are posted: the instruction completes, then the exits happen.
  */
 struct mmio_frag { uint64_t gpa; uint8_t len, write; uint8_t data[8]; };
-#define MMIO_FRAGS 24
+#define MMIO_FRAGS 352          /* XSAVE of everything there is */
 struct mmio_log {
 	struct mmio_frag f[MMIO_FRAGS];
-	uint8_t n;              /* entries with a result (reads) or posted (writes) */
-	uint8_t replay;         /* next entry to be consumed by the running attempt */
+	uint16_t n;             /* entries with a result (reads) or posted (writes) */
+	uint16_t replay;        /* next entry to be consumed by the running attempt */
 	bool waiting;           /* the last exit was a read whose data is to be taken from kvm_run */
-	uint8_t next_write;     /* posted writes already handed to user space */
+	uint16_t next_write;    /* posted writes already handed to user space */
 };
 
 struct cpu {

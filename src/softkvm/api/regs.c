@@ -27,9 +27,9 @@ void regs_set(struct cpu *c, const struct kvm_regs *r)
 	memcpy(c->gpr, g, sizeof g);
 	c->rip = r->rip;
 	cpu_set_rflags(c, (r->rflags & 0x3f7fd5) | FL_1);
-	/* New registers: an exception or an instruction under way is void. */
-	if (c->ev.valid && c->ev.type == EV_EXC)
-		c->ev.valid = false;
+	/* New registers: a pending exception is void; one that is being injected stays, as on Linux. */
+	if (c->ev.valid && c->ev.type == EV_EXC && c->ev_pending)
+		c->ev.valid = c->ev_pending = false;
 }
 
 static const uint8_t seg_order[SEG_COUNT] = { SEG_CS, SEG_DS, SEG_ES, SEG_FS, SEG_GS, SEG_SS, SEG_TR, SEG_LDTR };
@@ -85,7 +85,7 @@ static bool sregs_valid(const struct cpu *c, uint64_t cr0, uint64_t cr3, uint64_
 	if (cr0 >> 32 || (cr0 & CR0_PG && !(cr0 & CR0_PE)) || (cr0 & CR0_NW && !(cr0 & CR0_CD)))
 		return false;
 	if (efer & EFER_LME && paging) {
-		if (!(cr4 & CR4_PAE) || !(efer & EFER_LMA) || cr3 & mmu_rsvd_mask(c) & ~BIT(63))
+		if (!(cr4 & CR4_PAE) || !(efer & EFER_LMA) || cr3 & (mmu_rsvd_mask(c) | 0x7ff0000000000000ull))
 			return false;
 	} else if (efer & EFER_LMA || cs->l) {
 		return false;

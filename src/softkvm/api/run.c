@@ -276,8 +276,10 @@ static void save_run(struct cpu *c)
 /* What the last exit left half done. 1: another exit is due. */
 static int complete(struct cpu *c)
 {
-	if (c->pio.active)
+	if (c->pio.active) {
 		pio_complete(c);
+		return mmio_pending(c) && mmio_commit(c);       /* INS to MMIO */
+	}
 	return mmio_complete(c);
 }
 

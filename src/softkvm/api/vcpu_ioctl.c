@@ -402,10 +402,6 @@ static long do_plain(struct vcpu *v, unsigned long req, uintptr_t arg)
 		c->nmi_pending = true;
 		cpu_request(c, REQ_EVENT);
 		return 0;
-	case KVM_SMI:
-		c->smi_pending = true;
-		cpu_request(c, REQ_EVENT);
-		return 0;
 	case KVM_KVMCLOCK_CTRL:
 		if (!(v->api->system_time & 1))
 			return -EINVAL;

@@ -141,6 +141,17 @@ static void *alloc_pages(uint64_t bytes)
 static uint64_t dirty_bytes(uint64_t size) { return ALIGN_UP(size >> 12, 64) / 8; }
 static uint64_t ver_bytes(uint64_t size) { return (size >> 12) * sizeof(uint32_t); }
 
+/* A new log; with KVM_DIRTY_LOG_INITIALLY_SET every page counts as written at first. */
+static _Atomic uint64_t *dirty_new(uint64_t size, bool set)
+{
+	_Atomic uint64_t *d = alloc_pages(dirty_bytes(size));
+	uint64_t pages = size >> 12;
+
+	for (uint64_t i = 0; d && set && i * 64 < pages; i++)
+		d[i] = pages - i * 64 < 64 ? (1ull << (pages - i * 64)) - 1 : ~0ull;
+	return d;
+}
+
 static void slot_free(struct slot *s)
 {
 	if (!s)
@@ -153,7 +164,7 @@ static void slot_free(struct slot *s)
 }
 
 /* A new slot from `r`; NULL when out of memory. */
-static struct slot *slot_new(const struct kvm_userspace_memory_region *r)
+static struct slot *slot_new(const struct kvm_userspace_memory_region *r, bool set)
 {
 	struct slot *s = calloc(1, sizeof *s);
 
@@ -167,7 +178,7 @@ static struct slot *slot_new(const struct kvm_userspace_memory_region *r)
 	s->host = (uint8_t *)(uintptr_t)r->userspace_addr;
 	s->ver = alloc_pages(ver_bytes(s->size));
 	if (s->ver && (s->flags & KVM_MEM_LOG_DIRTY_PAGES))
-		s->dirty = alloc_pages(dirty_bytes(s->size));
+		s->dirty = dirty_new(s->size, set);
 	if (!s->ver || ((s->flags & KVM_MEM_LOG_DIRTY_PAGES) && !s->dirty)) {
 		slot_free(s);
 		return NULL;
@@ -248,7 +259,7 @@ static int region_set_flags(struct vm *vm, struct slot *s, uint32_t flags)
 	_Atomic uint64_t *bitmap = NULL, *old = s->dirty;
 
 	if (flags & KVM_MEM_LOG_DIRTY_PAGES) {
-		bitmap = alloc_pages(dirty_bytes(s->size));
+		bitmap = dirty_new(s->size, vm->dirty_initially_set);
 		if (!bitmap)
 			return -ENOMEM;
 	}
@@ -273,7 +284,7 @@ static int region_replace(struct vm *vm, struct slot *old, const struct kvm_user
 	if (r->memory_size) {
 		if (table_overlaps(t, old, r->guest_phys_addr, r->memory_size))
 			return -EEXIST;
-		new = slot_new(r);
+		new = slot_new(r, vm->dirty_initially_set);
 		if (!new)
 			return -ENOMEM;
 	}

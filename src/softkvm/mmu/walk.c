@@ -134,23 +134,19 @@ static uint32_t check_rights(const struct cpu *c, const struct rights *r, enum a
 	bool write = acc == ACC_WRITE || acc == ACC_RMW;
 	uint32_t err = 0;
 
-	if (acc == ACC_EXEC) {
-		if (r->nx || (as.user && !r->u) || (!as.user && r->u && (c->cr4 & CR4_SMEP)))
-			err = PF_P;
-		return err;
-	}
-	if (as.user && !r->u)
-		return PF_P;
-	if (!as.user && r->u && (c->cr4 & CR4_SMAP) && !as.ac)
-		return PF_P;
-	if (write && !r->w && (as.user || (c->cr0 & CR0_WP)))
-		return PF_P;
+	if (acc == ACC_EXEC)
+		return r->nx || (as.user && !r->u) || (!as.user && r->u && (c->cr4 & CR4_SMEP)) ? PF_P : 0;
+	if ((as.user && !r->u) || (!as.user && r->u && (c->cr4 & CR4_SMAP) && !as.ac) ||
+	    (write && !r->w && (as.user || (c->cr0 & CR0_WP))))
+		err = PF_P;
+	/* The PK flag says that the key forbids it, whatever else does (SDM vol. 3 4.7). */
 	if (r->u && (c->cr4 & CR4_PKE) && cpu_long(c)) {
 		unsigned k = (c->pkru >> (2 * r->key)) & 3;
+
 		if ((k & 1) || (write && (k & 2) && (as.user || (c->cr0 & CR0_WP))))
-			return PF_P | PF_PK;
+			err = PF_P | PF_PK;
 	}
-	return 0;
+	return err;
 }
 
 /* Error code of a fault with the P, RSVD, PK bits given. */

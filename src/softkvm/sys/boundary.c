@@ -164,6 +164,10 @@ bool event_boundary(struct cpu *c)
 		c->trap_dr6 = 0;
 		return deliver_and_look(c);
 	}
+	if (c->dbg.enabled && c->dbg.block_irq) {       /* the debugger steps over what would interrupt it */
+		c->irq_blocked = true;
+		return true;
+	}
 	if (c->nmi_pending) {
 		if (!c->nmi_masked && !c->shadow) {
 			c->nmi_pending = false;
@@ -198,14 +202,25 @@ void events_get(struct cpu *c, struct kvm_vcpu_events *e)
 	e->nmi.injected = c->ev.valid && c->ev.type == EV_NMI;
 	e->nmi.pending = c->nmi_pending;
 	e->nmi.masked = c->nmi_masked;
-	e->triple_fault.pending = c->triple_fault;
 	e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+	if (c->vm && c->vm->policy.exception_payload)
+		e->flags |= KVM_VCPUEVENT_VALID_PAYLOAD;
+	if (c->vm && c->vm->policy.triple_fault_event) {
+		e->flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+		e->triple_fault.pending = c->triple_fault;
+	}
 }
 
 int events_set(struct cpu *c, const struct kvm_vcpu_events *e)
 {
 	if (e->flags & ~(KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW |
 			 KVM_VCPUEVENT_VALID_SMM | KVM_VCPUEVENT_VALID_PAYLOAD | KVM_VCPUEVENT_VALID_TRIPLE_FAULT))
+		return -EINVAL;
+	if (c->vm && (((e->flags & KVM_VCPUEVENT_VALID_PAYLOAD) && !c->vm->policy.exception_payload) ||
+		      ((e->flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT) && !c->vm->policy.triple_fault_event)))
+		return -EINVAL;
+	/* There is no SMM to be in. */
+	if ((e->flags & KVM_VCPUEVENT_VALID_SMM) && (e->smi.smm || e->smi.pending))
 		return -EINVAL;
 	if ((e->exception.injected || e->exception.pending) && (e->exception.nr > 31 || e->exception.nr == EXC_NMI))
 		return -EINVAL;

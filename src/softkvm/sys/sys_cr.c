@@ -9,8 +9,9 @@
 /* Paging goes on: long mode when EFER.LME says so. */
 static bool paging_on(struct cpu *c, uint64_t v)
 {
+	/* 10.8.5.3: not with a 16-bit TSS in TR either. */
 	if (c->efer & EFER_LME)
-		return (c->cr4 & CR4_PAE) && !c->seg[SEG_CS].l;
+		return (c->cr4 & CR4_PAE) && !c->seg[SEG_CS].l && (c->seg[SEG_TR].type & 8);
 	return true;
 }
 
@@ -54,7 +55,7 @@ bool cr3_write(struct cpu *c, uint64_t v)
 	if (c->cr4 & CR4_PCIDE)
 		v &= ~(1ull << 63);     /* "keep the entries of this PCID": the TLB has no tags, it forgets them anyway */
 	if (cpu_long(c)) {
-		if (v & mmu_rsvd_mask(c))
+		if (v & (mmu_rsvd_mask(c) | 0xfff0000000000000ull))
 			return false;
 	} else {
 		v = (uint32_t)v;

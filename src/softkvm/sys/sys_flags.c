@@ -78,7 +78,7 @@ static void op_ac(struct cpu *c, const struct insn *i)
 {
 	uint64_t fl = cpu_get_rflags(c);
 
-	if (c->cpl || c->real || !c->feat || !(c->feat->f7_ebx >> 20 & 1))
+	if (c->cpl || !c->feat || !(c->feat->f7_ebx >> 20 & 1))
 		cpu_ud(c);
 	cpu_set_rflags(c, i->aux ? fl | FL_AC : fl & ~(uint64_t)FL_AC);
 }

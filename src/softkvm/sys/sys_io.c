@@ -44,6 +44,7 @@ static _Noreturn void pio_exit(struct cpu *c, uint16_t port, unsigned size, uint
 {
 	struct kvm_run *r = c->run;
 
+	mmio_reset(c);          /* what OUTS read from MMIO is gathered: no part of the next instruction */
 	r->exit_reason = KVM_EXIT_IO;
 	r->io.direction = in ? KVM_EXIT_IO_IN : KVM_EXIT_IO_OUT;
 	r->io.size = (uint8_t)size;
@@ -180,12 +181,16 @@ static bool string_in_engine(struct cpu *c, const struct insn *i, bool in, uint1
 static uint32_t string_gather(struct cpu *c, const struct insn *i, bool in, uint32_t n)
 {
 	uint64_t first = element_lin(c, i, in, 0);
+	bool device = false;
 
 	for (uint32_t k = 0; k < n; k++) {
 		uint64_t off = (c->gpr[in ? R_RDI : R_RSI] & addr_mask(i->flags));
 		uint64_t room = c->eflags & FL_DF ? off : addr_mask(i->flags) - off;
 		uint64_t lin;
 
+		/* MMIO goes one element at a time. */
+		if (k && (mmio_pending(c) || device))
+			return k;
 		/* Later elements only in the first one's page, where they fault no more than it does. */
 		if (k && room < (uint64_t)k * i->aux + i->aux)
 			return k;
@@ -193,10 +198,12 @@ static uint32_t string_gather(struct cpu *c, const struct insn *i, bool in, uint
 		if (k && ((lin ^ first) >> 12 || (lin & 4095) > 4096u - i->aux ||
 			  (!c->flat && !seg_range_ok(&c->seg[in ? SEG_ES : i->seg], lin - first + off, i->aux))))
 			return k;
-		if (in)
+		if (in) {
 			mem_probe(c, lin, i->aux, ACC_WRITE);
-		else
+			device = !mem_host(c, lin, i->aux, ACC_WRITE);
+		} else {
 			mem_read(c, lin, pio_data(c) + (size_t)k * i->aux, i->aux);
+		}
 	}
 	return n;
 }

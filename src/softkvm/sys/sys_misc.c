@@ -1,6 +1,7 @@
 /* Caches and TLB, protection keys, MONITOR and MWAIT, hypercalls, and what is #UD because it is not offered. */
 #include "softkvm/irqchip.h"
 #include "softkvm/sys/sysint.h"
+#include "softkvm/vm.h"
 #include <errno.h>
 #include <linux/kvm_para.h>
 
@@ -75,13 +76,21 @@ static void op_wrpkru(struct cpu *c, const struct insn *i)
 }
 
 /* -- MONITOR, MWAIT --------------------------------------------------------------------------- */
+/* Where CPUID does not offer them they are no-ops, unless the client switched that habit of KVM's off. */
+static void need_mwait(struct cpu *c)
+{
+	bool offered = c->feat && (c->feat->f1_ecx >> 3 & 1);
+
+	if (c->cpl || (!offered && c->vm && (c->vm->policy.quirks_off & KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)))
+		cpu_ud(c);
+}
+
 static void op_monitor(struct cpu *c, const struct insn *i)
 {
 	uint64_t off = c->gpr[R_RAX];
 	uint8_t b;
 
-	if (c->cpl)
-		cpu_ud(c);
+	need_mwait(c);
 	if ((uint32_t)c->gpr[R_RCX])
 		cpu_gp(c, 0);
 	if (i->flags & IF_A16)
@@ -95,8 +104,7 @@ static void op_monitor(struct cpu *c, const struct insn *i)
 /* A wait that ends at once, which the architecture allows: nothing watches the line for stores of other processors. */
 static void op_mwait(struct cpu *c, const struct insn *i)
 {
-	if (c->cpl)
-		cpu_ud(c);
+	need_mwait(c);
 	if ((uint32_t)c->gpr[R_RCX] & ~3u)
 		cpu_gp(c, 0);
 	c->monitor.armed = false;
@@ -123,11 +131,40 @@ static int64_t hc_send_ipi(struct cpu *c, uint64_t lo, uint64_t hi, uint64_t min
 	return n;
 }
 
+/* KVM_HC_MAP_GPA_RANGE: user space's, where it asked for it (KVM_CAP_EXIT_HYPERCALL). */
+static void hc_map_gpa_range(struct cpu *c, uint64_t mask)
+{
+	uint64_t gpa = c->gpr[R_RBX] & mask, pages = c->gpr[R_RCX] & mask, attrs = c->gpr[R_RDX] & mask;
+	struct kvm_run *r = c->run;
+
+	if ((gpa & 4095) || !pages || gpa + pages * 4096 <= gpa || pages > UINT64_MAX / 4096) {
+		c->gpr[R_RAX] = (uint64_t)-KVM_EINVAL & mask;
+		return;
+	}
+	memset(&r->hypercall, 0, sizeof r->hypercall);
+	r->exit_reason = KVM_EXIT_HYPERCALL;
+	r->hypercall.nr = KVM_HC_MAP_GPA_RANGE;
+	r->hypercall.args[0] = gpa;
+	r->hypercall.args[1] = pages;
+	r->hypercall.args[2] = attrs;
+	r->hypercall.longmode = c->flat;
+	memset(&c->pio, 0, sizeof c->pio);
+	c->pio.active = true;
+	c->pio.kind = PIO_HYPERCALL;
+	c->pio.lin_rip = c->flat ? cpu_cur_rip(c) : (uint32_t)(cpu_cur_rip(c) + c->seg[SEG_CS].base);
+	c->pio.next_rip = cpu_next_rip(c);
+	cpu_unwind(c, UNWIND_EXIT);
+}
+
 static void op_hypercall(struct cpu *c, const struct insn *i)
 {
 	uint64_t mask = c->flat ? ~0ull : 0xffffffff, nr = c->gpr[R_RAX] & mask;
 	int64_t r = -KVM_ENOSYS;
 
+	if (!c->cpl && nr == KVM_HC_MAP_GPA_RANGE && c->vm && (c->vm->policy.hypercall_exits >> nr & 1)) {
+		hc_map_gpa_range(c, mask);
+		return;
+	}
 	if (c->cpl)
 		r = -KVM_EPERM;
 	else if (nr == KVM_HC_VAPIC_POLL_IRQ)

@@ -43,6 +43,8 @@ static void op_cpuid(struct cpu *c, const struct insn *i)
 {
 	uint32_t r[4] = { 0 };
 
+	if (c->cpl && (c->msr.misc_features & 1))       /* CPUID faulting */
+		cpu_gp(c, 0);
 	cpuid_query(c, (uint32_t)c->gpr[R_RAX], (uint32_t)c->gpr[R_RCX], r);
 	c->gpr[R_RAX] = r[0];
 	c->gpr[R_RBX] = r[1];

@@ -1,0 +1,315 @@
+/*
+ * Runs one freestanding guest image on softkvm and, where that exists and can execute it, on /dev/kvm. The guest's own checks
+ * (rt.h) are the manuals'; on /dev/kvm the same checks run and the results must agree.
+ *
+ *	runner SCENE IMAGE
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "guest.h"
+
+#define IMAGE_GPA 0x100000
+#define REPORT_GPA 0x200000
+#define PARAM_GPA 0x20f000
+#define REPORT_MAX 64
+#define DEVICE_GPA 0xd0000000u          /* one page of memory behind MMIO exits */
+#define DEVICE_PORT 0x5000              /* and 256 bytes of it behind ports */
+
+struct report {
+	uint32_t magic, checks, failed, n, last_line, pad;
+	struct { uint32_t line, tag; uint64_t got, want; } e[REPORT_MAX];
+};
+
+struct scene {
+	const char *name;
+	unsigned bits, nvcpus;
+	bool ring3, la57, irqchip;
+	uint64_t param;
+	int end;                /* exit that ends it: IO (GUEST_DONE_PORT) or SHUTDOWN */
+	const char *kvm_skip;   /* why /dev/kvm is not asked */
+};
+
+static const struct scene scenes[] = {
+	{ .name = "exc64", .ring3 = true, .bits = 64 },
+	{ .name = "exc64-triple", .ring3 = true, .bits = 64, .param = 1, .end = KVM_EXIT_SHUTDOWN },
+	{ .name = "paging4", .ring3 = true, .bits = 64 },
+	{ .name = "paging5", .ring3 = true, .bits = 64, .la57 = true },
+	{ .name = "paging32", .ring3 = true, .bits = 32 },
+	{ .name = "exc32", .ring3 = true, .bits = 32 },
+	{ .name = "mmio", .bits = 64 },
+	{ .name = "chips", .bits = 64, .irqchip = true },
+	{ .name = "smp", .bits = 64, .irqchip = true, .nvcpus = 4 },
+	{ .name = "smc", .bits = 64 },
+};
+
+struct run {
+	struct guest g;
+	const struct scene *s;
+	unsigned v;
+	uint8_t *device;
+	int end;                /* exit reason, or -errno */
+	uint64_t info;
+};
+
+/* -- a device: memory behind MMIO and ports ---------------------------------------------------- */
+static void serve_mmio(struct run *r, struct kvm_run *k)
+{
+	uint64_t off = k->mmio.phys_addr - DEVICE_GPA;
+
+	if (off + k->mmio.len > 8192)
+		fail_msg("MMIO at %#llx", (unsigned long long)k->mmio.phys_addr);
+	if (k->mmio.is_write)
+		memcpy(r->device + off, k->mmio.data, k->mmio.len);
+	else
+		memcpy(k->mmio.data, r->device + off, k->mmio.len);
+}
+
+/* Port P is byte P of the device, wide accesses too; port DEVICE_PORT + 0xff counts up. */
+static void serve_io(struct run *r, struct kvm_run *k)
+{
+	uint8_t *p = (uint8_t *)k + k->io.data_offset;
+	unsigned off = k->io.port - DEVICE_PORT;
+
+	for (uint32_t i = 0; i < k->io.count; i++, p += k->io.size) {
+		if (off >= 256) {
+			if (k->io.direction == KVM_EXIT_IO_IN)
+				memset(p, 0xff, k->io.size);
+		} else if (k->io.direction == KVM_EXIT_IO_OUT) {
+			memcpy(r->device + 4096 + off, p, k->io.size);
+			r->device[4096 + 0x100]++;
+		} else {
+			if (off == 0x80)
+				r->device[4096 + off]++;
+			memcpy(p, r->device + 4096 + off, k->io.size);
+		}
+	}
+}
+
+static bool is_done(const struct run *r, const struct kvm_run *k)
+{
+	return k->io.direction == KVM_EXIT_IO_OUT && k->io.port == GUEST_DONE_PORT;
+}
+
+static void run_vcpu(struct run *r)
+{
+	struct kvm_run *k = r->g.run[r->v];
+
+	for (;;) {
+		r->end = guest_run(&r->g, r->v);
+		if (r->end == KVM_EXIT_MMIO)
+			serve_mmio(r, k);
+		else if (r->end == KVM_EXIT_IO && !is_done(r, k))
+			serve_io(r, k);
+		else if (r->end == -EINTR || r->end == -EAGAIN) {
+			if (__atomic_load_n(&k->immediate_exit, __ATOMIC_RELAXED))
+				return;
+		} else {
+			break;
+		}
+	}
+	if (r->end == KVM_EXIT_INTERNAL_ERROR)
+		r->info = k->internal.suberror;
+}
+
+struct ap { struct run *main; unsigned v; pthread_t t; };
+static void *ap_thread(void *opaque)
+{
+	struct ap *a = opaque;
+	struct run r = *a->main;
+
+	r.v = a->v;
+	run_vcpu(&r);
+	return NULL;
+}
+
+static void nothing(int s) { }
+
+static void run_all(struct run *r)
+{
+	struct ap ap[GUEST_MAX_VCPUS];
+	unsigned n = r->g.nvcpus;
+
+	signal(SIGUSR1, nothing);
+	for (unsigned v = 1; v < n; v++) {
+		ap[v] = (struct ap){ .main = r, .v = v };
+		pthread_create(&ap[v].t, NULL, ap_thread, &ap[v]);
+	}
+	run_vcpu(r);
+	for (unsigned v = 1; v < n; v++) {
+		__atomic_store_n(&r->g.run[v]->immediate_exit, 1, __ATOMIC_RELAXED);
+		pthread_kill(ap[v].t, SIGUSR1);
+	}
+	for (unsigned v = 1; v < n; v++)
+		pthread_join(ap[v].t, NULL);
+}
+
+/* -- set-up ------------------------------------------------------------------------------------ */
+static void load_image(struct guest *g, const char *path)
+{
+	FILE *f = fopen(path, "rb");
+	size_t n;
+
+	if (!f)
+		fail_msg("%s: %s", path, strerror(errno));
+	n = fread(g->mem + IMAGE_GPA, 1, REPORT_GPA - IMAGE_GPA, f);
+	fclose(f);
+	if (!n || n == REPORT_GPA - IMAGE_GPA)
+		fail_msg("%s: size", path);
+}
+
+static bool kvm_has_la57(void)
+{
+	struct { struct kvm_cpuid2 h; struct kvm_cpuid_entry2 e[256]; } *c = calloc(1, sizeof *c);
+	struct gfile f;
+	bool has = false;
+
+	c->h.nent = 256;
+	if (!gopen(&f, GUEST_KVM)) {
+		gioctl(&f, KVM_GET_SUPPORTED_CPUID, c, NULL);
+		gclose(&f);
+	}
+	for (unsigned i = 0; i < c->h.nent; i++)
+		has |= c->e[i].function == 7 && !c->e[i].index && (c->e[i].ecx >> 16 & 1);
+	free(c);
+	return has;
+}
+
+/* A fifth level on top of guest_long64()'s tables. */
+static void use_la57(struct guest *g)
+{
+	struct kvm_sregs s;
+	uint64_t e;
+
+	guest_get_sregs(g, 0, &s);
+	e = s.cr3 | 7;
+	memcpy(g->mem + 0x8000, &e, 8);
+	s.cr3 = 0x8000;
+	s.cr4 |= 1 << 12;
+	guest_set_sregs(g, 0, &s);
+}
+
+static void play(struct run *r, const struct scene *s, const char *image, enum guest_prov p)
+{
+	memset(r, 0, sizeof *r);
+	r->s = s;
+	r->device = calloc(1, 4096 + 8192);
+	guest_create(&r->g, &(struct guest_cfg){ .prov = p, .nvcpus = s->nvcpus, .mem_size = 16 << 20, .irqchip = s->irqchip,
+						 .pit = s->irqchip });
+	load_image(&r->g, image);
+	memcpy(r->g.mem + PARAM_GPA, &s->param, 8);
+	if (s->bits == 32)
+		guest_prot32(&r->g, 0, IMAGE_GPA);
+	else
+		guest_long64(&r->g, 0, IMAGE_GPA);
+	if (s->la57)
+		use_la57(&r->g);
+	run_all(r);
+}
+
+static void close_run(struct run *r)
+{
+	guest_destroy(&r->g);
+	free(r->device);
+}
+
+static const struct report *report_of(const struct run *r)
+{
+	return (const void *)(r->g.mem + REPORT_GPA);
+}
+
+/* Failures on this provider. */
+static unsigned tell(const struct run *r, const char *who)
+{
+	const struct report *t = report_of(r);
+	struct kvm_regs regs;
+	int end = r->s->end ? r->s->end : KVM_EXIT_IO;
+
+	printf("%s on %s: %u checks, %u failed\n", r->s->name, who, t->checks, t->failed);
+	for (uint32_t i = 0; i < t->n && i < REPORT_MAX; i++)
+		printf("  line %u tag %#x: got %#llx, want %#llx\n", t->e[i].line, t->e[i].tag, (unsigned long long)t->e[i].got,
+		       (unsigned long long)t->e[i].want);
+	if (r->end == end && t->checks)
+		return t->failed;
+	guest_get_regs((struct guest *)&r->g, 0, &regs);
+	printf("  ended with %d (%llu), wanted %d; after line %u; rip %#llx\n", r->end, (unsigned long long)r->info, end,
+	       t->last_line, (unsigned long long)regs.rip);
+	return t->failed + 1;
+}
+
+/* -- what this /dev/kvm can do -------------------------------------------------------------------- */
+GUEST_ASM(user_code, 64, "pushq $0x2b; pushq $0x9000; pushq $2; pushq $0x23; lea 1f(%rip), %rax; push %rax; iretq; 1: int $0x80;"
+	  ".skip 64; .globl user_back; user_back: out %al, $0xf4");
+extern const uint8_t user_back[];
+
+/* One that is itself a program may run ring 3 on the host, where INT is another's. */
+static bool kvm_has_ring3(void)
+{
+	struct guest_log *log = calloc(1, sizeof *log);
+	struct guest g;
+	int r;
+
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_KVM });
+	guest_load(&g, 0x10000, user_code, (size_t)(user_code_end - user_code));
+	guest_long64(&g, 0, 0x10000);
+	guest_gate(&g, 64, 0x80, 0x10000 + (uint64_t)(user_back - user_code), 3);
+	r = guest_run_log(&g, 0, log);
+	guest_destroy(&g);
+	free(log);
+	return r == KVM_EXIT_IO;
+}
+
+static unsigned on_kvm(const struct scene *s, const char *image, const struct run *soft)
+{
+	const struct report *a = report_of(soft), *b;
+	struct run r;
+	unsigned bad;
+
+	const char *skip = !guest_have(GUEST_KVM) ? "there is none" : s->la57 && !kvm_has_la57() ? "it has no 5-level paging" :
+		s->kvm_skip ? s->kvm_skip : s->ring3 && !kvm_has_ring3() ? "it is an emulation whose ring 3 has no gates" : NULL;
+
+	if (skip) {
+		printf("%s on /dev/kvm: skipped: %s\n", s->name, skip);
+		return 0;
+	}
+	play(&r, s, image, GUEST_KVM);
+	b = report_of(&r);
+	if (r.end == KVM_EXIT_INTERNAL_ERROR && !b->failed) {
+		printf("%s on /dev/kvm: skipped after %u checks alike: it cannot execute an instruction\n", s->name, b->checks);
+		close_run(&r);
+		return 0;
+	}
+	bad = tell(&r, "/dev/kvm");
+	if (a->checks != b->checks) {
+		printf("%s: %u checks on softkvm, %u on /dev/kvm\n", s->name, a->checks, b->checks);
+		bad++;
+	}
+	close_run(&r);
+	return bad;
+}
+
+int main(int argc, char **argv)
+{
+	const struct scene *s = NULL;
+	struct run r;
+	unsigned bad;
+
+	for (size_t i = 0; argc > 2 && i < sizeof scenes / sizeof *scenes; i++)
+		if (!strcmp(scenes[i].name, argv[1]))
+			s = &scenes[i];
+	if (!s) {
+		fprintf(stderr, "usage: %s SCENE IMAGE\n", argv[0]);
+		return 2;
+	}
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	play(&r, s, argv[2], GUEST_SOFT);
+	bad = tell(&r, "softkvm");
+	bad += on_kvm(s, argv[2], &r);
+	close_run(&r);
+	return bad ? 1 : 0;
+}
