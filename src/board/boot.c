@@ -120,14 +120,32 @@ void boot_close(struct boot *b)
 	b->nmodules = 0;
 }
 
-int boot_load(struct boot *b, struct boot_entry *e, struct err *err)
+static int load_format(struct boot *b, struct boot_entry *e, struct err *err)
 {
-	memset(e, 0, sizeof(*e));
 	if (boot_is_multiboot(&b->kernel))
 		return boot_load_multiboot(b, e, err);
 	if (boot_is_bzimage(&b->kernel))
 		return boot_load_bzimage(b, e, err);
 	return boot_load_elf(b, e, err);
+}
+
+/* Not needed before the next reset: the pages are the page cache's, not ours to hold. */
+static void file_drop(const struct boot_file *f)
+{
+	if (f->data)
+		madvise((void *)(uintptr_t)f->data, f->len, MADV_DONTNEED);
+}
+
+int boot_load(struct boot *b, struct boot_entry *e, struct err *err)
+{
+	int r;
+
+	memset(e, 0, sizeof(*e));
+	r = load_format(b, e, err);
+	file_drop(&b->kernel);
+	for (unsigned i = 0; i < b->nmodules; i++)
+		file_drop(&b->modules[i].file);
+	return r;
 }
 
 int boot_write(struct boot *b, uint64_t gpa, const void *data, uint64_t len, const char *what, struct err *err)

@@ -548,6 +548,11 @@ int machine_run(struct machine *m)
 	return status;
 }
 
+struct kvm_vcpu *machine_vcpu(struct machine *m, unsigned i)
+{
+	return vcpus_get(m->vcpus, i);
+}
+
 /* A device may provide another's bus, so the newest goes first. */
 static void destroy_devices(struct machine *m)
 {

@@ -54,6 +54,8 @@ int machine_create(struct machine **out, const struct machine_config *cfg, struc
 int machine_run(struct machine *m);
 /* Any thread. `status` is for MACHINE_EXIT (the debug exit device). */
 void machine_request(struct machine *m, enum machine_request r, int status);
+/* A virtual CPU by number; NULL past the last. */
+struct kvm_vcpu *machine_vcpu(struct machine *m, unsigned i);
 void machine_destroy(struct machine *m);
 
 /* The one table of device classes; NULL past the end, in the order of the manual. */

@@ -74,6 +74,7 @@ static const struct option_def table[] = {
 	{ "log", "LEVEL", CTX_RUN, opt_log_level, "error, warn (default), info or debug.", NULL },
 	{ "msg", "timestamp=on|off", CTX_QEMU, opt_msg, "Time stamps in messages.", NULL },
 	{ "sandbox", "off", CTX_QEMU, opt_sandbox, "Only 'off'.", NULL },
+	{ "stats", NULL, BOTH, opt_stats, "At the end, print what softkvm counted on each vCPU, and the guest's speed.", NULL },
 	{ "version", NULL, BOTH, opt_version, "Print the version.", NULL },
 	{ "help", NULL, BOTH, opt_help, "Print this.", NULL },
 	{ "h", NULL, BOTH, opt_help, NULL, NULL },
@@ -125,6 +126,12 @@ int opt_log_level(struct vm_opts *o, const char *arg, struct err *err)
 			return 0;
 		}
 	return err_set(err, -EINVAL, "--log: '%s' is none of error, warn, info, debug", arg);
+}
+
+int opt_stats(struct vm_opts *o, const char *arg, struct err *err)
+{
+	o->stats = true;
+	return 0;
 }
 
 int opt_msg(struct vm_opts *o, const char *arg, struct err *err)

@@ -32,7 +32,7 @@ option_fn opt_device, opt_object, opt_global, opt_netdev, opt_nic, opt_net, opt_
 option_fn opt_chardev, opt_serial, opt_console, opt_debugcon, opt_parallel, opt_monitor, opt_nographic, opt_display,
 	opt_vga, opt_none;                                                              /* opt_chr.c */
 option_fn opt_nodefaults, opt_ignored_config, opt_pidfile, opt_logfile, opt_msg, opt_sandbox, opt_log_level, opt_help,
-	opt_version;                                                                    /* options.c */
+	opt_version, opt_stats;                                                               /* options.c */
 
 /* help.c: to standard output. */
 void help_usage(unsigned ctx);

@@ -1,10 +1,12 @@
 /* From options to a running machine: loop, back ends, machine; signals; and everything undone in turn. */
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
@@ -193,6 +195,37 @@ static void session_end(struct session *s)
 		unlink(s->o->pidfile);
 }
 
+static double cpu_seconds(void)
+{
+	struct rusage u;
+
+	getrusage(RUSAGE_SELF, &u);
+	return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) + (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6;
+}
+
+/* -stats: one line per vCPU, then the sum of instructions by the CPU time of the whole process. */
+static void print_stats(struct session *s)
+{
+	struct kvm_counter k[32];
+	uint64_t insns = 0;
+	struct kvm_vcpu *v;
+	double t = cpu_seconds();
+
+	for (unsigned i = 0; (v = machine_vcpu(s->machine, i)); i++) {
+		unsigned n = kvm_vcpu_counters(v, k, ARRAY_SIZE(k));
+
+		fprintf(stderr, "vcpu%u:%s", i, n ? "" : " nothing is counted with this accelerator");
+		for (unsigned j = 0; j < n; j++) {
+			fprintf(stderr, " %s=%" PRIu64, k[j].name, k[j].value);
+			if (!strcmp(k[j].name, "instructions"))
+				insns += k[j].value;
+		}
+		fputc('\n', stderr);
+	}
+	fprintf(stderr, "total: %.1f million instructions, %.3f s of CPU time, %.1f million a second\n", (double)insns / 1e6,
+		t, t > 0 ? (double)insns / 1e6 / t : 0);
+}
+
 int vm_run(struct vm_opts *o)
 {
 	struct session s = { .o = o, .signal_fd = -1 };
@@ -205,6 +238,8 @@ int vm_run(struct vm_opts *o)
 		return 1;
 	}
 	status = machine_run(s.machine);
+	if (o->stats)
+		print_stats(&s);
 	session_end(&s);
 	return status;
 }

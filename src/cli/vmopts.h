@@ -33,7 +33,7 @@ struct vm_opts {
 	uint64_t mem_size;
 	unsigned cpus, sockets, cores, threads;
 	bool hugepages, prealloc, localtime, no_reboot, no_shutdown, snapshot, nodefaults, nographic, display_none,
-	     timestamps;
+	     timestamps, stats;
 	int64_t rtc_offset;
 	int log_level;
 	VM_LIST(vm_device, devices);

@@ -257,6 +257,11 @@ unsigned kvm_vcpu_id(const struct kvm_vcpu *v)
 	return v->id;
 }
 
+unsigned kvm_vcpu_counters(struct kvm_vcpu *v, struct kvm_counter *out, unsigned max)
+{
+	return v->f.p->counters ? v->f.p->counters(&v->f, out, max) : 0;
+}
+
 int kvm_vcpu_run(struct kvm_vcpu *v)
 {
 	return v->f.p->ioctl(&v->f, KVM_RUN, 0, NULL);

@@ -45,6 +45,9 @@ int kvm_vcpu_ioctl(struct kvm_vcpu *v, unsigned long req, void *arg);
 struct kvm_run *kvm_vcpu_run_area(struct kvm_vcpu *v);
 struct kvm_coalesced_mmio_ring *kvm_vcpu_coalesced_ring(struct kvm_vcpu *v);    /* NULL: none */
 unsigned kvm_vcpu_id(const struct kvm_vcpu *v);
+/* What the provider counts on a vCPU, by name; how many of them were stored. 0: it counts nothing (Linux KVM). */
+struct kvm_counter { const char *name; uint64_t value; };
+unsigned kvm_vcpu_counters(struct kvm_vcpu *v, struct kvm_counter *out, unsigned max);
 /* KVM_RUN: 0, or -EINTR, -EAGAIN, ... */
 int kvm_vcpu_run(struct kvm_vcpu *v);
 

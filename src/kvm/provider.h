@@ -7,6 +7,7 @@
 
 #include "base/err.h"
 
+struct kvm_counter;
 struct kvm_file {
 	const struct kvm_provider *p;
 	int fd;                 /* /dev/kvm */
@@ -23,6 +24,7 @@ struct kvm_provider {
 	void (*munmap)(struct kvm_file *f, void *p, size_t len);
 	void (*close)(struct kvm_file *f);
 	int (*code_written)(struct kvm_file *vm, uint64_t gpa, uint64_t len);   /* NULL: not needed */
+	unsigned (*counters)(struct kvm_file *vcpu, struct kvm_counter *out, unsigned max);     /* NULL: none */
 };
 
 extern const struct kvm_provider kvm_provider_linux;

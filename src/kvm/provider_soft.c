@@ -2,6 +2,8 @@
 #include <errno.h>
 #include <sys/mman.h>
 
+#include "base/util.h"
+#include "kvm/kvm.h"
 #include "kvm/provider.h"
 #include "softkvm/softkvm.h"
 
@@ -47,7 +49,25 @@ static int soft_code_written(struct kvm_file *vm, uint64_t gpa, uint64_t len)
 	return softkvm_code_written(vm->soft, gpa, len);
 }
 
+static unsigned soft_counters(struct kvm_file *vcpu, struct kvm_counter *out, unsigned max)
+{
+	struct softkvm_stats s;
+	unsigned n;
+
+	if (softkvm_vcpu_stats(vcpu->soft, &s))
+		return 0;
+	const struct kvm_counter all[] = {
+		{ "instructions", s.insns }, { "blocks_decoded", s.blocks_decoded }, { "block_lookups", s.blocks_run },
+		{ "tlb_fills", s.tlb_fills }, { "tlb_flushes", s.tlb_flushes }, { "slow_loads", s.slow_loads },
+		{ "slow_stores", s.slow_stores }, { "exits", s.exits }, { "interrupts", s.interrupts },
+		{ "exceptions", s.exceptions }, { "code_invalidations", s.code_invalidations }, { "halts", s.halts },
+	};
+	for (n = 0; n < MIN(max, (unsigned)ARRAY_SIZE(all)); n++)
+		out[n] = all[n];
+	return n;
+}
+
 const struct kvm_provider kvm_provider_soft = {
 	.name = "soft", .open = soft_open, .ioctl = soft_ioctl, .mmap = soft_mmap, .munmap = soft_munmap,
-	.close = soft_close, .code_written = soft_code_written,
+	.close = soft_close, .code_written = soft_code_written, .counters = soft_counters,
 };
