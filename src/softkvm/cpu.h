@@ -139,7 +139,8 @@ struct cpu {
 
 	struct tlb *tlbs[TLB_MODES];    /* see tlb.h */
 	struct itlb *itlb;
-	uint32_t fetch_gen;             /* changes whenever the result of mmu_fetch() may have: linear lookups of blocks die with it */
+	/* Change whenever the result of mmu_fetch() may have, [1] at CPL 3, [0] below: linear lookups of blocks die with them. */
+	uint32_t fetch_gen[2];
 	bool split_held;                /* inside mem_lock(): cpu_unwind() calls mem_unlock() */
 	struct block_cache *blocks;
 	struct vec_cache *vec;          /* stubs of vector instructions (vec/stub.c), made when first needed */

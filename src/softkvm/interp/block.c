@@ -17,7 +17,7 @@ int engine_cpu_init(struct cpu *c)
 
 	if (!bc)
 		return -ENOMEM;
-	bc->size = BLOCK_ARENA_DEFAULT;
+	bc->size = BLOCK_ARENA_TOTAL;   /* of addresses; pages come as they are used */
 	bc->arena = mmap(NULL, bc->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	bc->scratch = aligned_alloc(64, ALIGN_UP(sizeof(struct block) + 2 * sizeof(struct insn) + 16, 64));
 	if (bc->arena == MAP_FAILED || !bc->scratch) {
@@ -27,7 +27,7 @@ int engine_cpu_init(struct cpu *c)
 		free(bc);
 		return -ENOMEM;
 	}
-	bc->gen = 1;
+	bc->gen[1] = bc->last_gen = 1;
 	c->blocks = bc;
 	return 0;
 }
@@ -44,16 +44,24 @@ void engine_cpu_free(struct cpu *c)
 	c->blocks = NULL;
 }
 
-void block_new_generation(struct cpu *c)
+void block_new_generation_of(struct cpu *c, unsigned user)
 {
 	struct block_cache *bc = c->blocks;
 
 	bc->want = NULL;
 	c->code_stamp = CODE_STAMP_NONE;
-	if (++bc->gen == 0) {
-		bc->gen = 1;
+	if (bc->last_gen == UINT32_MAX) {
+		bc->gen[!user] = 0;
+		bc->last_gen = 0;
 		block_flush(c);
 	}
+	bc->gen[user] = ++bc->last_gen;
+}
+
+void block_new_generation(struct cpu *c)
+{
+	block_new_generation_of(c, 0);
+	block_new_generation_of(c, 1);
 }
 
 void block_flush(struct cpu *c)
@@ -200,13 +208,21 @@ static void build_block(struct cpu *c, struct build *b)
 	}
 }
 
+/* This vCPU's share. */
+static size_t arena_limit(const struct cpu *c)
+{
+	unsigned n = c->vm ? atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed) : 1;
+
+	return MAX(BLOCK_ARENA_TOTAL / MAX(n, 1u), BLOCK_ARENA_MIN);
+}
+
 static struct block *block_alloc(struct cpu *c, unsigned n, unsigned bytes)
 {
 	struct block_cache *bc = c->blocks;
 	size_t need = ALIGN_UP(sizeof(struct block) + (n + 1) * sizeof(struct insn) + bytes, 64);
 	struct block *b;
 
-	if (bc->size - bc->used < need)
+	if (bc->used + need > MIN(arena_limit(c), bc->size))
 		block_flush(c);
 	b = (struct block *)(bc->arena + bc->used);
 	bc->used += need;
@@ -315,7 +331,7 @@ static const struct insn no_insn = { .fn = op_ud, .flags = IF_END, .base = R_ZER
 struct block *block_get(struct cpu *c, uint32_t mode)
 {
 	struct block_cache *bc = c->blocks;
-	uint64_t stamp = (uint64_t)bc->gen << 32 | mode | (1u << 31);
+	uint64_t stamp = (uint64_t)bc->gen[!!(mode & BM_USER)] << 32 | mode | (1u << 31);
 	uint64_t lin = c->rip;
 	struct block_fast *e;
 	struct block *b;

@@ -3,7 +3,7 @@
  * Private to interp/.
  *
  * Finding a block. By linear address in a direct-mapped table that is valid for one `code_stamp`
- * (generation of the instruction TLB, code epoch and mode), else by physical address in a hash. A
+ * (generation of the instruction TLB at this privilege, code epoch and mode), else by physical address in a hash. A
  * branch remembers where it went last (struct block_link) and goes there without leaving the handler.
  *
  * Staying right. A block remembers the version of its page (mmu_code_mark()); whoever stores to the page
@@ -11,7 +11,8 @@
  * thrown away. For clients that do not announce their writes the same comparison is made when the VM's code
  * epoch has moved. An instruction that crosses a page end is a block of its own and has two of everything.
  *
- * Memory. A bounded arena per vCPU, filled front to back and thrown away as a whole when full.
+ * Memory. A bounded arena per vCPU, filled front to back and thrown away as a whole when full. What a VM's arenas
+ * may hold together is bounded as well, so that a machine of four CPUs takes no more memory than one of one.
  */
 #ifndef SOFTKVM_INTERP_BLOCK_H
 #define SOFTKVM_INTERP_BLOCK_H
@@ -21,7 +22,8 @@
 
 #define BLOCK_MAX_INSNS 64
 #define BLOCK_MAX_BYTES 512
-#define BLOCK_ARENA_DEFAULT (6u << 20)
+#define BLOCK_ARENA_TOTAL (14u << 20)
+#define BLOCK_ARENA_MIN (1u << 20)
 
 /* Mode bits of a block: part of its key and of code_stamp. */
 enum {
@@ -70,8 +72,8 @@ struct block_cache {
 	struct block *hash[1 << BLOCK_HASH_BITS];
 	uint8_t *arena;
 	size_t size, used;
-	uint32_t gen;                   /* upper half of code_stamp */
-	uint32_t seen_fetch_gen, seen_epoch;
+	uint32_t gen[2], last_gen;      /* upper half of code_stamp, [1] at CPL 3; no value is used twice */
+	uint32_t seen_fetch_gen[2], seen_epoch;
 	struct block_link *want;        /* link to be filled by the next lookup */
 	struct block *scratch;          /* for blocks that cannot be kept */
 	int32_t budget_start;           /* to count instructions */
@@ -91,8 +93,9 @@ uint32_t block_mode(const struct cpu *c, bool one);
 struct block *block_get(struct cpu *c, uint32_t mode);
 /* Forget everything. Never while a block runs. */
 void block_flush(struct cpu *c);
-/* Do not follow links made before this point. */
+/* Do not follow links made before this point: all, or those at CPL 3 (`user`), or those below. */
 void block_new_generation(struct cpu *c);
+void block_new_generation_of(struct cpu *c, unsigned user);
 
 /* decode.c: decode one instruction from `bytes` of which `avail` (<= 15) can be had. */
 enum decode_result { DEC_OK, DEC_MORE /* needs bytes beyond avail */ };

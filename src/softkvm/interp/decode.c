@@ -140,10 +140,13 @@ static void undefined(struct insn *i)
 enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t *bytes, unsigned avail,
 			       unsigned off, struct insn *i)
 {
-	struct decoded d = { .bytes = bytes, .cpu = c, .code_bits = mode & BM_CODE64 ? 64 : mode & BM_CODE32 ? 32 : 16 };
+	struct decoded d;       /* a kilobyte, all of which Zydis writes */
 	ZydisDecoder z;
 	ZyanStatus st;
 
+	d.bytes = bytes;
+	d.cpu = c;
+	d.code_bits = mode & BM_CODE64 ? 64 : mode & BM_CODE32 ? 32 : 16;
 	init_decoder(&z, c, mode);
 	st = ZydisDecoderDecodeFull(&z, bytes, avail, &d.z, d.op);
 	*i = (struct insn){ .off = (uint16_t)off, .base = R_ZERO, .index = R_ZERO, .seg = SEG_DS };

@@ -245,11 +245,15 @@ static inline void check_generation(struct cpu *c)
 	struct block_cache *bc = c->blocks;
 	uint32_t epoch = c->vm ? atomic_load_explicit(&c->vm->code_epoch, memory_order_relaxed) : 0;
 
-	if (unlikely(bc->seen_fetch_gen != c->fetch_gen || bc->seen_epoch != epoch)) {
-		bc->seen_fetch_gen = c->fetch_gen;
+	if (unlikely(bc->seen_epoch != epoch)) {
 		bc->seen_epoch = epoch;
 		block_new_generation(c);
 	}
+	for (unsigned user = 0; user < 2; user++)
+		if (unlikely(bc->seen_fetch_gen[user] != c->fetch_gen[user])) {
+			bc->seen_fetch_gen[user] = c->fetch_gen[user];
+			block_new_generation_of(c, user);
+		}
 }
 
 /* -- the loop ---------------------------------------------------------------------------------- */

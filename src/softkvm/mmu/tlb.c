@@ -102,6 +102,20 @@ void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size)
 
 /* -- flushing ---------------------------------------------------------------------------------- */
 
+/* Code found by linear address at this privilege must be looked up again. */
+static void fetch_changed(struct cpu *c, int user)
+{
+	c->fetch_gen[user]++;
+	memset(c->itlb->fetched[user], 0, sizeof c->itlb->fetched[user]);
+	if (!user)
+		c->itlb->sup_nonglobal = false;
+}
+
+static void fetch_note(struct itlb *t, uint64_t lin, int user)
+{
+	t->fetched[user][(lin >> 18) % FETCH_WORDS] |= 1ull << (lin >> 12 & 63);
+}
+
 static void itlb_clear(struct cpu *c, bool global_too)
 {
 	struct itlb *t = c->itlb;
@@ -114,7 +128,9 @@ static void itlb_clear(struct cpu *c, bool global_too)
 			t->e[i].key = 0;
 			t->filled[w] &= ~(1ull << (i % 64));
 		}
-	c->fetch_gen++;
+	fetch_changed(c, 1);
+	if (global_too || t->sup_nonglobal)
+		fetch_changed(c, 0);
 }
 
 void mmu_flush_all(struct cpu *c)
@@ -152,15 +168,42 @@ void mmu_flush_nonglobal(struct cpu *c)
 	c->stats.tlb_flushes++;
 }
 
-void mmu_flush_page(struct cpu *c, uint64_t lin)
+/* All entries for the 2 MiB around `lin`: 512 neighbours in each table. */
+static void flush_2m(struct cpu *c, uint64_t lin)
+{
+	unsigned first = tlb_index(lin & ~(BIT(21) - 1));
+	struct itlb *t = c->itlb;
+	uint64_t fetched[2] = { 0, 0 };
+
+	for (unsigned m = 0; m < TLB_NONE; m++)
+		for (int w = 0; w < 2; w++) {
+			struct tlb_full *f = full(c->tlbs[m]);
+
+			for (unsigned k = first / 64; k < first / 64 + 8; k++)
+				for (uint64_t b = f->filled[w][k]; b; b &= b - 1) {
+					unsigned i = k * 64 + (unsigned)__builtin_ctzll(b);
+					struct tlb_entry *e = &table(&f->t, w)[i];
+
+					if (!((e->tag ^ lin) >> 21))
+						e->tag = tlb_empty_tag(i);
+				}
+		}
+	for (unsigned i = 0; i < ITLB_ENTRIES; i++)
+		if (!((t->e[i].key ^ lin) >> 21))
+			t->e[i].key = 0;
+	for (unsigned u = 0; u < 2; u++) {
+		for (unsigned k = 0; k < 8; k++)
+			fetched[u] |= t->fetched[u][((lin >> 21 << 3) + k) % FETCH_WORDS];
+		if (fetched[u])
+			fetch_changed(c, (int)u);
+	}
+}
+
+static void flush_4k(struct cpu *c, uint64_t lin)
 {
 	unsigned i = tlb_index(lin);
 	struct itlb_entry *e = &c->itlb->e[(lin >> 12) % ITLB_ENTRIES];
 
-	if (hash_has(c->itlb->large2m, lin >> 21) || hash_has(c->itlb->large1g, lin >> 30)) {
-		mmu_flush_all(c);
-		return;
-	}
 	for (unsigned m = 0; m < TLB_NONE; m++) {
 		for (int w = 0; w < 2; w++) {
 			struct tlb_entry *t = &table(c->tlbs[m], w)[i];
@@ -170,7 +213,22 @@ void mmu_flush_page(struct cpu *c, uint64_t lin)
 	}
 	if (!((e->key ^ lin) >> 12))
 		e->key = 0;
-	c->fetch_gen++;
+	for (int u = 0; u < 2; u++)
+		if (c->itlb->fetched[u][(lin >> 18) % FETCH_WORDS] >> (lin >> 12 & 63) & 1)
+			fetch_changed(c, u);
+}
+
+void mmu_flush_page(struct cpu *c, uint64_t lin)
+{
+	if (hash_has(c->itlb->large1g, lin >> 30)) {
+		mmu_flush_all(c);
+	} else if (hash_has(c->itlb->large2m, lin >> 21)) {
+		flush_2m(c, lin);
+		if (!cpu_long(c) && !(c->cr4 & CR4_PAE))        /* 4 MiB pages */
+			flush_2m(c, lin ^ BIT(21));
+	} else {
+		flush_4k(c, lin);
+	}
 }
 
 /* -- code -------------------------------------------------------------------------------------- */
@@ -253,6 +311,7 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 	struct itlb_entry *e = &c->itlb->e[i];
 	struct walk w;
 
+	fetch_note(c->itlb, lin, user);
 	if (likely(e->key == key)) {
 		*out = e->page;
 		return;
@@ -269,6 +328,8 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 	if (!host)
 		return;
 	*e = (struct itlb_entry){ key, *out, w.global };
+	if (!user && !w.global)
+		c->itlb->sup_nonglobal = true;
 	c->itlb->filled[i / 64] |= 1ull << (i % 64);
 	tlb_note_large(c, lin, w.leaf_size);
 }

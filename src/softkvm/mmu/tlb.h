@@ -14,6 +14,7 @@ struct tlb_full {
 };
 
 #define ITLB_ENTRIES 512
+#define FETCH_WORDS 64
 struct itlb_entry {
 	uint64_t key;           /* linear page | user << 1 | 1; 0 empty */
 	struct code_page page;
@@ -23,7 +24,13 @@ struct itlb_entry {
 struct itlb {
 	struct itlb_entry e[ITLB_ENTRIES];
 	uint64_t filled[ITLB_ENTRIES / 64];
-	/* Regions of which some 4 KiB entry came from a large page, hashed: INVLPG there flushes everything. */
+	/*
+	 * What was fetched since fetch_gen[user] last changed: pages by their low number bits, and whether a
+	 * supervisor page was not global. A flush that cannot concern them leaves decoded code where it is.
+	 */
+	uint64_t fetched[2][FETCH_WORDS];
+	bool sup_nonglobal;
+	/* Regions of which some 4 KiB entry came from a large page, hashed: INVLPG there flushes all of the region. */
 	uint64_t large2m[16], large1g[16];
 };
 
