@@ -157,11 +157,16 @@ static void manual_devices(void)
 void help_manual(void)
 {
 	puts(".TH LODGE 1 \"\" \"Lodge " LODGE_VERSION "\" \"User Commands\"\n.SH NAME\nlodge \\- virtual machine monitor\n"
-	     ".SH SYNOPSIS\n.B lodge run\n.RI [ options ]\n.br\n.B lodge qemu\n.RI [ options ]\n.br\n.B lodge help\n.RI [ verb ]\n"
+	     ".SH SYNOPSIS\n.B lodge run\n.RI [ options ]\n.br\n.B lodge qemu\n.RI [ options ]\n.br\n.B lodge kvm\\-run \\-\\-\n.IR command ...\n.br\n.B lodge kvm\\-info\n.RB [ \\-\\-json ]\n.br\n.B lodge help\n.RI [ verb ]\n"
 	     ".SH DESCRIPTION\nLodge runs x86\\-64 virtual machines, on Linux KVM where there is one and in user space, with its own\n"
 	     "implementation of the KVM interface, where there is none.\n"
 	     ".B lodge run\ntakes options made for people,\n.B lodge qemu\n(also when the program is called under a name that ends in\n"
 	     ".BR qemu\\-system\\-x86_64 )\ntakes QEMU's. An option or a key that is not supported is an error that names it.\n"
+	     ".PP\n.B lodge kvm\\-run\nstarts another program, such as QEMU or kvmtool, whose\n.I /dev/kvm\nis then Lodge's implementation, whether the\n"
+	     "host has one or not. The program must be dynamically linked, for x86\\-64 and not set\\-user\\-id: it is reached with\n"
+	     ".BR LD_PRELOAD ,\nwhich is kept and added to. Its exit status is the program's; 126 or 127 when it cannot be started.\n"
+	     ".B lodge kvm\\-info\ntells what\n.I /dev/kvm\nis here (absent, not permitted, hardware or emulated, and how fast) and what Lodge's own\n"
+	     "implementation offers: capabilities, limits, CPUID features; with\n.B \\-\\-json\nfor programs.\n"
 	     ".SH OPTIONS OF LODGE RUN");
 	manual_options(CTX_RUN);
 	puts(".SH OPTIONS OF LODGE QEMU");

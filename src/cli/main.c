@@ -61,6 +61,8 @@ static void usage(FILE *f)
 	fputs("Usage: lodge VERB [OPTION...]\n\n"
 	      "  run       start a virtual machine            (lodge run --help)\n"
 	      "  qemu      the same in QEMU's words           (lodge qemu -help)\n"
+	      "  kvm-run   run a program with softkvm as its /dev/kvm    (lodge kvm-run -- COMMAND...)\n"
+	      "  kvm-info  what /dev/kvm is here and what softkvm offers (lodge kvm-info [--json])\n"
 	      "  version   print the version\n"
 	      "  help      this, or 'help run', 'help qemu', 'help devices', 'help DEVICE', 'help man' (the manual page's source)\n", f);
 }
@@ -100,6 +102,10 @@ int main(int argc, char **argv)
 		return verb_vm(false, argc - 2, argv + 2);
 	if (!strcmp(verb, "qemu"))
 		return verb_vm(true, argc - 2, argv + 2);
+	if (!strcmp(verb, "kvm-run"))
+		return verb_kvm_run(argc - 2, argv + 2);
+	if (!strcmp(verb, "kvm-info"))
+		return verb_kvm_info(argc - 2, argv + 2);
 	if (!strcmp(verb, "help") || !strcmp(verb, "--help") || !strcmp(verb, "-h"))
 		return verb_help(argc - 2, argv + 2);
 	if (!strcmp(verb, "version") || !strcmp(verb, "--version"))

@@ -34,6 +34,10 @@ option_fn opt_chardev, opt_serial, opt_console, opt_debugcon, opt_parallel, opt_
 option_fn opt_nodefaults, opt_ignored_config, opt_pidfile, opt_logfile, opt_msg, opt_sandbox, opt_log_level, opt_help,
 	opt_version, opt_stats;                                                               /* options.c */
 
+/* `lodge kvm-run` (returns only on failure) and `lodge kvm-info`: exit status. kvmrun.c, kvminfo.c */
+int verb_kvm_run(int argc, char **argv);
+int verb_kvm_info(int argc, char **argv);
+
 /* help.c: to standard output. */
 void help_usage(unsigned ctx);
 void help_devices(void);

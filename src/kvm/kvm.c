@@ -117,6 +117,11 @@ int kvm_ioctl(struct kvm *k, unsigned long req, void *arg)
 	return k->f.p->ioctl(&k->f, req, (uintptr_t)arg, NULL);
 }
 
+uint64_t kvm_speed(struct kvm *k)
+{
+	return kvm_measure_rate(&k->f);
+}
+
 int kvm_check_extension(struct kvm *k, long cap)
 {
 	int r = k->f.p->ioctl(&k->f, KVM_CHECK_EXTENSION, (uintptr_t)cap, NULL);

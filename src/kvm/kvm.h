@@ -25,6 +25,8 @@ void kvm_close(struct kvm *k);
 const char *kvm_provider_name(const struct kvm *k);     /* "kvm" or "soft" */
 int kvm_check_extension(struct kvm *k, long cap);       /* 0: absent */
 int kvm_ioctl(struct kvm *k, unsigned long req, void *arg);
+/* Guest instructions a second of a plain loop, measured now in about a millisecond; 0 when no guest can run. */
+uint64_t kvm_speed(struct kvm *k);
 
 int kvm_vm_create(struct kvm_vm **out, struct kvm *k, struct err *err);
 void kvm_vm_destroy(struct kvm_vm *vm);

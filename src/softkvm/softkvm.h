@@ -27,6 +27,9 @@ int softkvm_ioctl(struct softkvm_file *f, unsigned long request, uintptr_t arg,
 void *softkvm_mmap(struct softkvm_file *f, size_t len, uint64_t offset);
 int softkvm_munmap(struct softkvm_file *f, void *p, size_t len);
 
+/* What a read of a file from KVM_GET_STATS_FD finds, from its start: bytes, or -1 with errno. */
+long softkvm_read_stats(struct softkvm_file *f, void *buf, size_t len);
+
 /*
  * Non-zero: client pointers in ioctls are checked and give EFAULT, at the price of a system call per copy. A
  * property of the process, for clients that are not trusted to pass good pointers (the preload object, fuzzing).

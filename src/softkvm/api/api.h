@@ -20,19 +20,21 @@
 #define MCE_BANKS 32
 
 /* -- handles (file.c) ------------------------------------------------------------------------- */
-enum file_kind { FILE_SYSTEM, FILE_VM, FILE_VCPU };
+enum file_kind { FILE_SYSTEM, FILE_VM, FILE_VCPU, FILE_STATS };
 struct softkvm_file {
 	enum file_kind kind;
 	_Atomic int refs;
 	struct vm *vm;
-	struct vcpu *vcpu;
+	struct vcpu *vcpu;              /* FILE_STATS: NULL for the VM's own */
 };
 struct softkvm_file *file_new(enum file_kind kind, struct vm *vm, struct vcpu *vcpu);
 
 long system_ioctl(unsigned long req, uintptr_t arg, struct softkvm_file **created);
 long vm_ioctl(struct vm *vm, unsigned long req, uintptr_t arg, struct softkvm_file **created);
-long vcpu_ioctl(struct vcpu *v, unsigned long req, uintptr_t arg);
+long vcpu_ioctl(struct vcpu *v, unsigned long req, uintptr_t arg, struct softkvm_file **created);
 int check_extension(struct vm *vm, unsigned long cap);  /* vm NULL: on the system handle; system.c */
+
+long stats_open(struct vm *vm, struct vcpu *v, struct softkvm_file **created);  /* KVM_GET_STATS_FD; stats.c */
 
 /* Every access to client memory in an ioctl goes through these (copy.c). 0 or -EFAULT. */
 int copy_from_client(void *dst, uintptr_t src, size_t len);

@@ -58,8 +58,11 @@ int softkvm_ioctl(struct softkvm_file *f, unsigned long request, uintptr_t arg, 
 	case FILE_VM:
 		r = vm_ioctl(f->vm, request, arg, created);
 		break;
+	case FILE_STATS:
+		r = -ENOTTY;
+		break;
 	case FILE_VCPU:
-		r = vcpu_ioctl(f->vcpu, request, arg);
+		r = vcpu_ioctl(f->vcpu, request, arg, created);
 		break;
 	}
 	softkvm_close(f);

@@ -429,12 +429,14 @@ static long vcpu_ioctl_locked(struct vcpu *v, unsigned long req, uintptr_t arg)
 	return r;
 }
 
-long vcpu_ioctl(struct vcpu *v, unsigned long req, uintptr_t arg)
+long vcpu_ioctl(struct vcpu *v, unsigned long req, uintptr_t arg, struct softkvm_file **created)
 {
 	long r;
 
 	if (_IOC_TYPE(req) != KVMIO)
 		return -EINVAL;
+	if (req == KVM_GET_STATS_FD)
+		return stats_open(v->cpu.vm, v, created);
 	pthread_mutex_lock(&v->lock);
 	r = vcpu_ioctl_locked(v, req, arg);
 	pthread_mutex_unlock(&v->lock);

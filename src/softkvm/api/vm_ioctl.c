@@ -263,6 +263,7 @@ static long do_plain(struct vm *vm, unsigned long req, uintptr_t arg, struct sof
 	switch (req) {
 	case KVM_CHECK_EXTENSION: return check_extension(vm, arg);
 	case KVM_CREATE_VCPU: return create_vcpu(vm, arg, created);
+	case KVM_GET_STATS_FD: return stats_open(vm, NULL, created);
 	case KVM_SET_TSS_ADDR: return arg > (uint32_t)-3 * 4096ull ? -EINVAL : 0;
 	case KVM_SET_NR_MMU_PAGES: return set_mmu_pages(vm, arg);
 	case KVM_GET_NR_MMU_PAGES: return vm->api->nr_mmu_pages;
