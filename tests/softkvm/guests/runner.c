@@ -203,6 +203,7 @@ static void play(struct run *r, const struct scene *s, const char *image, enum g
 						 .pit = s->irqchip });
 	load_image(&r->g, image);
 	memcpy(r->g.mem + PARAM_GPA, &s->param, 8);
+	r->g.mem[PARAM_GPA + 8] = p == GUEST_SOFT;
 	if (s->bits == 32)
 		guest_prot32(&r->g, 0, IMAGE_GPA);
 	else
