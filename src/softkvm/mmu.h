@@ -12,6 +12,7 @@
 #define SOFTKVM_MMU_H
 
 #include "softkvm/cpu.h"
+#include "softkvm/ram.h"
 
 enum access { ACC_READ, ACC_WRITE, ACC_EXEC, ACC_RMW /* read, then written: needs write permission */ };
 
@@ -54,24 +55,19 @@ static inline void *tlb_hit_w(struct cpu *c, uint64_t lin, unsigned size)
 	return likely((lin ^ e->tag) <= 4096 - size) ? (void *)(uintptr_t)(lin + e->addend) : NULL;
 }
 
-/* Guest memory is shared between threads: single accesses are relaxed atomics of their size where aligned. */
-typedef uint8_t mem_u8;
-typedef uint16_t mem_u16 __attribute__((aligned(1)));
-typedef uint32_t mem_u32 __attribute__((aligned(1)));
-typedef uint64_t mem_u64 __attribute__((aligned(1)));
 #define MMU_LDST(bits)                                                                              \
 	static inline uint##bits##_t mem_ld##bits(struct cpu *c, uint64_t lin)                      \
 	{                                                                                           \
 		uint##bits##_t v;                                                                   \
 		void *p = tlb_hit_r(c, lin, bits / 8);                                              \
-		if (likely(p)) v = *(volatile mem_u##bits *)p;                                     \
+		if (likely(p)) v = ram_ld##bits(p);                                       \
 		else mem_read_slow(c, lin, &v, bits / 8);                                           \
 		return v;                                                                           \
 	}                                                                                           \
 	static inline void mem_st##bits(struct cpu *c, uint64_t lin, uint##bits##_t v)              \
 	{                                                                                           \
 		void *p = tlb_hit_w(c, lin, bits / 8);                                              \
-		if (likely(p)) *(volatile mem_u##bits *)p = v;                                     \
+		if (likely(p)) ram_st##bits(p, v);                                        \
 		else mem_write_slow(c, lin, &v, bits / 8);                                          \
 	}
 MMU_LDST(8)

@@ -93,8 +93,8 @@ static bool same_bytes(const struct block *b)
 {
 	unsigned first = b->cross ? 4096 - (b->gpa & 4095) : b->bytes;
 
-	return !memcmp(b->host, b->copy, first) &&
-	       (!b->cross || !memcmp(b->page[1].host, b->copy + first, b->bytes - first));
+	return ram_same(b->host, b->copy, first) &&
+	       (!b->cross || ram_same(b->page[1].host, b->copy + first, b->bytes - first));
 }
 
 /* The page was written, or may have been behind our back: do the bytes still stand? Marked before they are compared. */
@@ -169,7 +169,7 @@ static void build_cross(struct cpu *c, struct build *b, unsigned first)
 		fetch(c, lin, &b->page[1]);
 		b->cross = true;
 		b->ver[1] = mmu_code_mark(c, &b->page[1]);
-		memcpy(b->buf + rest, b->page[1].host, avail - rest);
+		ram_copy(b->buf + rest, b->page[1].host, avail - rest);
 		if (decode_insn(c, b->mode, b->buf, avail, 0, b->insn) == DEC_OK) {
 			b->n = 1;
 			b->bytes = b->insn[0].len;
@@ -191,7 +191,7 @@ static void build_block(struct cpu *c, struct build *b)
 	unsigned have = (unsigned)MIN(MIN((uint64_t)rest, b->limit), (uint64_t)sizeof b->buf - 1);
 
 	b->ver[0] = mmu_code_mark(c, &b->page[0]);
-	memcpy(b->buf, b->page[0].host + (b->gpa & 4095), have);
+	ram_copy(b->buf, b->page[0].host + (b->gpa & 4095), have);
 	while (b->n < max && b->bytes < BLOCK_MAX_BYTES && b->bytes < have) {
 		unsigned avail = MIN(15, have - b->bytes);
 		struct insn *i = &b->insn[b->n];

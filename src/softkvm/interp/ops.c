@@ -9,13 +9,13 @@ u64 ops_ld_slow(struct cpu *c, u64 lin, unsigned size)
 	if (!p)
 		mem_read_slow(c, lin, &v, size);
 	else if (size == 8)
-		v = HOST(64, p);
+		v = ram_ld64(p);
 	else if (size == 4)
-		v = HOST(32, p);
+		v = ram_ld32(p);
 	else if (size == 2)
-		v = HOST(16, p);
+		v = ram_ld16(p);
 	else
-		v = HOST(8, p);
+		v = ram_ld8(p);
 	return v;
 }
 
@@ -26,13 +26,13 @@ void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size)
 	if (!p)
 		mem_write_slow(c, lin, &v, size);
 	else if (size == 8)
-		HOST(64, p) = v;
+		ram_st64(p, v);
 	else if (size == 4)
-		HOST(32, p) = (u32)v;
+		ram_st32(p, (u32)v);
 	else if (size == 2)
-		HOST(16, p) = (u16)v;
+		ram_st16(p, (u16)v);
 	else
-		HOST(8, p) = (u8)v;
+		ram_st8(p, (u8)v);
 }
 
 static insn_family *const families[] = {

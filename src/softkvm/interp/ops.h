@@ -98,13 +98,11 @@ static ALWAYS_INLINE bool cond(const struct cpu *c, unsigned cc)
 u64 ops_ld_slow(struct cpu *c, u64 lin, unsigned size);
 void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size);
 
-#define HOST(bits, p) (*(volatile mem_u##bits *)(p))
-
 /* `v` = the memory operand, then the statements, then the end of the handler. */
 #define WITH_LD_AT(bits, v, lin_, ...) do {                                     \
 		u64 l_ = (lin_);                                                \
 		void *p_ = tlb_hit_r(c, l_, bits / 8);                          \
-		if (likely(p_)) { u##bits v = HOST(bits, p_); __VA_ARGS__; NEXT; } \
+		if (likely(p_)) { u##bits v = ram_ld##bits(p_); __VA_ARGS__; NEXT; } \
 		u##bits v = (u##bits)ops_ld_slow(c, l_, bits / 8); __VA_ARGS__; return; \
 	} while (0)
 #define WITH_LD(bits, v, ...) WITH_LD_AT(bits, v, insn_lin(c, i, bits / 8, ACC_READ), __VA_ARGS__)
@@ -113,7 +111,7 @@ void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size);
 #define END_ST_AT(bits, lin_, val_) do {                                        \
 		u64 l_ = (lin_);                                                \
 		void *p_ = tlb_hit_w(c, l_, bits / 8);                          \
-		if (likely(p_)) { HOST(bits, p_) = (u##bits)(val_); NEXT; }     \
+		if (likely(p_)) { ram_st##bits(p_, (u##bits)(val_)); NEXT; }     \
 		ops_st_slow(c, l_, (u##bits)(val_), bits / 8); return;          \
 	} while (0)
 #define END_ST(bits, val_) END_ST_AT(bits, insn_lin(c, i, bits / 8, ACC_WRITE), val_)
@@ -127,7 +125,7 @@ void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size);
 		u64 l_ = (lin_);                                                \
 		void *p_ = tlb_hit_w(c, l_, bits / 8);                          \
 		if (likely(p_)) {                                               \
-			mem_u##bits *q_ = p_;                                   \
+			ram_u##bits *q_ = p_;                                           \
 			{ RMW_LV(m, *q_) __VA_ARGS__; }                        \
 			NEXT;                                                   \
 		}                                                               \

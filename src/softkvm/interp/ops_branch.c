@@ -87,7 +87,7 @@ OP(ret64)
 	u64 sp = c->gpr[R_RSP], t;
 	void *p = tlb_hit_r(c, sp, 8);
 
-	t = likely(p) ? HOST(64, p) : ops_ld_slow(c, sp, 8);
+	t = likely(p) ? ram_ld64(p) : ops_ld_slow(c, sp, 8);
 	if (unlikely(!canonical_fast(c, t)))
 		cpu_gp(c, 0);
 	c->gpr[R_RSP] = sp + 8 + i->imm;
@@ -112,7 +112,7 @@ OP(jmp64_m)
 	u64 lin = insn_lin(c, i, 8, ACC_READ), t;
 	void *p = tlb_hit_r(c, lin, 8);
 
-	t = likely(p) ? HOST(64, p) : ops_ld_slow(c, lin, 8);
+	t = likely(p) ? ram_ld64(p) : ops_ld_slow(c, lin, 8);
 	if (unlikely(!canonical_fast(c, t)))
 		cpu_gp(c, 0);
 	c->rip = t;
@@ -141,7 +141,7 @@ OP(call64_m)
 	void *p = tlb_hit_r(c, lin, 8);
 	bool fast;
 
-	t = likely(p) ? HOST(64, p) : ops_ld_slow(c, lin, 8);
+	t = likely(p) ? ram_ld64(p) : ops_ld_slow(c, lin, 8);
 	if (unlikely(!canonical_fast(c, t)))
 		cpu_gp(c, 0);
 	fast = push64(c, RETURN_RIP);

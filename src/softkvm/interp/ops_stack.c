@@ -50,7 +50,7 @@ OP(push64_m)
 	void *p = tlb_hit_r(c, lin, 8);
 	bool fast;
 
-	v = likely(p) ? HOST(64, p) : ops_ld_slow(c, lin, 8);
+	v = likely(p) ? ram_ld64(p) : ops_ld_slow(c, lin, 8);
 	fast = push64(c, v);
 	if (likely(p && fast))
 		NEXT;
@@ -61,7 +61,7 @@ OP(pop64_r)
 	u64 sp = c->gpr[R_RSP], v;
 	void *p = tlb_hit_r(c, sp, 8);
 
-	v = likely(p) ? HOST(64, p) : ops_ld_slow(c, sp, 8);
+	v = likely(p) ? ram_ld64(p) : ops_ld_slow(c, sp, 8);
 	c->gpr[R_RSP] = sp + 8;
 	SET64(i->dst, v);
 	if (likely(p))
@@ -73,7 +73,7 @@ OP(leave64)
 	u64 bp = c->gpr[R_RBP], v;
 	void *p = tlb_hit_r(c, bp, 8);
 
-	v = likely(p) ? HOST(64, p) : ops_ld_slow(c, bp, 8);
+	v = likely(p) ? ram_ld64(p) : ops_ld_slow(c, bp, 8);
 	c->gpr[R_RSP] = bp + 8;
 	c->gpr[R_RBP] = v;
 	if (likely(p))

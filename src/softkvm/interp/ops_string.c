@@ -124,7 +124,7 @@ static void fill(void *d, u64 v, u64 n, unsigned size)
 static void copy(void *d, const void *s, u64 n, unsigned size)
 {
 	if ((uintptr_t)d - (uintptr_t)s >= n * size) {
-		memmove(d, s, n * size);        /* no element is read after it was written */
+		ram_copy(d, s, n * size);       /* no element is read after it was written */
 		return;
 	}
 	if (size == 1)

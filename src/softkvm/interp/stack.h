@@ -11,7 +11,7 @@ static ALWAYS_INLINE bool push64(struct cpu *c, u64 v)
 	void *p = tlb_hit_w(c, sp, 8);
 
 	if (likely(p))
-		HOST(64, p) = v;
+		ram_st64(p, v);
 	else
 		ops_st_slow(c, sp, v, 8);
 	c->gpr[R_RSP] = sp;

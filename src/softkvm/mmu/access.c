@@ -279,22 +279,22 @@ bool mmio_complete(struct cpu *c)
 static void copy_in(uint8_t *host, const uint8_t *buf, unsigned len)
 {
 	switch (len) {
-	case 1: *(volatile uint8_t *)host = *buf; return;
-	case 2: *(volatile uint16_t __attribute__((aligned(1))) *)host = ld_le16(buf); return;
-	case 4: *(volatile uint32_t __attribute__((aligned(1))) *)host = ld_le32(buf); return;
-	case 8: *(volatile uint64_t __attribute__((aligned(1))) *)host = ld_le64(buf); return;
-	default: memcpy(host, buf, len);
+	case 1: ram_st8(host, *buf); return;
+	case 2: ram_st16(host, ld_le16(buf)); return;
+	case 4: ram_st32(host, ld_le32(buf)); return;
+	case 8: ram_st64(host, ld_le64(buf)); return;
+	default: ram_copy(host, buf, len);
 	}
 }
 
 static void copy_out(uint8_t *buf, const uint8_t *host, unsigned len)
 {
 	switch (len) {
-	case 1: *buf = *(const volatile uint8_t *)host; return;
-	case 2: st_le16(buf, *(const volatile uint16_t __attribute__((aligned(1))) *)host); return;
-	case 4: st_le32(buf, *(const volatile uint32_t __attribute__((aligned(1))) *)host); return;
-	case 8: st_le64(buf, *(const volatile uint64_t __attribute__((aligned(1))) *)host); return;
-	default: memcpy(buf, host, len);
+	case 1: *buf = ram_ld8(host); return;
+	case 2: st_le16(buf, ram_ld16(host)); return;
+	case 4: st_le32(buf, ram_ld32(host)); return;
+	case 8: st_le64(buf, ram_ld64(host)); return;
+	default: ram_copy(buf, host, len);
 	}
 }
 

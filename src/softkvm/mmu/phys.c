@@ -11,6 +11,7 @@
 
 #include "softkvm/cpu.h"
 #include "softkvm/mmu/phys.h"
+#include "softkvm/ram.h"
 #include "softkvm/vm.h"
 
 #define MAX_SLOT_PAGES ((1ull << 31) - 1)
@@ -99,11 +100,11 @@ static int phys_copy(struct vm *vm, uint64_t gpa, void *buf, unsigned len, bool 
 			if (!p || (write && ro))
 				return -EFAULT;
 			if (pass && write) {
-				memcpy(p, b, n);
+				ram_copy(p, b, n);
 				phys_mark_dirty(vm, s, a);
 				page_code_written(&s->ver[(a - s->gpa) >> 12]);
 			} else if (pass) {
-				memcpy(b, p, n);
+				ram_copy(b, p, n);
 			}
 			a += n;
 			b += n;

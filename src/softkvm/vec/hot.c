@@ -25,7 +25,7 @@ static inline void load16(struct cpu *c, const struct insn *i)
 	if (unlikely(lin & i->aux))
 		cpu_gp(c, 0);
 	if (likely(p)) {
-		_mm_storeu_si128(x(c, i->dst), _mm_loadu_si128(p));
+		_mm_storeu_si128(x(c, i->dst), ram_ld128(p));
 	} else {
 		uint8_t buf[16];
 
@@ -42,7 +42,7 @@ static inline void store16(struct cpu *c, const struct insn *i)
 	if (unlikely(lin & i->aux))
 		cpu_gp(c, 0);
 	if (likely(p))
-		_mm_storeu_si128(p, _mm_loadu_si128(x(c, i->src)));
+		ram_st128(p, _mm_loadu_si128(x(c, i->src)));
 	else
 		mem_write(c, lin, x(c, i->src), 16);
 }
@@ -92,8 +92,8 @@ static void vex_load32(struct cpu *c, const struct insn *i)
 		mem_read(c, lin, buf, 32);
 		p = buf;
 	}
-	_mm_storeu_si128(x(c, i->dst), _mm_loadu_si128(p));
-	_mm_storeu_si128(x(c, i->dst) + 1, _mm_loadu_si128((const __m128i *)p + 1));
+	_mm_storeu_si128(x(c, i->dst), ram_ld128(p));
+	_mm_storeu_si128(x(c, i->dst) + 1, ram_ld128((const __m128i *)p + 1));
 	zero_up(c, i->dst, 32);
 }
 
@@ -111,8 +111,8 @@ static void vex_store32(struct cpu *c, const struct insn *i)
 		mem_write(c, lin, x(c, i->src), 32);
 		return;
 	}
-	_mm_storeu_si128(p, _mm_loadu_si128(x(c, i->src)));
-	_mm_storeu_si128((__m128i *)p + 1, _mm_loadu_si128(x(c, i->src) + 1));
+	ram_st128(p, _mm_loadu_si128(x(c, i->src)));
+	ram_st128((__m128i *)p + 1, _mm_loadu_si128(x(c, i->src) + 1));
 }
 
 /* -- MOVD, MOVQ ---------------------------------------------------------------------------------- */
@@ -265,7 +265,7 @@ static bool move_decode(struct insn *i, const struct vec_op *op, const struct de
 
 static bool alu_decode(struct insn *i, const struct vec_op *op, const struct decoded *d)
 {
-	bool vex;
+	bool vex = false;
 	insn_fn *fn = alu(d->z.mnemonic, &vex);
 	const ZydisDecodedOperand *last = &d->op[vex ? 2 : 1];
 

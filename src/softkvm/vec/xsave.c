@@ -103,7 +103,7 @@ static void xs_put(struct cpu *c, uint64_t lin, const void *p, unsigned len)
 	void *h = tlb_hit_w(c, lin, len);
 
 	if (likely(h))
-		memcpy(h, p, len);
+		ram_copy(h, p, len);
 	else
 		mem_write(c, lin, p, len);
 }
@@ -113,7 +113,7 @@ static void xs_get(struct cpu *c, uint64_t lin, void *p, unsigned len)
 	const void *h = tlb_hit_r(c, lin, len);
 
 	if (likely(h))
-		memcpy(p, h, len);
+		ram_copy(p, h, len);
 	else
 		mem_read(c, lin, p, len);
 }
