@@ -65,11 +65,12 @@ static int add_module(struct boot *b, const char *path, const char *cmdline, str
 	b->modules = m;
 	m += b->nmodules;
 	memset(m, 0, sizeof(*m));
-	m->cmdline = strdup(cmdline);
-	if (!m->cmdline)
-		return err_set(err, -ENOMEM, "no memory for module %s", path);
 	b->nmodules++;
-	return boot_file_open(&m->file, path, err);
+	m->cmdline = strdup(cmdline);
+	m->path = strdup(path);
+	if (!m->cmdline || !m->path)
+		return err_set(err, -ENOMEM, "no memory for module %s", path);
+	return boot_file_open(&m->file, m->path, err);
 }
 
 static int open_modules(struct boot *b, const char *list, struct err *err)
@@ -114,6 +115,7 @@ void boot_close(struct boot *b)
 	for (unsigned i = 0; i < b->nmodules; i++) {
 		boot_file_close(&b->modules[i].file);
 		free(b->modules[i].cmdline);
+		free(b->modules[i].path);
 	}
 	free(b->modules);
 	b->modules = NULL;

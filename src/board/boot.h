@@ -44,7 +44,7 @@ enum { E820_TYPE_RAM = 1, E820_TYPE_RESERVED = 2 };
 struct boot_range { uint64_t base, size; uint32_t type; };
 #define BOOT_RANGES 16
 
-struct boot_module { struct boot_file file; char *cmdline; };
+struct boot_module { struct boot_file file; char *cmdline, *path; };
 
 struct boot {
 	struct guest_mem *mem;

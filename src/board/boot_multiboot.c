@@ -63,14 +63,14 @@ static int load_by_header(struct boot *b, const struct mb_header *h, size_t hdr_
 }
 
 /* Bump allocation in guest memory above the kernel. */
-struct place { struct boot *b; uint64_t at; };
+struct place { struct boot *b; uint64_t at; const char *what; /* the file this is for */ };
 
 static int put(struct place *p, const void *data, size_t len, unsigned align, uint32_t *gpa, struct err *err)
 {
 	uint64_t a = ALIGN_UP(p->at, (uint64_t)align);
 
 	if (a + len > p->b->low_ram || a + len > UINT32_MAX)
-		return err_set(err, -EFBIG, "%s: modules do not fit in guest memory", p->b->kernel.path);
+		return err_set(err, -EFBIG, "%s: %zu bytes for it or about it do not fit in guest memory", p->what, len);
 	*gpa = (uint32_t)a;
 	p->at = a + len;
 	return boot_write(p->b, a, data, len, "boot information", err);
@@ -85,11 +85,13 @@ static int put_modules(struct place *p, struct mb_info *info, struct err *err)
 	for (unsigned i = 0; i < n && !r; i++) {
 		struct boot_module *s = &p->b->modules[i];
 
+		p->what = s->file.path;
 		r = put(p, s->file.data, s->file.len, 4096, &m[i].start, err);
 		m[i].end = m[i].start + s->file.len;
 		if (!r)
 			r = put(p, s->cmdline, strlen(s->cmdline) + 1, 1, &m[i].string, err);
 	}
+	p->what = p->b->kernel.path;
 	if (!r && n)
 		r = put(p, m, n * sizeof(*m), 4, &info->mods_addr, err);
 	info->mods_count = n;
@@ -130,7 +132,7 @@ int boot_load_multiboot(struct boot *b, struct boot_entry *e, struct err *err)
 	struct mb_header h = { 0 };
 	long off = find_header(&b->kernel);
 	struct boot_elf img;
-	struct place p = { b, 0 };
+	struct place p = { b, 0, b->kernel.path };
 	uint32_t gpa = 0;
 	int r;
 

@@ -218,9 +218,10 @@ int vmopts_finish(struct vm_opts *o, struct err *err)
 		ret = opt_nic(o, "user", err);
 	if (!ret)
 		ret = check_ids(o, err);
+	if (!ret && !o->kernel && (o->initrd || o->append))
+		ret = err_set(err, -EINVAL, "%s%s needs %s", o->qemu ? "" : "-", o->initrd ? "-initrd" : "-append",
+			      o->qemu ? "-kernel" : "--kernel");
 	if (!ret && !o->kernel && !o->bios)
 		ret = err_set(err, -EINVAL, "nothing to boot: give a kernel with %s FILE", o->qemu ? "-kernel" : "--kernel");
-	if (!ret && !o->kernel && (o->initrd || o->append))
-		ret = err_set(err, -EINVAL, "%s needs %s", o->initrd ? "-initrd" : "-append", o->qemu ? "-kernel" : "--kernel");
 	return ret;
 }

@@ -178,10 +178,11 @@ int pc_ports_create(struct pc_ports **out, struct machine_env *env, struct err *
 
 void pc_ports_destroy(struct pc_ports *p)
 {
-	struct io_window *w[] = { &p->win92, &p->win80, &p->win60, &p->win64 };
-
 	if (!p)
 		return;
+
+	struct io_window *w[] = { &p->win92, &p->win80, &p->win60, &p->win64 };
+
 	for (unsigned i = 0; i < ARRAY_SIZE(w); i++)
 		if (w[i]->mapped)
 			io_unmap(p->env->ports, w[i]);

@@ -1,20 +1,29 @@
 #!/usr/bin/env python3
 """Bad input: one clear line on standard error that names what is wrong, a non-zero status, nothing left behind."""
 import os
+import random
+import resource
 import socket
 import subprocess
 import sys
 import tempfile
 
 LODGE = sys.argv[1]
+SANITIZED = len(sys.argv) > 2 and sys.argv[2] != "none"   # a sanitizer needs all the address space there is
+GUESTS = sys.argv[3:]           # images that boot: what of them is cut off must be noticed
 failures = 0
 
 
-def check(words, *argv, status=1, cwd=None):
-    """Run lodge; its only line of errors has all the `words`."""
+def check(words, *argv, status=1, limit=0):
+    """Run lodge, with at most `limit` bytes of address space; its only line of errors has all the `words`."""
     global failures
+
+    def confine():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        p = subprocess.run([LODGE, *argv], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, cwd=cwd)
+        p = subprocess.run([LODGE, *argv], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                           errors="replace", timeout=20, preexec_fn=confine)
     except subprocess.TimeoutExpired:
         failures += 1
         print(f"FAIL {argv}: still running after 20 s")
@@ -33,6 +42,37 @@ def multiboot(path):
     words = [0x1BADB002, 0x00010000, -(0x1BADB002 + 0x00010000) & 0xffffffff, base, base, 0, 0, base + 32]
     with open(path, "wb") as f:
         f.write(b"".join(w.to_bytes(4, "little") for w in words) + code)
+
+
+def needed(image):
+    """How many bytes of the image its headers ask for."""
+    if image[:4] == b"\x7fELF":
+        wide = image[4] == 2
+        off, entsize, n = ((int.from_bytes(image[a:b], "little") for a, b in ((32, 40), (54, 56), (56, 58))) if wide else
+                           (int.from_bytes(image[a:b], "little") for a, b in ((28, 32), (42, 44), (44, 46))))
+        end = off + entsize * n
+        for i in range(n):
+            h = image[off + i * entsize:off + (i + 1) * entsize]
+            o, size = (int.from_bytes(h[a:b], "little") for a, b in (((8, 16), (32, 40)) if wide else ((4, 8), (16, 20))))
+            if h[0] in (1, 4):          # PT_LOAD, PT_NOTE
+                end = max(end, o + size)
+        return end
+    return ((image[0x1f1] or 4) + 1) * 512 + int.from_bytes(image[0x1f4:0x1f8], "little") * 16 - 15     # the size is rounded up
+
+
+def truncated(path, tmp):
+    """Images cut off at random places, and at those where a header ends."""
+    with open(path, "rb") as f:
+        image = f.read()
+    end = needed(image)
+    rng = random.Random(len(image))
+    cut = os.path.join(tmp, "cut")
+    for n in [1, 2, 3, 4, 16, 51, 0x1f2, 0x206, 0x263, end - 1] + [rng.randrange(1, end) for _ in range(10)]:
+        if 0 < n < end:
+            with open(cut, "wb") as f:
+                f.write(image[:n])
+            check([cut], "run", "--accel", "soft", "--kernel", cut)
+    os.unlink(cut)
 
 
 with tempfile.TemporaryDirectory() as tmp:
@@ -93,6 +133,20 @@ with tempfile.TemporaryDirectory() as tmp:
         s.listen()
         port = s.getsockname()[1]
         check([str(port)], *run, "--kernel", k, "--net", f"user,hostfwd=tcp:127.0.0.1:{port}-:22")
+    sparse = os.path.join(tmp, "sparse")
+    with open(sparse, "wb") as f:
+        f.truncate(8 << 30)
+    for path in GUESTS:
+        if not os.path.exists(path):
+            print(f"skipped: no {path}")
+            continue
+        truncated(path, tmp)
+        check([sparse, "not fit in guest memory"], *run, "--kernel", path, "--initrd", sparse, "--memory", "256M")
+    check([sparse], *run, "--kernel", sparse)
+    os.unlink(sparse)
+    check(["memory"], *run, "--kernel", k, "--memory", "200T")
+    if not SANITIZED:
+        check(["memory", "MiB"], *run, "--kernel", k, "--memory", "4G", limit=2 << 30)
     if not os.path.exists("/dev/kvm"):
         check(["/dev/kvm"], "run", "--accel", "kvm", "--kernel", k)
     left = sorted(os.listdir(tmp))
