@@ -443,7 +443,7 @@ static void mce(void **state)
 {
 	struct kvm_x86_mce m = { .status = 1ull << 63, .bank = 3, .addr = 0x1234 };
 	struct guest g;
-	uint64_t cap;
+	uint64_t cap = 0;
 
 	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
 	assert_int_equal(gioctl(&g.sys, KVM_X86_GET_MCE_CAP_SUPPORTED, &cap, NULL), 0);

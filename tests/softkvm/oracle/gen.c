@@ -1,4 +1,5 @@
 /* Random instructions and random states. */
+#include <cpuid.h>
 #include <string.h>
 
 #include "oracle.h"
@@ -72,6 +73,16 @@ static unsigned put_integer(uint8_t *b)
 	return n;
 }
 
+enum cpuid_reg { EBX = 1, ECX = 2 };
+
+/* By CPUID: gcc and clang know different names for __builtin_cpu_supports(). */
+static bool host_bit(unsigned leaf, enum cpuid_reg reg, unsigned bit)
+{
+	unsigned r[4];
+
+	return __get_cpuid_count(leaf, 0, &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1);
+}
+
 /* What every x86-64-v3 CPU has; anything newer may be missing here. */
 static bool host_has_int(const struct test_case *t)
 {
@@ -82,10 +93,10 @@ static bool host_has_int(const struct test_case *t)
 		return true;
 	case ZYDIS_ISA_SET_BMI1: return __builtin_cpu_supports("bmi");
 	case ZYDIS_ISA_SET_BMI2: return __builtin_cpu_supports("bmi2");
-	case ZYDIS_ISA_SET_LZCNT: return __builtin_cpu_supports("lzcnt");
-	case ZYDIS_ISA_SET_MOVBE: return __builtin_cpu_supports("movbe");
+	case ZYDIS_ISA_SET_LZCNT: return host_bit(0x80000001, ECX, 5);
+	case ZYDIS_ISA_SET_MOVBE: return host_bit(1, ECX, 22);
 	case ZYDIS_ISA_SET_POPCNT: case ZYDIS_ISA_SET_SSE42: return __builtin_cpu_supports("popcnt");
-	case ZYDIS_ISA_SET_ADOX_ADCX: return __builtin_cpu_supports("avx2");
+	case ZYDIS_ISA_SET_ADOX_ADCX: return host_bit(7, EBX, 19);
 	default: return false;
 	}
 }
