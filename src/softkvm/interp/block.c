@@ -10,6 +10,12 @@
 
 static const _Atomic uint32_t never_matches = 0;        /* marked pages are odd */
 
+/* Room for the worst: with an end behind the last instruction and a second page. */
+static size_t block_size(unsigned n, unsigned bytes)
+{
+	return sizeof(struct block) + (n + 1) * sizeof(struct insn) + bytes + 8 + sizeof(struct block_cross);
+}
+
 /* -- life -------------------------------------------------------------------------------------- */
 int engine_cpu_init(struct cpu *c)
 {
@@ -19,7 +25,7 @@ int engine_cpu_init(struct cpu *c)
 		return -ENOMEM;
 	bc->size = BLOCK_ARENA_TOTAL;   /* of addresses; pages come as they are used */
 	bc->arena = mmap(NULL, bc->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	bc->scratch = aligned_alloc(64, ALIGN_UP(sizeof(struct block) + 2 * sizeof(struct insn) + 16, 64));
+	bc->scratch = aligned_alloc(64, ALIGN_UP(block_size(1, 15), 64));
 	if (bc->arena == MAP_FAILED || !bc->scratch) {
 		if (bc->arena != MAP_FAILED)
 			munmap(bc->arena, bc->size);
@@ -92,37 +98,59 @@ uint32_t block_mode(const struct cpu *c, bool one)
 static bool same_bytes(const struct block *b)
 {
 	unsigned first = b->cross ? 4096 - (b->gpa & 4095) : b->bytes;
+	const uint8_t *copy = block_copy(b);
 
-	return ram_same(b->host, b->copy, first) &&
-	       (!b->cross || ram_same(b->page[1].host, b->copy + first, b->bytes - first));
+	return ram_same(b->host, copy, first) &&
+	       (!b->cross || ram_same(block_cross(b)->second.host, copy + first, b->bytes - first));
+}
+
+static const uint8_t *page_base(const struct code_page *p)
+{
+	return p->host - (p->gpa & 4095);
+}
+
+static struct code_page first_page(const struct block *b)
+{
+	return (struct code_page){ .gpa = b->gpa & ~4095ULL, .host = b->host - (b->gpa & 4095),
+				   .ver = b->cross ? block_cross(b)->ver : (_Atomic uint32_t *)(uintptr_t)b->ver };
 }
 
 /* The page was written, or may have been behind our back: do the bytes still stand? Marked before they are compared. */
 static bool revive(struct cpu *c, struct block *b)
 {
-	uint32_t v0 = mmu_code_mark(c, &b->page[0]), v1 = b->cross ? mmu_code_mark(c, &b->page[1]) : 0;
+	struct block_cross *x = b->cross ? block_cross(b) : NULL;
+	struct code_page first = first_page(b);
+	uint32_t v0 = mmu_code_mark(c, &first), v1 = x ? mmu_code_mark(c, &x->second) : 0;
 
 	if (!same_bytes(b)) {
 		c->stats.code_invalidations++;
 		return false;
 	}
 	b->epoch = c->blocks->seen_epoch;
-	b->page_ver[0] = v0;
-	b->page_ver[1] = v1;
-	if (!b->cross)
+	if (x) {
+		x->page_ver[0] = v0;
+		x->page_ver[1] = v1;
+	} else {
 		b->ver_value = v0;
+	}
 	return true;
 }
 
-static inline uint32_t ver_now(const struct code_page *p)
+static inline uint32_t ver_now(const _Atomic uint32_t *ver)
 {
-	return atomic_load_explicit((_Atomic uint32_t *)p->ver, memory_order_acquire);
+	return atomic_load_explicit((_Atomic uint32_t *)(uintptr_t)ver, memory_order_acquire);
 }
 
-static bool block_valid(struct cpu *c, struct block *b)
+static bool cross_unchanged(const struct block *b)
 {
-	if (likely(ver_now(&b->page[0]) == b->page_ver[0] && b->epoch == c->blocks->seen_epoch &&
-		   (!b->cross || ver_now(&b->page[1]) == b->page_ver[1])))
+	const struct block_cross *x = block_cross(b);
+
+	return ver_now(x->ver) == x->page_ver[0] && ver_now(x->second.ver) == x->page_ver[1];
+}
+
+static inline bool block_valid(struct cpu *c, struct block *b)
+{
+	if (likely(ver_now(b->ver) == b->ver_value || (b->cross && cross_unchanged(b))) && b->epoch == c->blocks->seen_epoch)
 		return true;
 	return revive(c, b);
 }
@@ -139,11 +167,6 @@ struct build {
 	struct insn insn[BLOCK_MAX_INSNS];
 	uint8_t buf[BLOCK_MAX_BYTES + 16];
 };
-
-static const uint8_t *page_base(const struct code_page *p)
-{
-	return p->host - (p->gpa & 4095);
-}
 
 static void fetch(struct cpu *c, uint64_t lin, struct code_page *p)
 {
@@ -216,12 +239,12 @@ static size_t arena_limit(const struct cpu *c)
 	return MAX(BLOCK_ARENA_TOTAL / MAX(n, 1u), BLOCK_ARENA_MIN);
 }
 
-static struct block *block_alloc(struct cpu *c, unsigned n, unsigned bytes)
+static struct block *block_alloc(struct cpu *c, size_t need)
 {
 	struct block_cache *bc = c->blocks;
-	size_t need = ALIGN_UP(sizeof(struct block) + (n + 1) * sizeof(struct insn) + bytes, 64);
 	struct block *b;
 
+	need = ALIGN_UP(need, 32);
 	if (bc->used + need > MIN(arena_limit(c), bc->size))
 		block_flush(c);
 	b = (struct block *)(bc->arena + bc->used);
@@ -236,28 +259,43 @@ static unsigned hash_index(uint64_t gpa, uint32_t mode)
 	return (unsigned)(h >> (64 - BLOCK_HASH_BITS));
 }
 
+/* Bytes `s` needs as a block. */
+static size_t built_size(const struct build *s)
+{
+	bool end = !(s->insn[s->n - 1].flags & IF_BRANCH);
+
+	return s->cross ? block_size(s->n, s->bytes) :
+			  sizeof(struct block) + (s->n + end) * sizeof(struct insn) + s->bytes;
+}
+
+static void finish_insns(struct block *b, const struct build *s)
+{
+	memcpy(b->insn, s->insn, s->n * sizeof(struct insn));
+	if (!(s->insn[s->n - 1].flags & IF_BRANCH))
+		b->insn[s->n] = (struct insn){ .fn = op_block_end, .off = (uint16_t)s->bytes, .base = R_ZERO, .index = R_ZERO };
+	memcpy((uint8_t *)(uintptr_t)block_copy(b), s->buf, s->bytes);
+	if (s->cross)
+		*block_cross(b) = (struct block_cross){ .ver = s->page[0].ver, .page_ver = { s->ver[0], s->ver[1] },
+							.second = s->page[1] };
+}
+
 static struct block *block_finish(struct cpu *c, const struct build *s)
 {
 	struct block_cache *bc = c->blocks;
-	struct block *b = s->keep ? block_alloc(c, s->n, s->bytes) : bc->scratch;
+	struct block *b = s->keep ? block_alloc(c, built_size(s)) : bc->scratch;
 	unsigned h = hash_index(s->gpa, s->mode);
 
 	memset(b, 0, sizeof *b);
-	memcpy(b->insn, s->insn, s->n * sizeof(struct insn));
-	b->insn[s->n] = (struct insn){ .fn = op_block_end, .off = (uint16_t)s->bytes, .base = R_ZERO, .index = R_ZERO };
-	b->copy = (uint8_t *)&b->insn[s->n + 1];
-	memcpy(b->copy, s->buf, s->bytes);
-	b->n = (uint16_t)s->n;
+	b->n = (uint8_t)s->n;
 	b->bytes = (uint16_t)s->bytes;
 	b->gpa = s->gpa;
 	b->mode = s->mode & BM_PHYS_MASK;
 	b->epoch = bc->seen_epoch;
 	b->cross = s->cross;
 	b->host = s->page[0].host + (s->gpa & 4095);
-	memcpy(b->page, s->page, sizeof b->page);
-	memcpy(b->page_ver, s->ver, sizeof b->page_ver);
 	b->ver = s->cross || !s->keep ? &never_matches : s->page[0].ver;
 	b->ver_value = s->cross || !s->keep ? 1 : s->ver[0];
+	finish_insns(b, s);
 	if (s->keep) {
 		b->hash_next = bc->hash[h];
 		bc->hash[h] = b;
@@ -267,6 +305,20 @@ static struct block *block_finish(struct cpu *c, const struct build *s)
 }
 
 /* -- finding ----------------------------------------------------------------------------------- */
+/* Is it the same memory as when `b` was decoded? */
+static bool same_pages(struct cpu *c, const struct block *b, const struct code_page *pg, uint64_t lin)
+{
+	struct code_page first = first_page(b), second;
+	uint64_t next = (lin | 4095) + 1;
+
+	if (first.host != pg->host || first.ver != pg->ver)
+		return false;
+	if (!b->cross)
+		return true;
+	fetch(c, c->code_bits == 64 ? next : (uint32_t)next, &second);
+	return second.host == block_cross(b)->second.host && second.ver == block_cross(b)->second.ver;
+}
+
 static struct block *hash_find(struct cpu *c, uint64_t gpa, uint32_t mode, const struct code_page *pg, uint64_t lin)
 {
 	struct block **p = &c->blocks->hash[hash_index(gpa, mode)], *b;
@@ -274,17 +326,8 @@ static struct block *hash_find(struct cpu *c, uint64_t gpa, uint32_t mode, const
 	for (; (b = *p); p = &b->hash_next) {
 		if (b->gpa != gpa || b->mode != (mode & BM_PHYS_MASK))
 			continue;
-		if (b->page[0].host == pg->host && b->page[0].ver == pg->ver) {
-			struct code_page second = b->page[1];
-
-			if (b->cross) {
-				uint64_t next = (lin | 4095) + 1;
-
-				fetch(c, c->code_bits == 64 ? next : (uint32_t)next, &second);
-			}
-			if (second.host == b->page[1].host && second.ver == b->page[1].ver && block_valid(c, b))
-				return b;
-		}
+		if (same_pages(c, b, pg, lin) && block_valid(c, b))
+			return b;
 		*p = b->hash_next;
 		return NULL;
 	}

@@ -45,7 +45,8 @@ struct block_link {
 struct block {
 	const _Atomic uint32_t *ver;    /* what links check; a crossing block points to a version that never matches */
 	uint32_t ver_value;
-	uint16_t n;                     /* instructions */
+	uint8_t n;                      /* instructions */
+	bool cross;                     /* the one instruction goes on in another page: struct block_cross */
 	uint16_t bytes;
 	uint64_t gpa;
 	uint32_t mode;
@@ -53,12 +54,27 @@ struct block {
 	struct block_link link[2];      /* fall-through or not taken; taken */
 	struct block *hash_next;
 	const uint8_t *host;            /* first byte in host memory */
-	struct code_page page[2];       /* [1] only when the instruction crosses */
-	uint32_t page_ver[2];
-	bool cross;
-	uint8_t *copy;                  /* the bytes this was decoded from */
-	_Alignas(32) struct insn insn[];/* n, then one with op_block_end */
+	/* n, then one with op_block_end unless the last is a branch; then the bytes this was decoded from; then block_cross. */
+	_Alignas(32) struct insn insn[];
 };
+_Static_assert(sizeof(struct block) == 96, "block: small ones are most of the arena");
+
+/* Of a block that crosses a page end: the pages' own versions, and the second page. */
+struct block_cross {
+	_Atomic uint32_t *ver;          /* first page */
+	uint32_t page_ver[2];
+	struct code_page second;
+};
+
+static inline const uint8_t *block_copy(const struct block *b)
+{
+	return (const uint8_t *)&b->insn[b->n + !(b->insn[b->n - 1].flags & IF_BRANCH)];
+}
+
+static inline struct block_cross *block_cross(const struct block *b)
+{
+	return (struct block_cross *)(((uintptr_t)block_copy(b) + b->bytes + 7) & ~(uintptr_t)7);
+}
 
 struct block_fast { uint64_t rip, stamp; struct block *blk; };
 
@@ -78,6 +94,7 @@ struct block_cache {
 	struct block *scratch;          /* for blocks that cannot be kept */
 	int32_t budget_start;           /* to count instructions */
 	bool stepping;                  /* one_insn was set when the running instruction began */
+	unsigned pauses;                /* PAUSE instructions in this budget */
 	unsigned random_left;           /* RDRAND: numbers drawn and not yet given out */
 	uint64_t random[32];
 };

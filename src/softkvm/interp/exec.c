@@ -96,7 +96,7 @@ void cpu_emulation_failed(struct cpu *c)
 		r->emulation_failure.ndata = 4;
 		r->emulation_failure.flags = KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES;
 		r->emulation_failure.insn_size = i->len;
-		memcpy(r->emulation_failure.insn_bytes, b->copy + i->off, MIN(i->len, 15));
+		memcpy(r->emulation_failure.insn_bytes, block_copy(b) + i->off, MIN(i->len, 15));
 	}
 	cpu_unwind(c, UNWIND_EXIT);
 }
@@ -165,6 +165,7 @@ static void count_insns(struct cpu *c)
 
 	c->stats.insns += (uint64_t)(int64_t)(bc->budget_start - c->budget);
 	c->budget = bc->budget_start = BUDGET;
+	bc->pauses = 0;
 }
 
 static void serve_requests(struct cpu *c, uint32_t req)

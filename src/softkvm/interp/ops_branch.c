@@ -230,7 +230,7 @@ static bool decode_ret(struct insn *i, const struct decoded *d)
 	return true;
 }
 
-bool ops_branch_decode(struct insn *i, const struct decoded *d)
+static bool branch_decode(struct insn *i, const struct decoded *d)
 {
 	bool map0f = d->z.opcode_map == ZYDIS_OPCODE_MAP_0F, map0 = d->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT;
 	uint8_t op = d->z.opcode;
@@ -254,4 +254,12 @@ bool ops_branch_decode(struct insn *i, const struct decoded *d)
 	case ZYDIS_MNEMONIC_RET: return decode_ret(i, d);
 	default: return false;
 	}
+}
+
+bool ops_branch_decode(struct insn *i, const struct decoded *d)
+{
+	if (!branch_decode(i, d))
+		return false;
+	i->flags |= IF_BRANCH;
+	return true;
 }

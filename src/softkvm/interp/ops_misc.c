@@ -1,12 +1,27 @@
 /* No-ops, hints, cache and fence instructions, flag instructions, XLAT, BOUND, random numbers, UD. */
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/random.h>
 
 #include "softkvm/interp/ops.h"
 
+#define PAUSES_SPIN 256
+
 OP(nop) { NEXT; }
-/* PAUSE ends a block so that a spinning vCPU soon looks at its requests. */
-OP(pause_op) { __builtin_ia32_pause(); }
+/*
+ * PAUSE ends a block so that a spinning vCPU soon looks at its requests. Many of them close together are a wait
+ * for another vCPU, which may be the one this thread keeps from running: let it.
+ */
+OP(pause_op)
+{
+	__builtin_ia32_pause();
+	if (unlikely(++c->blocks->pauses >= PAUSES_SPIN)) {
+		c->blocks->pauses = 0;
+		sched_yield();
+		return;
+	}
+	CHAIN(0);
+}
 OP(fence) { __asm__ volatile("mfence" : : : "memory"); NEXT; }
 
 /* CLFLUSH, CLFLUSHOPT, CLWB, CLDEMOTE: nothing to flush, but the address is checked as for a load of a byte. */

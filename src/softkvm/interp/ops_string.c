@@ -188,7 +188,8 @@ static bool may_bulk(const struct cpu *c, enum str op)
 	return (op == S_MOVS || op == S_STOS) && !c->data_bp && !c->one_insn && !c->blocks->stepping;
 }
 
-static void repeat(struct cpu *c, const struct insn *i, enum str op, unsigned size)
+/* True when all elements are done and nothing but the next block is to be looked at. */
+static bool repeat(struct cpu *c, const struct insn *i, enum str op, unsigned size)
 {
 	u64 mask = mask_of(i), count = c->gpr[R_RCX] & mask;
 	unsigned slow = 0;
@@ -210,20 +211,21 @@ static void repeat(struct cpu *c, const struct insn *i, enum str op, unsigned si
 		count -= n;
 		add_reg(c, i, R_RCX, -n);
 		if (count && ended(c, i, op))
-			return;
+			break;
 		if (count && (bytes >= RUN_BYTES || slow >= RUN_SLOW || mmio_pending(c) || c->blocks->stepping ||
 			      c->block_end != i + 1 || atomic_load_explicit(&c->requests, memory_order_relaxed))) {
 			c->budget -= (int32_t)(slow + bytes / 64);
 			c->rip = cpu_cur_rip(c);
-			return;
+			return false;
 		}
 	}
 	c->budget -= (int32_t)(slow + bytes / 64);
+	return !mmio_pending(c);
 }
 
 #define STR(name, op)                                                           \
 	OP(name) { element(c, i, op, i->aux); }                                 \
-	OP(rep_##name) { repeat(c, i, op, i->aux); }
+	OP(rep_##name) { if (repeat(c, i, op, i->aux)) CHAIN(0); return; }
 STR(movs, S_MOVS)
 STR(stos, S_STOS)
 STR(lods, S_LODS)

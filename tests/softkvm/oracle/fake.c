@@ -67,12 +67,16 @@ void mem_unlock(struct cpu *c) { }
 
 int engine_init(void)
 {
+	static struct block none;       /* whose links lead nowhere */
+
 	if (posix_memalign((void **)&cpu, 64, sizeof *cpu))
 		return -1;
 	memset(cpu, 0, sizeof *cpu);
 	tlb = calloc(1, sizeof *tlb);
 	cpu->tlb = tlb;
 	cpu->blocks = calloc(1, sizeof *cpu->blocks);
+	cpu->blk = &none;
+	cpu->code_stamp = CODE_STAMP_NONE;
 	cpu->budget = 1 << 30;
 	cpu->flat = true;
 	cpu->code_bits = 64;
