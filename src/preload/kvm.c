@@ -121,6 +121,7 @@ int kvm_ioctl(int fd, struct pfile *p, unsigned long req, uintptr_t arg)
 	enum file_type made;
 	int r;
 
+	req = (uint32_t)req;    /* the kernel's type; some callers pass a negative int */
 	if (generic_request(req))
 		return (int)RAW(SYS_ioctl, fd, req, arg);
 	if (p->type != FILE_KVM && !table_alive(p))

@@ -54,6 +54,7 @@ struct vm {
 	struct kvm_coalesced_mmio_ring *ring;
 	struct vm_policy {              /* what KVM_ENABLE_CAP switched on; set before vCPUs run */
 		bool exception_payload, triple_fault_event, bus_lock_exit, emulation_exit; /* the last: EXIT_ON_EMULATION_FAILURE */
+		bool platform_info_hidden;      /* KVM_CAP_MSR_PLATFORM_INFO, switched off */
 		bool x2apic_32bit_ids, x2apic_no_broadcast_quirk;       /* KVM_CAP_X2APIC_API */
 		uint32_t disabled_exits;        /* KVM_X86_DISABLE_EXITS_* */
 		uint32_t user_msr;              /* KVM_MSR_EXIT_REASON_* */

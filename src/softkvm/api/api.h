@@ -85,7 +85,7 @@ struct vcpu_api {
 	/* MSRs with storage of their own (msr.c) */
 	uint64_t mtrr_base[MTRR_VARIABLE], mtrr_mask[MTRR_VARIABLE], mtrr_fix[11], mtrr_def;
 	uint64_t mcg_cap, mcg_ext_ctl, mc[MCE_BANKS * 4];
-	uint64_t hwcr, syscfg, osvw_len, osvw_status, platform_info, nb_cfg, ls_cfg, smi_count, tsx_ctrl;
+	uint64_t hwcr, syscfg, osvw_len, osvw_status, platform_info, nb_cfg, ls_cfg, smi_count, tsx_ctrl, power_ctl;
 };
 
 int vcpu_new(struct vm *vm, unsigned long id, struct vcpu **out);
@@ -138,6 +138,8 @@ bool kvmclock_msr_is(uint32_t msr);
 /* CPUID (cpuid.c). */
 void cpuid_none(struct cpu *c);
 void cpuid_free(struct cpu *c);
+/* Bits of an entry that follow the vCPU's state (OSXSAVE, OSPKE, APIC, XSAVE sizes, MWAIT), as CPUID would show it. */
+void cpuid_runtime(struct cpu *c, struct kvm_cpuid_entry2 *e);
 const struct cpu_features *cpuid_host_features(void);  /* of the whole supported table */
 
 #endif

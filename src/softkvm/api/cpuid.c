@@ -168,6 +168,17 @@ static void fix_up(struct cpu *c, const struct kvm_cpuid_entry2 *e, uint32_t sub
 	}
 }
 
+void cpuid_runtime(struct cpu *c, struct kvm_cpuid_entry2 *e)
+{
+	uint32_t r[4] = { e->eax, e->ebx, e->ecx, e->edx };
+
+	fix_up(c, e, e->index, r);
+	e->eax = r[0];
+	e->ebx = r[1];
+	e->ecx = r[2];
+	e->edx = r[3];
+}
+
 void cpuid_query(struct cpu *c, uint32_t leaf, uint32_t sub, uint32_t out[4])
 {
 	const struct cpu_features *f = c->feat;

@@ -31,7 +31,7 @@
 #define E1_EDX_OWN (B(11) /* SYSCALL */ | B(20) /* NX */ | B(26) /* 1G pages */ | B(27) /* RDTSCP */ | B(29) /* LM */)
 #define E8_EBX_AMD (B(12) | B(14) | B(15) | B(16) /* IBRS always on is best */ | B(24) | B(26) | B(29) /* no BTC */)
 #define KVM_FEATURES (1u << KVM_FEATURE_CLOCKSOURCE | 1u << KVM_FEATURE_NOP_IO_DELAY | 1u << KVM_FEATURE_CLOCKSOURCE2 | \
-		      1u << KVM_FEATURE_STEAL_TIME | 1u << KVM_FEATURE_POLL_CONTROL | 1u << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT)
+		      1u << KVM_FEATURE_STEAL_TIME | 1u << KVM_FEATURE_POLL_CONTROL | 1u << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT | 1u << KVM_FEATURE_PV_SCHED_YIELD)
 
 struct list { struct kvm_cpuid_entry2 e[128]; unsigned n; };
 

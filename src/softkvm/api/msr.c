@@ -54,6 +54,7 @@ static uint64_t *plain(struct cpu *c, uint32_t msr)
 	case 0xce: return &a->platform_info;
 	case 0x140: return &c->msr.misc_features;
 	case 0x34: return &a->smi_count;
+	case 0x1fc: return &a->power_ctl;
 	default: return NULL;
 	}
 }
@@ -145,6 +146,8 @@ static int read_any(struct cpu *c, uint32_t msr, uint64_t *v, bool host)
 {
 	uint64_t *p;
 
+	if (msr == 0xce && !host && c->vm->policy.platform_info_hidden)
+		return MSR_FAULT;
 	if ((p = address(c, msr)) || (p = plain(c, msr))) {
 		*v = *p;
 		return MSR_OK;

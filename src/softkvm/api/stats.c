@@ -3,6 +3,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "softkvm/api/api.h"
 
@@ -54,9 +55,9 @@ long softkvm_read_stats(struct softkvm_file *f, void *buf, size_t len)
 		return -1;
 	}
 	if (f->vcpu)
-		snprintf(s.id, sizeof s.id, "softkvm/vcpu-%u", f->vcpu->cpu.id);
+		snprintf(s.id, sizeof s.id, "kvm-%d/vcpu-%u", (int)getpid(), f->vcpu->cpu.id);
 	else
-		snprintf(s.id, sizeof s.id, "softkvm");
+		snprintf(s.id, sizeof s.id, "kvm-%d", (int)getpid());
 	vm_values(f->vm, vm_now);
 	for (unsigned i = 0; i < n; i++) {
 		const uint8_t *from = f->vcpu ? (const uint8_t *)&f->vcpu->cpu.stats : (const uint8_t *)vm_now;

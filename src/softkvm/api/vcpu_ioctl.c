@@ -43,22 +43,29 @@ static long do_msrs(struct cpu *c, uintptr_t arg, bool write)
 	return r ? r : (long)i;
 }
 
-static int same_cpuid(const struct cpu_features *f, const struct kvm_cpuid_entry2 *e, unsigned n)
+static bool same_entry(struct cpu *c, struct kvm_cpuid_entry2 a, struct kvm_cpuid_entry2 b)
 {
-	if (f->n != n)
-		return 0;
+	cpuid_runtime(c, &a);
+	cpuid_runtime(c, &b);
+	return a.function == b.function && a.index == b.index && a.flags == b.flags && a.eax == b.eax && a.ebx == b.ebx &&
+		a.ecx == b.ecx && a.edx == b.edx;
+}
+
+static bool same_cpuid(struct cpu *c, const struct kvm_cpuid_entry2 *e, unsigned n)
+{
+	if (c->feat->n != n)
+		return false;
 	for (unsigned i = 0; i < n; i++)
-		if (f->e[i].function != e[i].function || f->e[i].index != e[i].index || f->e[i].flags != e[i].flags ||
-		    f->e[i].eax != e[i].eax || f->e[i].ebx != e[i].ebx || f->e[i].ecx != e[i].ecx || f->e[i].edx != e[i].edx)
-			return 0;
-	return 1;
+		if (!same_entry(c, c->feat->e[i], e[i]))
+			return false;
+	return true;
 }
 
 /* After the first KVM_RUN only the same table may be set again. */
 static long install_cpuid(struct vcpu *v, const struct kvm_cpuid_entry2 *e, unsigned n)
 {
 	if (v->api->ran)
-		return same_cpuid(v->cpu.feat, e, n) ? 0 : -EINVAL;
+		return same_cpuid(&v->cpu, e, n) ? 0 : -EINVAL;
 	return cpuid_set(&v->cpu, e, n);
 }
 
@@ -116,8 +123,13 @@ static long get_cpuid2(struct vcpu *v, uintptr_t arg)
 		return -EFAULT;
 	small = h.nent < f->n;
 	h.nent = f->n;
-	if (!small && f->n && copy_to_client(arg + sizeof h, f->e, f->n * sizeof *f->e))
-		return -EFAULT;
+	for (unsigned i = 0; !small && i < f->n; i++) {
+		struct kvm_cpuid_entry2 e = f->e[i];
+
+		cpuid_runtime(&v->cpu, &e);
+		if (copy_to_client(arg + sizeof h + i * sizeof e, &e, sizeof e))
+			return -EFAULT;
+	}
 	if (copy_to_client(arg, &h, sizeof h))
 		return -EFAULT;
 	return small ? -E2BIG : 0;

@@ -58,6 +58,9 @@ static long enable_locked(struct vm *vm, const struct kvm_enable_cap *cap)
 	case KVM_CAP_X86_TRIPLE_FAULT_EVENT:
 		p->triple_fault_event = a;
 		return 0;
+	case KVM_CAP_MSR_PLATFORM_INFO:
+		p->platform_info_hidden = !a;
+		return 0;
 	case KVM_CAP_X86_DISABLE_EXITS:
 		if (a & ~(uint64_t)DISABLE_EXITS)
 			return -EINVAL;

@@ -166,7 +166,8 @@ enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t
 	i->flags = prefix_flags(&d.z);
 	/* Zydis knows Xeon Phi's own VEX encodings (LZCNT and others): no other CPU does. */
 	if ((d.z.meta.isa_set >= ZYDIS_ISA_SET_KNCE && d.z.meta.isa_set <= ZYDIS_ISA_SET_KNC_PF_HINT) ||
-	    !cpuid_has_isa(c, d.z.meta.isa_set) || !families(i, &d))
+	    (!cpuid_has_isa(c, d.z.meta.isa_set) && d.z.mnemonic != ZYDIS_MNEMONIC_VMMCALL /* a hypercall, with or without SVM */) ||
+	    !families(i, &d))
 		undefined(i);
 	return DEC_OK;
 }

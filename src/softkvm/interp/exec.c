@@ -168,10 +168,13 @@ static void count_insns(struct cpu *c)
 	bc->pauses = 0;
 }
 
-static void serve_requests(struct cpu *c, uint32_t req)
+/* What was asked for while the vCPU was parked (flushes, above all) is served too before guest code goes on. */
+static uint32_t serve_requests(struct cpu *c, uint32_t req)
 {
-	if (req & REQ_PAUSE)
+	while (req & REQ_PAUSE) {
 		vm_park(c);
+		req = (req & ~(uint32_t)REQ_PAUSE) | atomic_exchange(&c->requests, 0);
+	}
 	if (req & REQ_TLB)
 		mmu_flush_all(c);
 	if (req & REQ_BLOCKS) {
@@ -185,6 +188,7 @@ static void serve_requests(struct cpu *c, uint32_t req)
 		lapic_timer_poll(c);
 	if (req & REQ_DEBUG)
 		block_new_generation(c);
+	return req;
 }
 
 static bool waits_for_sipi(const struct cpu *c)
@@ -217,8 +221,7 @@ static enum run_result boundary(struct cpu *c)
 		c->blocks->budget_start = c->budget;
 	}
 	if (req) {
-		req |= atomic_exchange(&c->requests, 0);
-		serve_requests(c, req);
+		req = serve_requests(c, req | atomic_exchange(&c->requests, 0));
 		event |= (req & (REQ_EVENT | REQ_TIMER | REQ_DEBUG)) || (atomic_load(&c->requests) & REQ_EVENT);
 	}
 	if (event)
@@ -375,6 +378,7 @@ static enum run_result engine_start(struct cpu *c)
 	c->budget = c->blocks->budget_start = BUDGET;
 	if (mmio_pending(c) && !c->halted) {
 		client_may_have_written(c);
+		serve_requests(c, atomic_fetch_and(&c->requests, ~(uint32_t)(REQ_TLB | REQ_BLOCKS)) & (REQ_TLB | REQ_BLOCKS));
 		enum run_result r = run_one(c);
 
 		if (r != GO_ON)

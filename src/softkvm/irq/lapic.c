@@ -157,8 +157,7 @@ static bool xapic_write(struct lapic *l, unsigned r, uint32_t v)
 		lapic_put(l, r, v & 0xff000000u);
 		return true;
 	case AR_ICR:
-		lapic_put(l, r, v & 0xccfff);   /* delivery status reads idle */
-		lapic_put(l, r, lapic_reg(l, r) & ~(1u << 12));
+		lapic_put(l, r, v & ~(1u << 12));       /* delivery status reads idle; the rest as written, reserved or not, as KVM */
 		lapic_send_icr(l, v, lapic_reg(l, AR_ICR2) >> 24);
 		return true;
 	default:
@@ -401,7 +400,7 @@ static void load_registers(struct lapic *l, const struct kvm_lapic_state *s)
 		lapic_put(l, AR_ID, l->id);
 		lapic_put(l, AR_LDR, x2apic_ldr(l->id));
 	}
-	lapic_put(l, AR_IRR, lapic_reg(l, AR_IRR) & ~0xffffu);  /* vectors 0-15 do not exist */
+	/* Vectors 0-15 do not exist. In the IRR they are kept, as Linux does, and never delivered: their class is 0. */
 	lapic_put(l, AR_ISR, lapic_reg(l, AR_ISR) & ~0xffffu);
 	for (unsigned i = 0; i < 8; i++)
 		sum |= (lapic_reg(l, AR_IRR + i) != 0) << i;

@@ -132,11 +132,26 @@ int phys_write(struct vm *vm, uint64_t gpa, const void *buf, unsigned len)
 
 /* -- changing the table ------------------------------------------------------------------------ */
 
-/* Lazily populated, so that a big slot costs only what is touched. */
+/*
+ * Lazily populated, so that a big slot costs only what is touched; small ones from the heap, as the kernel allows a
+ * process fewer mappings than a VM has slots.
+ */
+#define HEAP_BYTES 65536u
+
 static void *alloc_pages(uint64_t bytes)
 {
+	if (bytes <= HEAP_BYTES)
+		return calloc(1, bytes);
 	void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	return p == MAP_FAILED ? NULL : p;
+}
+
+static void free_pages(void *p, uint64_t bytes)
+{
+	if (bytes <= HEAP_BYTES)
+		free(p);
+	else if (p)
+		munmap(p, bytes);
 }
 
 static uint64_t dirty_bytes(uint64_t size) { return ALIGN_UP(size >> 12, 64) / 8; }
@@ -157,10 +172,8 @@ static void slot_free(struct slot *s)
 {
 	if (!s)
 		return;
-	if (s->dirty)
-		munmap((void *)s->dirty, dirty_bytes(s->size));
-	if (s->ver)
-		munmap((void *)s->ver, ver_bytes(s->size));
+	free_pages((void *)s->dirty, dirty_bytes(s->size));
+	free_pages((void *)s->ver, ver_bytes(s->size));
 	free(s);
 }
 
@@ -271,8 +284,7 @@ static int region_set_flags(struct vm *vm, struct slot *s, uint32_t flags)
 	vm_request_all(vm, REQ_TLB, NULL);
 	pthread_rwlock_unlock(&vm->slots_lock);
 	vm_resume_all(vm, NULL);
-	if (old)
-		munmap((void *)old, dirty_bytes(s->size));
+	free_pages((void *)old, dirty_bytes(s->size));
 	return 0;
 }
 

@@ -241,13 +241,13 @@ static unsigned check_dr(struct cpu *c, unsigned n)
 			cpu_ud(c);
 		n += 2;
 	}
-	n &= 7;
 	need_cpl0(c);
-	if (c->dr[7] & (1 << 13)) {
+	/* A debugger's DR7 stands in for the guest's; event_deliver() hands the trap to it then. */
+	if ((c->dbg.enabled && c->dbg.hw_bp ? c->dbg.dr7 : c->dr[7]) & (1 << 13)) {
 		c->ev = (struct event){ .valid = true, .vector = EXC_DB, .type = EV_EXC, .payload = 1 << 13, .has_payload = true };
 		cpu_unwind(c, UNWIND_EVENT);
 	}
-	return n;
+	return n & 7;
 }
 
 static void op_mov_from_dr(struct cpu *c, const struct insn *i)

@@ -229,6 +229,16 @@ static void op_string_io(struct cpu *c, const struct insn *i)
 }
 
 /* -- completion ------------------------------------------------------------------------------- */
+/* User space may have lowered the count register meanwhile: no more elements than it says. */
+static uint32_t elements_left(const struct cpu *c)
+{
+	uint64_t left = c->gpr[R_RCX] & addr_mask(c->pio.insn_flags);
+
+	if (!(c->pio.insn_flags & (IF_REP | IF_REPNE)))
+		return c->pio.count;
+	return (uint32_t)MIN(left, (uint64_t)c->pio.count);
+}
+
 static int store_try(struct cpu *c, const uint8_t *data)
 {
 	unsigned size = c->pio.size;
@@ -256,6 +266,7 @@ static void complete_ins(struct cpu *c)
 	bool scope = c->in_unwind_scope;
 
 	c->pio.done = 0;
+	c->pio.count = elements_left(c);
 	memcpy(&saved, &c->unwind, sizeof saved);
 	c->in_unwind_scope = true;
 	c->cur = NULL;
@@ -283,7 +294,7 @@ static void complete_io(struct cpu *c)
 	if (c->pio.string && c->pio.in) {
 		complete_ins(c);
 	} else if (c->pio.string) {
-		if (string_advance(c, R_RSI, c->pio.count, c->pio.size, c->pio.insn_flags))
+		if (string_advance(c, R_RSI, elements_left(c), c->pio.size, c->pio.insn_flags))
 			c->rip = c->pio.next_rip;
 	} else {
 		if (c->pio.in)

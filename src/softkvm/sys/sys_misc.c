@@ -81,6 +81,8 @@ static void need_mwait(struct cpu *c)
 {
 	bool offered = c->feat && (c->feat->f1_ecx >> 3 & 1);
 
+	if (c->vm && (c->vm->policy.quirks_off & KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT))
+		offered = c->msr.misc_enable >> 18 & 1;         /* as CPUID shows it then */
 	if (c->cpl || (!offered && c->vm && (c->vm->policy.quirks_off & KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)))
 		cpu_ud(c);
 }
@@ -156,11 +158,30 @@ static void hc_map_gpa_range(struct cpu *c, uint64_t mask)
 	cpu_unwind(c, UNWIND_EXIT);
 }
 
+/*
+ * The other vendor's hypercall instruction. KVM replaces it in the guest's memory by the right one and executes that,
+ * unless user space switched this habit off; then it is undefined.
+ */
+static void fix_hypercall(struct cpu *c, bool amd)
+{
+	const uint8_t insn[3] = { 0x0f, 0x01, amd ? 0xd9 : 0xc1 };
+	uint64_t rip = cpu_cur_rip(c);
+
+	if (c->vm && (c->vm->policy.quirks_off & KVM_X86_QUIRK_FIX_HYPERCALL_INSN))
+		cpu_ud(c);
+	mem_write(c, c->flat ? rip : (uint32_t)(c->seg[SEG_CS].base + rip), insn, sizeof insn);
+	cpu_unwind(c, UNWIND_RETRY);
+}
+
+/* aux: VMMCALL rather than VMCALL. */
 static void op_hypercall(struct cpu *c, const struct insn *i)
 {
 	uint64_t mask = c->flat ? ~0ull : 0xffffffff, nr = c->gpr[R_RAX] & mask;
+	bool amd = c->feat && c->feat->amd;
 	int64_t r = -KVM_ENOSYS;
 
+	if (c->feat && c->feat->n && i->aux != amd)
+		fix_hypercall(c, amd);
 	if (!c->cpl && nr == KVM_HC_MAP_GPA_RANGE && c->vm && (c->vm->policy.hypercall_exits >> nr & 1)) {
 		hc_map_gpa_range(c, mask);
 		return;
@@ -213,6 +234,7 @@ bool sys_decode_misc(struct insn *i, const struct decoded *d)
 	case ZYDIS_MNEMONIC_MONITOR: case ZYDIS_MNEMONIC_MONITORX: return decode_monitor(i, d);
 	case ZYDIS_MNEMONIC_MWAIT: case ZYDIS_MNEMONIC_MWAITX: i->fn = op_mwait; i->flags |= IF_END; return true;
 	case ZYDIS_MNEMONIC_VMCALL: case ZYDIS_MNEMONIC_VMMCALL:
+		i->aux = d->z.mnemonic == ZYDIS_MNEMONIC_VMMCALL;
 		/* Either vendor's instruction is taken: Linux patches in the host's, other guests guess. */
 		i->fn = op_hypercall;
 		i->flags |= IF_END;
