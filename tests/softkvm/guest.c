@@ -118,7 +118,7 @@ void guest_create(struct guest *g, const struct guest_cfg *cfg)
 	if (cfg->irqchip)
 		MUST(gioctl(&g->vm, KVM_CREATE_IRQCHIP, NULL, NULL));
 	if (cfg->pit)
-		MUST(gioctl(&g->vm, KVM_CREATE_PIT2, &(struct kvm_pit_config){ 0 }, NULL));
+		MUST(gioctl(&g->vm, KVM_CREATE_PIT2, &(struct kvm_pit_config){ .flags = KVM_PIT_SPEAKER_DUMMY }, NULL));
 	if (cfg->split_routes)
 		MUST(gioctl(&g->vm, KVM_ENABLE_CAP, &(struct kvm_enable_cap){
 			.cap = KVM_CAP_SPLIT_IRQCHIP, .args = { cfg->split_routes } }, NULL));

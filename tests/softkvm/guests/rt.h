@@ -94,6 +94,12 @@ static inline u32 rd32(ul a) { return *(volatile u32 *)a; }
 static inline void wr32(ul a, u32 v) { *(volatile u32 *)a = v; }
 #define LOAD(type, a) (*(volatile type *)(ul)(a))
 
+/* What the runner does for a guest (32-bit OUT): raise GSI v & 0xffff to v >> 16, send an MSI, an NMI to vCPU v, kick GSI 13's
+ * irqfd; IN: how often GSI 13 was resampled since the last look. */
+enum { ORDER_LINE = 0x5200, ORDER_MSI_DATA = 0x5204, ORDER_MSI = 0x5208, ORDER_NMI = 0x520c, ORDER_FD = 0x5210, ORDER_ACKS = 0x5214 };
+static inline void line(u32 gsi, u32 level) { outl(ORDER_LINE, gsi | level << 16); }
+static inline void msi(u32 addr, u32 data) { outl(ORDER_MSI_DATA, data); outl(ORDER_MSI, addr); }
+
 enum { DE, DB, NMI, BP, OF, BR, UD, NM, DF, TS = 10, NP, SS, GP, PF, MF = 16, AC, MC, XM };
 enum { CR0_PE = 1, CR0_MP = 2, CR0_EM = 4, CR0_TS = 8, CR0_NE = 0x20, CR0_WP = 1 << 16, CR0_AM = 1 << 18 };
 #define CR0_PG (1ul << 31)

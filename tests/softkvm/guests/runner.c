@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "guest.h"
@@ -53,6 +54,9 @@ struct run {
 	const struct scene *s;
 	unsigned v;
 	uint8_t *device;
+	int fd, resample;       /* irqfd of GSI 13, with its resample descriptor */
+	pthread_t thread;
+	bool over, hung;
 	int end;                /* exit reason, or -errno */
 	uint64_t info;
 };
@@ -70,12 +74,50 @@ static void serve_mmio(struct run *r, struct kvm_run *k)
 		memcpy(k->mmio.data, r->device + off, k->mmio.len);
 }
 
+/* Lines, messages and NMIs that a guest orders (rt.h). */
+enum { ORDER_LINE = 0x5200, ORDER_MSI_DATA = 0x5204, ORDER_MSI = 0x5208, ORDER_NMI = 0x520c, ORDER_FD = 0x5210, ORDER_ACKS = 0x5214 };
+
+static void order(struct run *r, uint16_t port, uint32_t v)
+{
+	static _Thread_local uint32_t data;
+	uint64_t one = 1;
+
+	if (port == ORDER_LINE)
+		gioctl(&r->g.vm, KVM_IRQ_LINE, &(struct kvm_irq_level){ .irq = v & 0xffff, .level = v >> 16 }, NULL);
+	else if (port == ORDER_MSI_DATA)
+		data = v;
+	else if (port == ORDER_MSI)
+		gioctl(&r->g.vm, KVM_SIGNAL_MSI, &(struct kvm_msi){ .address_lo = v, .data = data }, NULL);
+	else if (port == ORDER_NMI)
+		gioctl(&r->g.vcpu[v], KVM_NMI, NULL, NULL);
+	else if (port == ORDER_FD && write(r->fd, &one, 8) != 8)
+		fail_msg("irqfd");
+}
+
+static uint32_t acks(struct run *r)
+{
+	uint64_t n = 0;
+
+	return read(r->resample, &n, 8) == 8 ? (uint32_t)n : 0;
+}
+
 /* Port P is byte P of the device, wide accesses too; port DEVICE_PORT + 0xff counts up. */
 static void serve_io(struct run *r, struct kvm_run *k)
 {
 	uint8_t *p = (uint8_t *)k + k->io.data_offset;
 	unsigned off = k->io.port - DEVICE_PORT;
 
+	if (k->io.port >= ORDER_LINE && k->io.port <= ORDER_ACKS && k->io.size == 4) {
+		uint32_t v;
+
+		memcpy(&v, p, 4);
+		if (k->io.direction == KVM_EXIT_IO_OUT)
+			order(r, k->io.port, v);
+		v = k->io.port == ORDER_ACKS ? acks(r) : 0;
+		if (k->io.direction == KVM_EXIT_IO_IN)
+			memcpy(p, &v, 4);
+		return;
+	}
 	for (uint32_t i = 0; i < k->io.count; i++, p += k->io.size) {
 		if (off >= 256) {
 			if (k->io.direction == KVM_EXIT_IO_IN)
@@ -130,8 +172,26 @@ static void *ap_thread(void *opaque)
 
 static void nothing(int s) { }
 
+/* A guest that waits for ever for what its provider does not do. */
+static void *watchdog(void *opaque)
+{
+	struct run *r = opaque;
+
+	for (int i = 0; i < (r->g.prov == GUEST_KVM ? 200 : 900) && !__atomic_load_n(&r->over, __ATOMIC_RELAXED); i++)
+		usleep(100000);
+	while (!__atomic_load_n(&r->over, __ATOMIC_RELAXED)) {
+		r->hung = true;
+		__atomic_store_n(&r->g.run[0]->immediate_exit, 1, __ATOMIC_RELAXED);
+		pthread_kill(r->thread, SIGUSR1);
+		usleep(10000);
+	}
+	return NULL;
+}
+
 static void run_all(struct run *r)
 {
+	pthread_t dog;
+
 	struct ap ap[GUEST_MAX_VCPUS];
 	unsigned n = r->g.nvcpus;
 
@@ -140,7 +200,11 @@ static void run_all(struct run *r)
 		ap[v] = (struct ap){ .main = r, .v = v };
 		pthread_create(&ap[v].t, NULL, ap_thread, &ap[v]);
 	}
+	r->thread = pthread_self();
+	pthread_create(&dog, NULL, watchdog, r);
 	run_vcpu(r);
+	__atomic_store_n(&r->over, true, __ATOMIC_RELAXED);
+	pthread_join(dog, NULL);
 	for (unsigned v = 1; v < n; v++) {
 		__atomic_store_n(&r->g.run[v]->immediate_exit, 1, __ATOMIC_RELAXED);
 		pthread_kill(ap[v].t, SIGUSR1);
@@ -201,6 +265,11 @@ static void play(struct run *r, const struct scene *s, const char *image, enum g
 	r->device = calloc(1, 4096 + 8192);
 	guest_create(&r->g, &(struct guest_cfg){ .prov = p, .nvcpus = s->nvcpus, .mem_size = 16 << 20, .irqchip = s->irqchip,
 						 .pit = s->irqchip });
+	r->fd = eventfd(0, EFD_CLOEXEC);
+	r->resample = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (s->irqchip && gioctl(&r->g.vm, KVM_IRQFD, &(struct kvm_irqfd){ .fd = (uint32_t)r->fd, .gsi = 13,
+		.flags = KVM_IRQFD_FLAG_RESAMPLE, .resamplefd = (uint32_t)r->resample }, NULL))
+		fail_msg("KVM_IRQFD");
 	load_image(&r->g, image);
 	memcpy(r->g.mem + PARAM_GPA, &s->param, 8);
 	r->g.mem[PARAM_GPA + 8] = p == GUEST_SOFT;
@@ -216,6 +285,8 @@ static void play(struct run *r, const struct scene *s, const char *image, enum g
 static void close_run(struct run *r)
 {
 	guest_destroy(&r->g);
+	close(r->fd);
+	close(r->resample);
 	free(r->device);
 }
 
@@ -272,7 +343,8 @@ static unsigned on_kvm(const struct scene *s, const char *image, const struct ru
 	unsigned bad;
 
 	const char *skip = !guest_have(GUEST_KVM) ? "there is none" : s->la57 && !kvm_has_la57() ? "it has no 5-level paging" :
-		s->kvm_skip ? s->kvm_skip : s->ring3 && !kvm_has_ring3() ? "it is an emulation whose ring 3 has no gates" : NULL;
+		s->kvm_skip ? s->kvm_skip : s->ring3 && !kvm_has_ring3() ? "it is an emulation whose ring 3 has no gates" :
+		s->irqchip && !kvm_has_ring3() ? "it is an emulation whose chips do not interrupt the guest" : NULL;
 
 	if (skip) {
 		printf("%s on /dev/kvm: skipped: %s\n", s->name, skip);
@@ -280,8 +352,9 @@ static unsigned on_kvm(const struct scene *s, const char *image, const struct ru
 	}
 	play(&r, s, image, GUEST_KVM);
 	b = report_of(&r);
-	if (r.end == KVM_EXIT_INTERNAL_ERROR && !b->failed) {
-		printf("%s on /dev/kvm: skipped after %u checks alike: it cannot execute an instruction\n", s->name, b->checks);
+	if ((r.end == KVM_EXIT_INTERNAL_ERROR || r.hung) && !b->failed) {
+		printf("%s on /dev/kvm: skipped after %u checks alike (line %u): %s\n", s->name, b->checks, b->last_line,
+		       r.hung ? "what the guest waits for does not come" : "it cannot execute an instruction");
 		close_run(&r);
 		return 0;
 	}
