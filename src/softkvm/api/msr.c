@@ -158,6 +158,11 @@ static int read_any(struct cpu *c, uint32_t msr, uint64_t *v, bool host)
 		return mce_read(c, msr, v, host);
 	if (kvmclock_msr_is(msr))
 		return kvmclock_msr_read(c, msr, v);
+	/* Without a LAPIC here the deadline reads 0 and writes go nowhere, as on Linux: QEMU saves it always. */
+	if (msr == MSR_TSC_DEADLINE && !c->lapic) {
+		*v = 0;
+		return MSR_OK;
+	}
 	if ((msr >= 0x800 && msr <= 0x8ff) || msr == MSR_TSC_DEADLINE) {
 		if (!c->lapic || lapic_msr_read(c, msr, v))
 			return MSR_FAULT;
@@ -318,6 +323,8 @@ static int write_any(struct cpu *c, uint32_t msr, uint64_t v, bool host)
 		return mce_write(c, msr, v, host);
 	if (kvmclock_msr_is(msr))
 		return kvmclock_msr_write(c, msr, v, host);
+	if (msr == MSR_TSC_DEADLINE && !c->lapic)
+		return MSR_OK;
 	if ((msr >= 0x800 && msr <= 0x8ff) || msr == MSR_TSC_DEADLINE)
 		return c->lapic && !lapic_msr_write(c, msr, v) ? MSR_OK : MSR_FAULT;
 	switch (msr) {

@@ -273,7 +273,7 @@ static void op_mov_to_dr(struct cpu *c, const struct insn *i)
 		v = (v & 0xe00f) | DR6_FIXED;
 	else if (n == 7)
 		v = (v & 0xffff2bff) | 1 << 10;
-	c->dr[n] = v;
+	c->dr[n & 7] = v;
 	if (n != 6)
 		debug_update(c);
 }
