@@ -413,3 +413,24 @@ void guest_compare(const struct guest_cfg *cfg, guest_setup_fn *setup, void *opa
 	}
 	free(log);
 }
+
+/* -- what this /dev/kvm can do -------------------------------------------------------------------- */
+GUEST_ASM(user_code, 64, "pushq $0x2b; pushq $0x9000; pushq $2; pushq $0x23; lea 1f(%rip), %rax; push %rax; iretq; 1: int $0x80;"
+	  ".skip 64; .globl user_back; user_back: out %al, $0xf4");
+extern const uint8_t user_back[];
+
+bool guest_kvm_is_emulation(void)
+{
+	struct guest_log *log = calloc(1, sizeof *log);
+	struct guest g;
+	int r;
+
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_KVM });
+	guest_load(&g, 0x10000, user_code, (size_t)(user_code_end - user_code));
+	guest_long64(&g, 0, 0x10000);
+	guest_gate(&g, 64, 0x80, 0x10000 + (uint64_t)(user_back - user_code), 3);
+	r = guest_run_log(&g, 0, log);
+	guest_destroy(&g);
+	free(log);
+	return r != KVM_EXIT_IO;
+}

@@ -56,6 +56,8 @@ struct guest_cfg {
 	__asm__(".pushsection .rodata\n.globl " #name ", " #name "_end\n.code" #bits "\n" #name ":\n"     \
 		text "\n" #name "_end:\n.byte 0\n.code64\n.popsection\n")
 
+/* A /dev/kvm that is itself a program: its ring 3 has no gates, its chips do not interrupt the guest. */
+bool guest_kvm_is_emulation(void);
 /* Is the provider there? Tests of GUEST_KVM call skip() (or exit 77) when not. */
 bool guest_have(enum guest_prov p);
 /* ioctl: result, or -errno. Files made by the request go to *made (may be NULL). */

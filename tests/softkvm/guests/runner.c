@@ -314,28 +314,6 @@ static unsigned tell(const struct run *r, const char *who)
 	return t->failed + 1;
 }
 
-/* -- what this /dev/kvm can do -------------------------------------------------------------------- */
-GUEST_ASM(user_code, 64, "pushq $0x2b; pushq $0x9000; pushq $2; pushq $0x23; lea 1f(%rip), %rax; push %rax; iretq; 1: int $0x80;"
-	  ".skip 64; .globl user_back; user_back: out %al, $0xf4");
-extern const uint8_t user_back[];
-
-/* One that is itself a program may run ring 3 on the host, where INT is another's. */
-static bool kvm_has_ring3(void)
-{
-	struct guest_log *log = calloc(1, sizeof *log);
-	struct guest g;
-	int r;
-
-	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_KVM });
-	guest_load(&g, 0x10000, user_code, (size_t)(user_code_end - user_code));
-	guest_long64(&g, 0, 0x10000);
-	guest_gate(&g, 64, 0x80, 0x10000 + (uint64_t)(user_back - user_code), 3);
-	r = guest_run_log(&g, 0, log);
-	guest_destroy(&g);
-	free(log);
-	return r == KVM_EXIT_IO;
-}
-
 static unsigned on_kvm(const struct scene *s, const char *image, const struct run *soft)
 {
 	const struct report *a = report_of(soft), *b;
@@ -343,8 +321,8 @@ static unsigned on_kvm(const struct scene *s, const char *image, const struct ru
 	unsigned bad;
 
 	const char *skip = !guest_have(GUEST_KVM) ? "there is none" : s->la57 && !kvm_has_la57() ? "it has no 5-level paging" :
-		s->kvm_skip ? s->kvm_skip : s->ring3 && !kvm_has_ring3() ? "it is an emulation whose ring 3 has no gates" :
-		s->irqchip && !kvm_has_ring3() ? "it is an emulation whose chips do not interrupt the guest" : NULL;
+		s->kvm_skip ? s->kvm_skip : s->ring3 && guest_kvm_is_emulation() ? "it is an emulation whose ring 3 has no gates" :
+		s->irqchip && guest_kvm_is_emulation() ? "it is an emulation whose chips do not interrupt the guest" : NULL;
 
 	if (skip) {
 		printf("%s on /dev/kvm: skipped: %s\n", s->name, skip);
