@@ -46,13 +46,25 @@ void mem_unlock(struct cpu *c);
 static inline void *tlb_hit_r(struct cpu *c, uint64_t lin, unsigned size)
 {
 	const struct tlb_entry *e = &c->tlb->r[tlb_index(lin)];
-	return likely((lin ^ e->tag) <= 4096 - size) ? (void *)(uintptr_t)(lin + e->addend) : NULL;
+	uintptr_t p = lin + e->addend;
+
+	if (unlikely((lin ^ e->tag) > 4096 - size))
+		return NULL;
+	if (!p)
+		__builtin_unreachable();        /* spares the caller's second test */
+	return (void *)p;
 }
 
 static inline void *tlb_hit_w(struct cpu *c, uint64_t lin, unsigned size)
 {
 	const struct tlb_entry *e = &c->tlb->w[tlb_index(lin)];
-	return likely((lin ^ e->tag) <= 4096 - size) ? (void *)(uintptr_t)(lin + e->addend) : NULL;
+	uintptr_t p = lin + e->addend;
+
+	if (unlikely((lin ^ e->tag) > 4096 - size))
+		return NULL;
+	if (!p)
+		__builtin_unreachable();        /* spares the caller's second test */
+	return (void *)p;
 }
 
 #define MMU_LDST(bits)                                                                              \

@@ -37,8 +37,26 @@
 #define NEXT return
 #endif
 
-#define OP(name) static void name(struct cpu *c, const struct insn *i)
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+
+/*
+ * A handler. A call on its cold path would make the compiler save registers on the hot one. So the body is compiled
+ * twice: as the handler, which jumps to its twin (MISS) when an access is not in the TLB, and as the twin, which
+ * takes the slow path at once (slow_). Nothing has happened by then, so it just starts over. Not for clang, whose
+ * `musttail` wants the body to have a handler's own parameters.
+ */
+#if THREADED && !defined(__clang__)
+#define OP(name)                                                                \
+	static ALWAYS_INLINE void name##_body(struct cpu *c, const struct insn *i, const bool slow_, insn_fn *twin_); \
+	static __attribute__((noinline, cold)) void name##_twin(struct cpu *c, const struct insn *i) { name##_body(c, i, true, NULL); } \
+	static void name(struct cpu *c, const struct insn *i) { name##_body(c, i, false, name##_twin); } \
+	static ALWAYS_INLINE void name##_body(struct cpu *c, const struct insn *i, const bool slow_, insn_fn *twin_)
+#define MISS do { if (!slow_) return twin_(c, i); } while (0)
+#else
+#define OP(name) static void name(struct cpu *c, const struct insn *i)
+#define slow_ false
+#define MISS do { } while (0)
+#endif
 
 typedef uint8_t u8;
 typedef uint16_t u16;
@@ -101,8 +119,9 @@ void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size);
 /* `v` = the memory operand, then the statements, then the end of the handler. */
 #define WITH_LD_AT(bits, v, lin_, ...) do {                                     \
 		u64 l_ = (lin_);                                                \
-		void *p_ = tlb_hit_r(c, l_, bits / 8);                          \
+		void *p_ = slow_ ? NULL : tlb_hit_r(c, l_, bits / 8);           \
 		if (likely(p_)) { u##bits v = ram_ld##bits(p_); __VA_ARGS__; NEXT; } \
+		MISS;                                                           \
 		u##bits v = (u##bits)ops_ld_slow(c, l_, bits / 8); __VA_ARGS__; return; \
 	} while (0)
 #define WITH_LD(bits, v, ...) WITH_LD_AT(bits, v, insn_lin(c, i, bits / 8, ACC_READ), __VA_ARGS__)
@@ -110,8 +129,9 @@ void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size);
 /* Store and end the handler. */
 #define END_ST_AT(bits, lin_, val_) do {                                        \
 		u64 l_ = (lin_);                                                \
-		void *p_ = tlb_hit_w(c, l_, bits / 8);                          \
+		void *p_ = slow_ ? NULL : tlb_hit_w(c, l_, bits / 8);           \
 		if (likely(p_)) { ram_st##bits(p_, (u##bits)(val_)); NEXT; }     \
+		MISS;                                                           \
 		ops_st_slow(c, l_, (u##bits)(val_), bits / 8); return;          \
 	} while (0)
 #define END_ST(bits, val_) END_ST_AT(bits, insn_lin(c, i, bits / 8, ACC_WRITE), val_)
@@ -123,12 +143,13 @@ void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size);
 #define WITH_RMW(bits, m, ...) WITH_RMW_AT(bits, m, insn_lin(c, i, bits / 8, ACC_RMW), __VA_ARGS__)
 #define WITH_RMW_AT(bits, m, lin_, ...) do {                                    \
 		u64 l_ = (lin_);                                                \
-		void *p_ = tlb_hit_w(c, l_, bits / 8);                          \
+		void *p_ = slow_ ? NULL : tlb_hit_w(c, l_, bits / 8);           \
 		if (likely(p_)) {                                               \
 			ram_u##bits *q_ = p_;                                           \
 			{ RMW_LV(m, *q_) __VA_ARGS__; }                        \
 			NEXT;                                                   \
 		}                                                               \
+		MISS;                                                           \
 		mem_probe(c, l_, bits / 8, ACC_RMW);                            \
 		u##bits t_ = (u##bits)ops_ld_slow(c, l_, bits / 8);             \
 		{ RMW_LV(m, t_) __VA_ARGS__; }                                  \
@@ -144,10 +165,11 @@ void ops_st_slow(struct cpu *c, u64 lin, u64 v, unsigned size);
 #define WITH_LOCKED(bits, m, ...) WITH_LOCKED_AT(bits, m, insn_lin(c, i, bits / 8, ACC_RMW), __VA_ARGS__)
 #define WITH_LOCKED_AT(bits, m, lin_, ...) do {                                 \
 		u64 l_ = (lin_);                                                \
-		void *p_ = tlb_hit_w(c, l_, bits / 8);                          \
+		void *p_ = slow_ ? NULL : tlb_hit_w(c, l_, bits / 8);           \
 		if (likely(p_)) {                                               \
 			u##bits *m = p_; __VA_ARGS__; NEXT;                     \
 		}                                                               \
+		MISS;                                                           \
 		p_ = mem_rmw(c, l_, bits / 8);                                  \
 		if (p_) {                                                       \
 			u##bits *m = p_; __VA_ARGS__; return;                   \

@@ -69,7 +69,7 @@ OP(loop)
 /* -- calls and returns in 64-bit code ---------------------------------------------------------- */
 OP(call64)
 {
-	bool fast = push64(c, RETURN_RIP);
+	bool fast = PUSH64(RETURN_RIP);
 
 	c->rip = TARGET;
 	if (unlikely(!fast))
@@ -84,15 +84,14 @@ static ALWAYS_INLINE bool canonical_fast(const struct cpu *c, u64 t)
 
 OP(ret64)
 {
-	u64 sp = c->gpr[R_RSP], t;
-	void *p = tlb_hit_r(c, sp, 8);
+	bool hit;
+	u64 sp = c->gpr[R_RSP], t = LOAD64(sp, hit);
 
-	t = likely(p) ? ram_ld64(p) : ops_ld_slow(c, sp, 8);
 	if (unlikely(!canonical_fast(c, t)))
 		cpu_gp(c, 0);
 	c->gpr[R_RSP] = sp + 8 + i->imm;
 	c->rip = t;
-	if (unlikely(!p))
+	if (unlikely(!hit))
 		return;
 	CHAIN_INDIRECT;
 }
@@ -109,14 +108,13 @@ OP(jmp64_r)
 
 OP(jmp64_m)
 {
-	u64 lin = insn_lin(c, i, 8, ACC_READ), t;
-	void *p = tlb_hit_r(c, lin, 8);
+	bool hit;
+	u64 t = LOAD64(insn_lin(c, i, 8, ACC_READ), hit);
 
-	t = likely(p) ? ram_ld64(p) : ops_ld_slow(c, lin, 8);
 	if (unlikely(!canonical_fast(c, t)))
 		cpu_gp(c, 0);
 	c->rip = t;
-	if (unlikely(!p))
+	if (unlikely(!hit))
 		return;
 	CHAIN_INDIRECT;
 }
@@ -128,7 +126,7 @@ OP(call64_r)
 
 	if (unlikely(!canonical_fast(c, t)))
 		cpu_gp(c, 0);
-	fast = push64(c, RETURN_RIP);
+	fast = PUSH64(RETURN_RIP);
 	c->rip = t;
 	if (unlikely(!fast))
 		return;
@@ -137,16 +135,14 @@ OP(call64_r)
 
 OP(call64_m)
 {
-	u64 lin = insn_lin(c, i, 8, ACC_READ), t;
-	void *p = tlb_hit_r(c, lin, 8);
-	bool fast;
+	bool hit, fast;
+	u64 t = LOAD64(insn_lin(c, i, 8, ACC_READ), hit);
 
-	t = likely(p) ? ram_ld64(p) : ops_ld_slow(c, lin, 8);
 	if (unlikely(!canonical_fast(c, t)))
 		cpu_gp(c, 0);
-	fast = push64(c, RETURN_RIP);
+	fast = PUSH64(RETURN_RIP);
 	c->rip = t;
-	if (unlikely(!p || !fast))
+	if (unlikely(!hit || !fast))
 		return;
 	CHAIN_INDIRECT;
 }

@@ -34,49 +34,44 @@ u64 stk_peek(struct cpu *c, u64 delta, unsigned size)
 /* -- 64-bit operands in 64-bit code ------------------------------------------------------------ */
 OP(push64_r)
 {
-	if (likely(push64(c, GET64(i->dst))))
+	if (likely(PUSH64(GET64(i->dst))))
 		NEXT;
 }
 
 OP(push64_i)
 {
-	if (likely(push64(c, i->imm)))
+	if (likely(PUSH64(i->imm)))
 		NEXT;
 }
 
 OP(push64_m)
 {
-	u64 lin = insn_lin(c, i, 8, ACC_READ), v;
-	void *p = tlb_hit_r(c, lin, 8);
-	bool fast;
+	bool hit;
+	u64 v = LOAD64(insn_lin(c, i, 8, ACC_READ), hit);
 
-	v = likely(p) ? ram_ld64(p) : ops_ld_slow(c, lin, 8);
-	fast = push64(c, v);
-	if (likely(p && fast))
+	if (likely(PUSH64(v) && hit))
 		NEXT;
 }
 
 OP(pop64_r)
 {
-	u64 sp = c->gpr[R_RSP], v;
-	void *p = tlb_hit_r(c, sp, 8);
+	bool hit;
+	u64 sp = c->gpr[R_RSP], v = LOAD64(sp, hit);
 
-	v = likely(p) ? ram_ld64(p) : ops_ld_slow(c, sp, 8);
 	c->gpr[R_RSP] = sp + 8;
 	SET64(i->dst, v);
-	if (likely(p))
+	if (likely(hit))
 		NEXT;
 }
 
 OP(leave64)
 {
-	u64 bp = c->gpr[R_RBP], v;
-	void *p = tlb_hit_r(c, bp, 8);
+	bool hit;
+	u64 bp = c->gpr[R_RBP], v = LOAD64(bp, hit);
 
-	v = likely(p) ? ram_ld64(p) : ops_ld_slow(c, bp, 8);
 	c->gpr[R_RSP] = bp + 8;
 	c->gpr[R_RBP] = v;
-	if (likely(p))
+	if (likely(hit))
 		NEXT;
 }
 
