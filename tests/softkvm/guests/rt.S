@@ -52,6 +52,11 @@ stubs:
 common:
 	push %A
 	push %B
+#ifndef __x86_64__
+	mov $0x10, %ebx                 /* virtual-8086 mode left null selectors */
+	mov %ebx, %ds
+	mov %ebx, %es
+#endif
 	mov 2 * W(%SP), %A
 	cmp $0x80, %A
 	je back
