@@ -280,6 +280,72 @@ static void test_code_versions(void **state)
 	phys_code_written(&t.vm, ~0ull - 10000, 5000); /* no slot there */
 }
 
+/* Whether lookups of code by linear address at this privilege have died since the last call. */
+static bool code_lost(unsigned user)
+{
+	static uint32_t seen[2];        /* a flush always changes the number, so starting anywhere is right */
+	bool lost = seen[user] != t.cpu.fetch_gen[user];
+
+	seen[user] = t.cpu.fetch_gen[user];
+	return lost;
+}
+
+static void fetch_again(unsigned cpl)
+{
+	t.cpu.cpl = (uint8_t)cpl;
+	assert_true(try_access(ACC_EXEC, LIN, NULL, 0));
+	t.cpu.cpl = 0;
+	code_lost(0);
+	code_lost(1);
+}
+
+/* A flush must make code be looked up again where it concerns a page that was fetched from, and only there. */
+static void test_flush_and_code(void **state)
+{
+	uint32_t v = 7;
+
+	map(PTE_P | PTE_W | PTE_U, PTE_P | PTE_W | PTE_G);
+	t.cpu.cr4 |= CR4_PGE;
+	mmu_flush_all(&t.cpu);
+	fetch_again(0);
+	mmu_flush_page(&t.cpu, LIN + 4096);
+	assert_false(code_lost(0));
+	mmu_flush_nonglobal(&t.cpu);
+	assert_false(code_lost(0));             /* all that was fetched is global */
+	assert_true(code_lost(1));
+	mmu_flush_page(&t.cpu, LIN + 12);
+	assert_true(code_lost(0));
+	assert_false(code_lost(1));
+
+	*entry(0) &= ~(uint64_t)PTE_G;
+	mmu_flush_all(&t.cpu);
+	fetch_again(0);
+	mmu_flush_nonglobal(&t.cpu);
+	assert_true(code_lost(0));
+	fetch_again(0);
+	mmu_flush_all(&t.cpu);
+	assert_true(code_lost(0) && code_lost(1));
+
+	*entry(0) |= PTE_U;
+	mmu_flush_all(&t.cpu);
+	fetch_again(3);
+	mmu_flush_page(&t.cpu, LIN);
+	assert_true(code_lost(1));
+
+	/* A 2 MiB page: INVLPG anywhere in it, and not beyond it. */
+	*entry(1) = DATA | PTE_P | PTE_W | PTE_PS;
+	mmu_flush_all(&t.cpu);
+	fetch_again(0);
+	assert_true(try_access(ACC_WRITE, LIN, &v, 4) && try_access(ACC_WRITE, LIN + 8192, &v, 4));
+	mmu_flush_page(&t.cpu, LIN + BIT(21));
+	assert_false(code_lost(0));
+	assert_non_null(tlb_hit_w(&t.cpu, LIN, 4));
+	mmu_flush_page(&t.cpu, LIN + 4096);
+	assert_true(code_lost(0));
+	assert_null(tlb_hit_w(&t.cpu, LIN, 4));
+	assert_null(tlb_hit_r(&t.cpu, LIN + 8192, 4));
+}
+
 static void test_slot_rules(void **state)
 {
 	uint8_t *h = t.ram;
@@ -333,7 +399,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 		T(test_permissions), T(test_reserved_and_keys), T(test_crossing), T(test_hostile_addresses),
-		T(test_dirty_log), T(test_code_versions), T(test_slot_rules), T(test_mmio),
+		T(test_dirty_log), T(test_code_versions), T(test_flush_and_code), T(test_slot_rules), T(test_mmio),
 	};
 	return cmocka_run_group_tests_name("mmu", tests, NULL, NULL);
 }
