@@ -213,7 +213,7 @@ static bool repeat(struct cpu *c, const struct insn *i, enum str op, unsigned si
 		if (count && ended(c, i, op))
 			break;
 		if (count && (bytes >= RUN_BYTES || slow >= RUN_SLOW || mmio_pending(c) || c->blocks->stepping ||
-			      c->block_end != i + 1 || atomic_load_explicit(&c->requests, memory_order_relaxed))) {
+			      c->trap_db || c->block_end != i + 1 || atomic_load_explicit(&c->requests, memory_order_relaxed))) {
 			c->budget -= (int32_t)(slow + bytes / 64);
 			c->rip = cpu_cur_rip(c);
 			return false;

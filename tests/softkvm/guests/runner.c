@@ -30,7 +30,7 @@ struct report {
 struct scene {
 	const char *name;
 	unsigned bits, nvcpus;
-	bool ring3, la57, irqchip;
+	bool ring3, la57, irqchip, debug;
 	uint64_t param;
 	int end;                /* exit that ends it: IO (GUEST_DONE_PORT) or SHUTDOWN */
 	const char *kvm_skip;   /* why /dev/kvm is not asked */
@@ -44,9 +44,9 @@ static const struct scene scenes[] = {
 	{ .name = "paging32", .ring3 = true, .bits = 32 },
 	{ .name = "exc32", .ring3 = true, .bits = 32 },
 	{ .name = "mmio", .bits = 64 },
+	{ .name = "dbg64", .bits = 64, .debug = true },
 	{ .name = "chips", .bits = 64, .irqchip = true },
 	{ .name = "smp", .bits = 64, .irqchip = true, .nvcpus = 4 },
-	{ .name = "smc", .bits = 64 },
 };
 
 struct run {
@@ -316,6 +316,16 @@ static unsigned tell(const struct run *r, const char *who)
 	return t->failed + 1;
 }
 
+/* What the guest needs that a /dev/kvm which is itself a program does not give. */
+static const char *lacks(const struct scene *s)
+{
+	if (s->ring3)
+		return "it is an emulation whose ring 3 has no gates";
+	if (s->irqchip)
+		return "it is an emulation whose chips do not interrupt the guest";
+	return s->debug ? "it is an emulation without breakpoints" : NULL;
+}
+
 static unsigned on_kvm(const struct scene *s, const char *image, const struct run *soft)
 {
 	const struct report *a = report_of(soft), *b;
@@ -323,8 +333,7 @@ static unsigned on_kvm(const struct scene *s, const char *image, const struct ru
 	unsigned bad;
 
 	const char *skip = !guest_have(GUEST_KVM) ? "there is none" : s->la57 && !kvm_has_la57() ? "it has no 5-level paging" :
-		s->kvm_skip ? s->kvm_skip : s->ring3 && guest_kvm_is_emulation() ? "it is an emulation whose ring 3 has no gates" :
-		s->irqchip && guest_kvm_is_emulation() ? "it is an emulation whose chips do not interrupt the guest" : NULL;
+		s->kvm_skip ? s->kvm_skip : !lacks(s) || !guest_kvm_is_emulation() ? NULL : lacks(s);
 
 	if (skip) {
 		printf("%s on /dev/kvm: skipped: %s\n", s->name, skip);
