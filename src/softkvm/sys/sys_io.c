@@ -170,7 +170,7 @@ static bool string_in_engine(struct cpu *c, const struct insn *i, bool in, uint1
 			mem_write(c, lin, &v, i->aux);
 		if (string_advance(c, in ? R_RDI : R_RSI, 1, i->aux, i->flags))
 			return true;
-		if (mmio_pending(c))
+		if (mmio_pending(c) || c->trap_db)
 			break;
 	}
 	c->rip = cpu_cur_rip(c);        /* not finished: once more */
@@ -219,8 +219,8 @@ static void op_string_io(struct cpu *c, const struct insn *i)
 	if (!n)
 		return;
 	debug_io_access(c, port, i->aux);
-	if (c->one_insn)
-		n = 1;
+	if (c->one_insn || c->data_bp)
+		n = 1;          /* traps come between elements */
 	if (string_in_engine(c, i, in, port))
 		return;
 	n = string_gather(c, i, in, n);

@@ -24,6 +24,9 @@ SNIP(rf, "mov %rsp, %rcx; pushq $0x10; push %rcx; pushq $0x10002; pushq $0x18; l
 SNIP(gd, "mov %db0, %rax");
 SNIP(inp, "mov %edi, %edx; in %dx, %al\n.globl inp_at\ninp_at: nop");
 SNIP(inp4, "mov %edi, %edx; in %dx, %eax\n.globl inp4_at\ninp4_at: nop");
+SNIP(insr, "mov $0x5050, %edx; mov $4, %ecx\n.globl insr_i\ninsr_i: rep insb\n.globl insr_at\ninsr_at: nop");
+SNIP(outsr, "mov %rdi, %rsi; mov $0x5050, %edx; mov $4, %ecx\n.globl outsr_i\noutsr_i: rep outsb; mov %ecx, %eax");
+extern u8 insr_i[], insr_at[], outsr_i[];
 extern u8 d_rep_at[], d_ss_at[], d_int_at[], d_fault_at[], d_off_at[], d_jmp_at[], w1_at[], w8_at[], r1_at[], r8_at[], inc1_at[], sse_at[],
 	psh_at[], reps_i[], reps_at[], ex_at[], ex_at2[], rf_at[], rf_at2[], inp_at[], inp4_at[];
 
@@ -103,6 +106,13 @@ static void data(void)
 	EQ(try_call(reps, c, 0), DB);
 	EQ(last.ip, (ul)reps_at);
 	off();
+	bp(3, c + 1, 1, 1);
+	DBG(insr, c, insr_i, 8);
+	bp(3, c + 3, 1, 1);
+	DBG(insr, c, insr_at, 8);
+	bp(3, c + 1, 3, 1);
+	DBG(outsr, c, outsr_i, 8);
+	off();
 	WRCR(4, RDCR(4) | CR4_OSFXSR);
 	bp(0, c + 24, 3, 1);
 	EQ(try_call(sse, c + 16, 0), DB);
@@ -155,7 +165,12 @@ static void io(void)
 	DBG(inp, PORT, inp_at, 4);
 	NODBG(inp, PORT + 1);
 	DBG(inp4, PORT - 3, inp4_at, 4);
+	DBG(insr, cell, insr_i, 4);             /* after each element */
+	DBG(outsr, cell, outsr_i, 4);
 	WRCR(4, RDCR(4) & ~(ul)CR4_DE);
+	NODBG(insr, cell);
+	off();
+	bp(2, PORT, 2, 1);
 	NODBG(inp, PORT);
 	off();
 }
