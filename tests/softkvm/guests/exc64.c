@@ -94,6 +94,17 @@ USER(u_ac_ok, "mov 1(%rsp), %al; movups 1(%rsp), %xmm0");
 USER(u_popf, "pushq $0x3202; popfq; pushfq; pop %rax");
 USER(u_ds, "mov %edi, %ds");
 
+/* 64-bit call gates: eight-byte pushes, a null SS, the new stack from RSP0. */
+struct far { u32 off; u16 sel; } __attribute__((packed));
+static const struct far far_c0 = { 0, 0xc3 }, far_d0 = { 0, 0xd3 }, far_e0 = { 0, 0xe3 }, far_d0_rpl0 = { 0, 0xd0 };
+USER(u_cg, "lcall *(%rdi)");
+USER(u_jg, "ljmp *(%rdi)");
+SNIP(k_cg, "lcall *(%rdi)");
+SNIP(cg_target, "mov %cs, %eax; shl $16, %eax; mov %ss, %ecx; or %ecx, %eax; shl $32, %rax; mov 8(%rsp), %ecx; shl $16, %ecx; or %rcx, %rax\n"
+     "mov 24(%rsp), %ecx; or %rcx, %rax; mov %rsp, cg_sp; lretq");
+SNIP(cg_same, "mov 8(%rsp), %rax; lretq");
+ul cg_sp __attribute__((used));
+
 static int user(const u8 *f, ul a) { return try_user((ul)f, a, 0); }
 #define UEXC(f, a, vector, error) do { EQ(user(f, a), vector); EQ(last.err, error); EQ(last.ip, (ul)(f)); EQ(last.cs, 0x23); EQ(last.ss, 0x2b); } while (0)
 
@@ -172,7 +183,7 @@ static void segments(void)
 	static struct { u16 limit; u64 base; } __attribute__((packed)) gd = { 0xff, 0x800000000000ull };
 
 	/* More descriptors: the table is followed by the TSS at 0x1200. */
-	struct { u16 limit; u64 base; } __attribute__((packed)) r = { 0xbf, 0x1000 };
+	struct { u16 limit; u64 base; } __attribute__((packed)) r = { 0xff, 0x1000 };
 	GDT[10] = 0x00cf13000000ffff;           /* 50: data, not present */
 	GDT[11] = 0x00af1b000000ffff;           /* 58: 64-bit code, not present */
 	GDT[12] = 0x00cf91000000ffff;           /* 60: read-only data */
@@ -187,7 +198,7 @@ static void segments(void)
 	EXC(load_ds, 0x50, 0, NP, 0x50);
 	EXC(load_ds, 0x53, 0, GP, 0x50);        /* DPL 0 against RPL 3 comes first */
 	EXC(load_ds, 0x68, 0, GP, 0x68);
-	EXC(load_ds, 0xc0, 0, GP, 0xc0);
+	EXC(load_ds, 0x100, 0, GP, 0x100);
 	EXC(load_ds, 0x54, 0, GP, 0x54);        /* no LDT */
 	EXC(load_ds, 0x30, 0, GP, 0x30);        /* a TSS */
 	EQ(try_call(load_ds, 0x60, 0), -1);
@@ -359,6 +370,39 @@ SNIP(i96, "int $0x96");
 SNIP(i97, "int $0x97");
 SNIP(i98, "int $0x98");
 
+static void gate(int n, ul to, int access)
+{
+	GDT[n] = (to & 0xffff) | 0x18ull << 16 | (u64)access << 40 | (to >> 16 & 0xffff) << 48;
+	GDT[n + 1] = to >> 32;
+}
+
+static void call_gates(void)
+{
+	gate(24, (ul)cg_target, 0xec);
+	EQ(user(u_cg, (ul)&far_c0), -1);
+	EQ(ret_val, 0x001800000023002bul);
+	EQ(cg_sp, *(volatile u64 *)(TSS + 4) - 32);
+	UEXC(u_jg, (ul)&far_c0, GP, 0x18);              /* JMP does not change rings */
+	gate(26, (ul)cg_target, 0x8c);
+	UEXC(u_cg, (ul)&far_d0, GP, 0xd0);              /* DPL 0 */
+	gate(26, (ul)cg_target, 0x6c);
+	UEXC(u_cg, (ul)&far_d0, NP, 0xd0);
+	gate(26, (ul)cg_same, 0x8c);
+	EXC(k_cg, &far_d0, 0, GP, 0xd0);               /* RPL 3 */
+	EQ(try_call(k_cg, (ul)&far_d0_rpl0, 0), -1);
+	EQ(ret_val, 0x18);
+	gate(28, 0x800000000000, 0xec);
+	EXC(k_cg, &far_e0, 0, GP, 0);
+	gate(28, (ul)cg_target, 0xec);
+	GDT[29] |= 1ull << 40;                          /* the upper half has no type */
+	EXC(k_cg, &far_e0, 0, GP, 0xe0);
+	gate(28, (ul)cg_target, 0xe4);                  /* 16-bit gates do not exist here */
+	EXC(k_cg, &far_e0, 0, GP, 0xe0);
+	gate(28, (ul)cg_target, 0xec);
+	GDT[28] = (GDT[28] & ~0xffff0000ull) | 0x08 << 16;      /* to 32-bit code */
+	EXC(k_cg, &far_e0, 0, GP, 0x08);
+}
+
 /* Gate faults, stack faults in delivery, double faults. */
 static void delivery(void)
 {
@@ -415,6 +459,7 @@ void guest_main(void)
 	addresses();
 	system();
 	ring3();
+	call_gates();
 	delivery();
 	if (param[0]) { /* triple fault: the runner expects KVM_EXIT_SHUTDOWN */
 		((volatile u64 *)idt)[DF * 2] = ((volatile u64 *)idt)[GP * 2] = 0;
