@@ -40,13 +40,27 @@ static mode_t open_mode(int flags, va_list ap)
 	return flags & O_CREAT || (flags & O_TMPFILE) == O_TMPFILE ? va_arg(ap, mode_t) : 0;
 }
 
+/*
+ * A number that the kernel has just given out means nothing of ours, whatever the table says: the C library closes
+ * some descriptors without close(), in fclose() for one.
+ */
+static int fresh(int fd)
+{
+	int err = errno;
+
+	if (table_maybe(fd))
+		table_set(fd, NULL);
+	errno = err;
+	return fd;
+}
+
 #define OPEN_BODY(dirfd, path, flags, call) do { \
 	va_list ap; \
 	mode_t mode; \
 	va_start(ap, flags); \
 	mode = open_mode(flags, ap); \
 	va_end(ap); \
-	return kvm_path(dirfd, path) && !(flags & O_PATH) ? kvm_open(flags) : call; \
+	return kvm_path(dirfd, path) && !(flags & O_PATH) ? kvm_open(flags) : fresh(call); \
 } while (0)
 
 int open(const char *path, int flags, ...)
@@ -110,6 +124,7 @@ static int foreign_ioctl(int fd, unsigned long req, uintptr_t arg)
 	if (table_init() || !(f = softkvm_open()) || table_enter(fd, FILE_KVM, f) || !(p = table_get(fd)))
 		return errno = ENOMEM, -1;
 	softkvm_strict_copies(1);
+	softkvm_host_state_only(1);
 	r = kvm_ioctl(fd, p, req, arg);
 	table_put(p);
 	return r;
@@ -125,7 +140,8 @@ int ioctl(int fd, unsigned long req, ...)
 	va_start(ap, req);
 	arg = va_arg(ap, uintptr_t);
 	va_end(ap);
-	p = table_get(fd);
+	/* KVM's requests come often; others are rare on files of ours, and the number may be another file's by now. */
+	p = (req >> 8 & 0xff) == KVMIO ? table_get(fd) : table_maybe(fd) ? table_get_checked(fd) : NULL;
 	if (!p)
 		return foreign_ioctl(fd, req, arg);
 	r = kvm_ioctl(fd, p, req, arg);

@@ -64,6 +64,7 @@ int kvm_open(int flags)
 	if (r)
 		return errno = -r, -1;
 	softkvm_strict_copies(1);
+	softkvm_host_state_only(1);
 	fd = table_new_fd(FILE_KVM, flags & O_CLOEXEC);
 	if (fd < 0)
 		return -1;

@@ -36,6 +36,12 @@ long softkvm_read_stats(struct softkvm_file *f, void *buf, size_t len);
  */
 void softkvm_strict_copies(int on);
 
+/*
+ * Non-zero: KVM_GET_SUPPORTED_CPUID leaves out extended state that the host CPU lacks and softkvm could emulate
+ * (protection keys). For clients that read the host's own CPUID for its layout, as QEMU does with -cpu host.
+ */
+void softkvm_host_state_only(int on);
+
 /* One more reference (dup), one fewer (close). */
 struct softkvm_file *softkvm_ref(struct softkvm_file *f);
 void softkvm_close(struct softkvm_file *f);

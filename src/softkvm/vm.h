@@ -40,6 +40,8 @@ struct vm {
 	pthread_mutex_t lock;
 	_Atomic int refs;
 	struct slot_table *_Atomic slots;
+	struct slot **by_id;            /* the same slots by number, under `lock`; by_id_n of them */
+	unsigned by_id_n;
 	pthread_rwlock_t slots_lock;    /* readers outside engine_run(); all-zero is initialised */
 	struct cpu *_Atomic cpus[VM_MAX_VCPUS];
 	_Atomic unsigned ncpus;

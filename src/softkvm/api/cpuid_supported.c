@@ -7,6 +7,7 @@
 #include <cpuid.h>
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 
 #include "softkvm/api/api.h"
 
@@ -69,6 +70,23 @@ static void add_caches(struct list *l, uint32_t leaf)
 	for (unsigned i = 0; i < 8; i++)
 		if (!(add_host(l, leaf, i, true)->eax & 0x1f))
 			break;
+}
+
+static _Atomic bool host_state_only;    /* a property of the process, as the clients in it */
+
+void softkvm_host_state_only(int on)
+{
+	atomic_store(&host_state_only, on != 0);
+}
+
+static uint64_t offered_xcr0(void)
+{
+	uint32_t a = 0, b, c, d = 0;
+
+	if (!atomic_load(&host_state_only))
+		return xsave_supported();
+	__get_cpuid_count(0xd, 0, &a, &b, &c, &d);
+	return xsave_supported() & ((uint64_t)d << 32 | a);
 }
 
 static void add_structured(struct list *l, uint64_t xcr0)
@@ -155,7 +173,7 @@ static void add_extended(struct list *l, bool amd, uint32_t host_max)
 
 static void build(struct list *l)
 {
-	uint64_t xcr0 = xsave_supported();
+	uint64_t xcr0 = offered_xcr0();
 	unsigned max, ext, b, c, d;
 	bool amd;
 

@@ -17,7 +17,7 @@ const uint32_t msr_list_emulated[] = {
 };
 const unsigned msr_list_emulated_n = ARRAY_SIZE(msr_list_emulated);
 
-const uint32_t msr_list_features[] = { MSR_UCODE_REV, MSR_ARCH_CAPABILITIES, 0xc0011029 };
+const uint32_t msr_list_features[] = { MSR_UCODE_REV, MSR_ARCH_CAPABILITIES, 0xc0011029, 0x345 };
 const unsigned msr_list_features_n = ARRAY_SIZE(msr_list_features);
 
 /*
@@ -38,6 +38,9 @@ int msr_feature_read(uint32_t msr, uint64_t *v)
 		return 0;
 	case 0xc0011029:
 		*v = BIT(1);            /* LFENCE is serialising */
+		return 0;
+	case 0x345:                     /* PERF_CAPABILITIES: no counters */
+		*v = 0;
 		return 0;
 	default:
 		return -EINVAL;

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "softkvm/api/api.h"
 #include "softkvm/cpu.h"
 #include "softkvm/mmu/phys.h"
 #include "softkvm/ram.h"
@@ -200,40 +201,74 @@ static struct slot *slot_new(const struct kvm_userspace_memory_region *r, bool s
 	return s;
 }
 
-static struct slot *slot_by_id(const struct slot_table *t, uint32_t id)
+/* Slots by number, under vm->lock: a VM may have 32764, and each change looks for one. */
+static struct slot *slot_by_id(const struct vm *vm, uint32_t id)
 {
-	for (unsigned i = 0; t && i < t->n; i++)
-		if (t->s[i]->id == id)
-			return t->s[i];
-	return NULL;
+	return id < vm->by_id_n ? vm->by_id[id] : NULL;
+}
+
+/* Room for the number; all of it at once past the first few. */
+static int by_id_reserve(struct vm *vm, uint32_t id)
+{
+	unsigned n = id < 64 ? 64 : VM_MAX_SLOTS;
+	struct slot **a;
+
+	if (id < vm->by_id_n)
+		return 0;
+	a = realloc(vm->by_id, n * sizeof(struct slot *));
+	if (!a)
+		return -ENOMEM;
+	memset(a + vm->by_id_n, 0, (n - vm->by_id_n) * sizeof(struct slot *));
+	vm->by_id = a;
+	vm->by_id_n = n;
+	return 0;
+}
+
+/* Index of the first slot at or above `gpa`. */
+static unsigned table_find(const struct slot_table *t, uint64_t gpa)
+{
+	unsigned lo = 0, hi = t ? t->n : 0;
+
+	while (lo < hi) {
+		unsigned mid = (lo + hi) / 2;
+
+		if (t->s[mid]->gpa < gpa)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return lo;
 }
 
 /* Table with `old` left out and `new` put in its place by address; either may be NULL. */
 static struct slot_table *table_with(const struct slot_table *t, const struct slot *old, struct slot *new)
 {
-	unsigned n = t ? t->n : 0, k = 0;
+	unsigned n = t ? t->n : 0, at = old ? table_find(t, old->gpa) : n;
 	struct slot_table *out = malloc(sizeof *out + (n + 1) * sizeof(struct slot *));
 
 	if (!out)
 		return NULL;
-	for (unsigned i = 0; i < n; i++) {
-		if (t->s[i] == old)
-			continue;
-		if (new && new->gpa < t->s[i]->gpa) {
-			out->s[k++] = new;
-			new = NULL;
-		}
-		out->s[k++] = t->s[i];
-	}
-	if (new)
-		out->s[k++] = new;
-	out->n = k;
+	if (n)
+		memcpy(out->s, t->s, at * sizeof(struct slot *));
+	if (at < n)
+		memcpy(out->s + at, t->s + at + 1, (n - at - 1) * sizeof(struct slot *));
+	out->n = n - (at < n);
+	if (!new)
+		return out;
+	at = table_find(out, new->gpa);
+	memmove(out->s + at + 1, out->s + at, (out->n - at) * sizeof(struct slot *));
+	out->s[at] = new;
+	out->n++;
 	return out;
 }
 
+/* Slots do not overlap each other, so those that reach the range stand together. */
 static bool table_overlaps(const struct slot_table *t, const struct slot *skip, uint64_t gpa, uint64_t size)
 {
-	for (unsigned i = 0; t && i < t->n; i++)
+	unsigned i = table_find(t, gpa);
+
+	/* The one before the first at or above the start may reach into it; those further down end where it begins. */
+	for (i -= i > 0; t && i < t->n && t->s[i]->gpa < gpa + size; i++)
 		if (t->s[i] != skip && ranges_overlap(gpa, size, t->s[i]->gpa, t->s[i]->size))
 			return true;
 	return false;
@@ -297,7 +332,7 @@ static int region_replace(struct vm *vm, struct slot *old, const struct kvm_user
 	if (r->memory_size) {
 		if (table_overlaps(t, old, r->guest_phys_addr, r->memory_size))
 			return -EEXIST;
-		new = slot_new(r, vm->dirty_initially_set);
+		new = by_id_reserve(vm, r->slot & 0xffff) ? NULL : slot_new(r, vm->dirty_initially_set);
 		if (!new)
 			return -ENOMEM;
 	}
@@ -306,6 +341,7 @@ static int region_replace(struct vm *vm, struct slot *old, const struct kvm_user
 		slot_free(new);
 		return -ENOMEM;
 	}
+	vm->by_id[r->slot & 0xffff] = new;
 	table_publish(vm, next);
 	slot_free(old);
 	return 0;
@@ -313,7 +349,7 @@ static int region_replace(struct vm *vm, struct slot *old, const struct kvm_user
 
 static int set_region_locked(struct vm *vm, const struct kvm_userspace_memory_region *r)
 {
-	struct slot *old = slot_by_id(atomic_load(&vm->slots), r->slot & 0xffff);
+	struct slot *old = slot_by_id(vm, r->slot & 0xffff);
 
 	if (!r->memory_size)
 		return old ? region_replace(vm, old, r) : -EINVAL;
@@ -346,6 +382,9 @@ void phys_free(struct vm *vm)
 	for (unsigned i = 0; t && i < t->n; i++)
 		slot_free(t->s[i]);
 	free(t);
+	free(vm->by_id);
+	vm->by_id = NULL;
+	vm->by_id_n = 0;
 }
 
 /* -- dirty log ---------------------------------------------------------------------------------- */
@@ -353,11 +392,11 @@ void phys_free(struct vm *vm)
 static struct slot *logged_slot(struct vm *vm, uint32_t slot, int *err)
 {
 	*err = slot >> 16 || (slot & 0xffff) >= VM_MAX_SLOTS ? -EINVAL : -ENOENT;
-	struct slot *s = *err == -EINVAL ? NULL : slot_by_id(atomic_load(&vm->slots), slot);
+	struct slot *s = *err == -EINVAL ? NULL : slot_by_id(vm, slot);
 	return s && s->dirty ? s : NULL;
 }
 
-/* Copy the bitmap out; clear it too when asked, and let no vCPU keep a write entry from before. */
+/* Take the bitmap; clear it too when asked, and let no vCPU keep a write entry from before. */
 static void dirty_take(struct vm *vm, struct slot *s, uint64_t *out, bool clear)
 {
 	uint64_t words = dirty_bytes(s->size) / 8, any = 0;
@@ -376,23 +415,64 @@ static void dirty_take(struct vm *vm, struct slot *s, uint64_t *out, bool clear)
 	}
 }
 
+/* Through a buffer of ours: a bad pointer must not fault while the world is stopped. */
+static int dirty_give(struct vm *vm, struct slot *s, void *to)
+{
+	uint64_t bytes = dirty_bytes(s->size);
+	uint64_t *buf = alloc_pages(bytes);
+	int ret;
+
+	if (!buf)
+		return -ENOMEM;
+	dirty_take(vm, s, buf, !vm->manual_dirty_clear);
+	ret = copy_to_client((uintptr_t)to, buf, bytes);
+	free_pages(buf, bytes);
+	return ret;
+}
+
 int phys_get_dirty(struct vm *vm, const struct kvm_dirty_log *d)
 {
 	int ret;
 
 	pthread_mutex_lock(&vm->lock);
 	struct slot *s = logged_slot(vm, d->slot, &ret);
-	if (s) {
-		dirty_take(vm, s, d->dirty_bitmap, !vm->manual_dirty_clear);
-		ret = 0;
-	}
+	if (s)
+		ret = dirty_give(vm, s, d->dirty_bitmap);
 	pthread_mutex_unlock(&vm->lock);
+	return ret;
+}
+
+static void dirty_clear(struct vm *vm, struct slot *s, const struct kvm_clear_dirty_log *d, const uint64_t *in)
+{
+	vm_pause_all(vm, NULL);
+	for (uint64_t i = 0; i * 64 < d->num_pages; i++) {
+		uint64_t left = d->num_pages - i * 64, mask = left < 64 ? (1ull << left) - 1 : ~0ull;
+		atomic_fetch_and(&s->dirty[d->first_page / 64 + i], ~(in[i] & mask));
+	}
+	vm_request_all(vm, REQ_TLB, NULL);
+	vm_resume_all(vm, NULL);
+}
+
+static int dirty_clear_from(struct vm *vm, struct slot *s, const struct kvm_clear_dirty_log *d)
+{
+	uint64_t bytes = (d->num_pages + 63ull) / 64 * 8;
+	uint64_t *buf;
+	int ret;
+
+	if (!bytes)
+		return 0;
+	buf = alloc_pages(bytes);
+	if (!buf)
+		return -ENOMEM;
+	ret = copy_from_client(buf, (uintptr_t)d->dirty_bitmap, bytes);
+	if (!ret)
+		dirty_clear(vm, s, d, buf);
+	free_pages(buf, bytes);
 	return ret;
 }
 
 int phys_clear_dirty(struct vm *vm, const struct kvm_clear_dirty_log *d)
 {
-	const uint64_t *in = d->dirty_bitmap;
 	int ret;
 
 	pthread_mutex_lock(&vm->lock);
@@ -401,16 +481,8 @@ int phys_clear_dirty(struct vm *vm, const struct kvm_clear_dirty_log *d)
 	if (s && ((d->first_page & 63) || d->first_page > pages || d->num_pages > pages - d->first_page ||
 		  ((d->num_pages & 63) && d->first_page + d->num_pages != pages)))
 		s = NULL, ret = -EINVAL;
-	if (s) {
-		vm_pause_all(vm, NULL);
-		for (uint64_t i = 0; i * 64 < d->num_pages; i++) {
-			uint64_t left = d->num_pages - i * 64, mask = left < 64 ? (1ull << left) - 1 : ~0ull;
-			atomic_fetch_and(&s->dirty[d->first_page / 64 + i], ~(in[i] & mask));
-		}
-		vm_request_all(vm, REQ_TLB, NULL);
-		vm_resume_all(vm, NULL);
-		ret = 0;
-	}
+	if (s)
+		ret = dirty_clear_from(vm, s, d);
 	pthread_mutex_unlock(&vm->lock);
 	return ret;
 }
