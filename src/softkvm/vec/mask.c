@@ -10,13 +10,14 @@
 static uint64_t active(const struct cpu *c, const struct vec_op *op)
 {
 	unsigned n = op->size / op->esize;
-	uint64_t k = c->fpu.k[op->mask], m = 0;
+	uint64_t k, m = 0;
 
 	if (op->flags & VO_VMASK) {
 		for (unsigned e = 0; e < n; e++)
 			m |= (uint64_t)(c->fpu.zmm[op->mask][(e + 1) * op->esize - 1] >> 7) << e;
 		return m;
 	}
+	k = c->fpu.k[op->mask];
 	if (op->lanes < 64)
 		k &= BIT(op->lanes) - 1;
 	if (op->flags & VO_DENSE) {

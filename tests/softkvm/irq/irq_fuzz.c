@@ -46,12 +46,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *d, size_t n)
 }
 
 #ifndef LIBFUZZER
-int main(void)
+int main(int argc, char **argv)
 {
 	static uint8_t buf[8 * 2000];
 	uint64_t x = 88172645463325252ULL;
+	int runs = argc > 1 ? atoi(argv[1]) : 150;
 
-	for (int run = 0; run < 150; run++) {
+	for (int run = 0; run < runs; run++) {
 		for (size_t i = 0; i < sizeof buf; i++) {
 			x ^= x << 13; x ^= x >> 7; x ^= x << 17;
 			buf[i] = x >> 24;
