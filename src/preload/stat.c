@@ -12,7 +12,11 @@
 #include "preload/preload.h"
 
 #pragma GCC diagnostic ignored "-Wmissing-prototypes"
+#ifdef __clang__
+#pragma GCC diagnostic ignored "-Wtautological-pointer-compare"
+#else
 #pragma GCC diagnostic ignored "-Wnonnull-compare"
+#endif
 
 DECLARE_REAL(fstat);
 DECLARE_REAL(fstatat);
