@@ -469,8 +469,10 @@ static int create_vm(struct machine *m, struct err *err)
 
 	if (!r)
 		r = kvm_vm_create(&m->vm, m->kvm, err);
-	if (!r)
+	if (!r) {
+		kvm_vm_soft_mode(m->vm, m->cfg.soft_mode);
 		r = io_space_create(&m->env.ports, "ports", 0x10000, err);
+	}
 	if (!r)
 		r = io_space_create(&m->env.mmio, "mmio", UINT64_MAX, err);
 	if (!r)

@@ -25,6 +25,18 @@ static int set_accel(struct vm_opts *o, const char *what, const char *list, stru
 	return 0;
 }
 
+static int accel_mode(struct vm_opts *o, struct keyvals *l, struct err *err)
+{
+	const char *v = keyvals_get(l, "mode");
+
+	if (!v)
+		return 0;
+	if (strcmp(v, "interp") && strcmp(v, "translate"))
+		return err_set(err, -EINVAL, "-accel mode: '%s' is neither interp nor translate", v);
+	o->soft_mode = strcmp(v, "interp") ? SOFT_TRANSLATE : SOFT_INTERP;
+	return 0;
+}
+
 int opt_accel(struct vm_opts *o, const char *arg, struct err *err)
 {
 	struct keyvals l;
@@ -35,7 +47,7 @@ int opt_accel(struct vm_opts *o, const char *arg, struct err *err)
 	const char *a = keyvals_get(&l, "accel");
 	ret = a ? set_accel(o, "-accel", a, err) : err_set(err, -EINVAL, "-accel: name an accelerator: kvm, soft or auto");
 	if (!ret)
-		ret = keyvals_only(&l, "-accel", "mode", "interp", err);
+		ret = accel_mode(o, &l, err);
 	if (!ret)
 		ret = keyvals_only(&l, "-accel", "thread", "multi", err);
 	if (!ret)

@@ -163,7 +163,7 @@ static int session_start(struct session *s, struct err *err)
 	if (ret)
 		return ret;
 	struct machine_config cfg = {
-		.type = o->type, .accel = o->accel, .cpu_model = o->cpu_model, .cpus = o->cpus, .sockets = o->sockets,
+		.type = o->type, .accel = o->accel, .soft_mode = o->soft_mode, .cpu_model = o->cpu_model, .cpus = o->cpus, .sockets = o->sockets,
 		.cores = o->cores, .threads = o->threads, .mem_size = o->mem_size,
 		.mem_backing = { .huge = o->hugepages, .prealloc = o->prealloc, .shared = true },
 		.kernel = o->kernel, .initrd = o->initrd, .append = o->append, .bios = o->bios,

@@ -30,6 +30,7 @@ struct vm_opts {
 	bool qemu;                      /* QEMU's words (else `lodge run`'s) */
 	char *type, *cpu_model, *kernel, *initrd, *append, *bios, *name, *uuid, *pidfile, *logfile, *mem_backend;
 	enum kvm_accel accel;
+	enum kvm_soft_mode soft_mode;
 	uint64_t mem_size;
 	unsigned cpus, sockets, cores, threads;
 	bool hugepages, prealloc, localtime, no_reboot, no_shutdown, snapshot, nodefaults, nographic, display_none,

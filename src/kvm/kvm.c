@@ -149,6 +149,14 @@ int kvm_vm_create(struct kvm_vm **out, struct kvm *k, struct err *err)
 	return 0;
 }
 
+void kvm_vm_soft_mode(struct kvm_vm *vm, enum kvm_soft_mode mode)
+{
+	struct kvm_enable_cap cap = { .cap = SOFTKVM_CAP_TRANSLATE, .args = { mode == SOFT_TRANSLATE } };
+
+	if (mode != SOFT_DEFAULT && vm->f.p->code_written)
+		vm->f.p->ioctl(&vm->f, KVM_ENABLE_CAP, (uintptr_t)&cap, NULL);
+}
+
 void kvm_vm_destroy(struct kvm_vm *vm)
 {
 	if (!vm)

@@ -18,6 +18,8 @@ struct kvm_vm;
 struct kvm_vcpu;
 
 enum kvm_accel { ACCEL_AUTO, ACCEL_KVM, ACCEL_SOFT };
+/* How softkvm executes guest code; see kvm_vm_soft_mode(). */
+enum kvm_soft_mode { SOFT_DEFAULT, SOFT_INTERP, SOFT_TRANSLATE };
 
 /* AUTO: whichever is faster here (a calibration of a millisecond or two, logged). */
 int kvm_open(struct kvm **out, enum kvm_accel accel, struct err *err);
@@ -28,6 +30,8 @@ int kvm_ioctl(struct kvm *k, unsigned long req, void *arg);
 /* Guest instructions a second of a plain loop, measured now in about a millisecond; 0 when no guest can run. */
 uint64_t kvm_speed(struct kvm *k);
 
+/* Before vCPUs are made: how softkvm executes guest code. Linux KVM knows nothing of it and is left alone. */
+void kvm_vm_soft_mode(struct kvm_vm *vm, enum kvm_soft_mode mode);
 int kvm_vm_create(struct kvm_vm **out, struct kvm *k, struct err *err);
 void kvm_vm_destroy(struct kvm_vm *vm);
 int kvm_vm_ioctl(struct kvm_vm *vm, unsigned long req, void *arg);      /* 0 or more, or -errno */

@@ -41,6 +41,7 @@ struct insn;
 struct block;
 struct block_cache;
 struct vec_cache;
+struct jit;
 struct vm;
 struct lapic;
 struct vcpu;
@@ -143,6 +144,7 @@ struct cpu {
 	uint32_t fetch_gen[2];
 	bool split_held;                /* inside mem_lock(): cpu_unwind() calls mem_unlock() */
 	struct block_cache *blocks;
+	struct jit *jit;                /* the translator (jit/jit.h); NULL: interpret everything */
 	struct vec_cache *vec;          /* stubs of vector instructions (vec/stub.c), made when first needed */
 
 	struct event ev;                /* being delivered, or injected and waiting */

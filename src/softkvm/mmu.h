@@ -46,9 +46,10 @@ void mem_unlock(struct cpu *c);
 static inline void *tlb_hit_r(struct cpu *c, uint64_t lin, unsigned size)
 {
 	const struct tlb_entry *e = &c->tlb->r[tlb_index(lin)];
-	uintptr_t p = lin + e->addend;
+	uint64_t in_page = lin ^ e->tag;
+	uintptr_t p = e->host + in_page;
 
-	if (unlikely((lin ^ e->tag) > 4096 - size))
+	if (unlikely(in_page > 4096 - size))
 		return NULL;
 	if (!p)
 		__builtin_unreachable();        /* spares the caller's second test */
@@ -58,9 +59,10 @@ static inline void *tlb_hit_r(struct cpu *c, uint64_t lin, unsigned size)
 static inline void *tlb_hit_w(struct cpu *c, uint64_t lin, unsigned size)
 {
 	const struct tlb_entry *e = &c->tlb->w[tlb_index(lin)];
-	uintptr_t p = lin + e->addend;
+	uint64_t in_page = lin ^ e->tag;
+	uintptr_t p = e->host + in_page;
 
-	if (unlikely((lin ^ e->tag) > 4096 - size))
+	if (unlikely(in_page > 4096 - size))
 		return NULL;
 	if (!p)
 		__builtin_unreachable();        /* spares the caller's second test */

@@ -54,6 +54,14 @@ void softkvm_close(struct softkvm_file *f);
 #define SOFTKVM_CAP_CODE_WRITTEN 0x4c4f0001
 int softkvm_code_written(struct softkvm_file *vm, uint64_t gpa, uint64_t len);
 
+/*
+ * softkvm's own: how vCPUs made from now on execute guest code. KVM_ENABLE_CAP(SOFTKVM_CAP_TRANSLATE) on a VM with
+ * args[0] 0: interpret, 1: translate; args[1]: bytes of memory for translations, all vCPUs together (0: 128 MiB). A vCPU
+ * that cannot have memory at addresses which translated code reaches is interpreted. Without the call the variable
+ * LODGE_SOFT_MODE (interp, translate) of the environment decides: a knob for tests.
+ */
+#define SOFTKVM_CAP_TRANSLATE 0x4c4f0002
+
 /* Counters of one vCPU for `info jit`, the benchmark and tests; relaxed reads. */
 struct softkvm_stats {
 	uint64_t insns, blocks_decoded, blocks_run, tlb_fills, tlb_flushes, slow_loads, slow_stores,

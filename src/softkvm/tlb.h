@@ -1,10 +1,10 @@
 /*
  * Soft TLB: per privilege mode a direct-mapped table of reads and one of writes.
  *
- * An entry says: linear page `tag` is plain RAM at host address lin + addend, and an access of this
+ * An entry says: linear page `tag` is plain RAM whose first byte is at `host`, and an access of this
  * kind at this privilege needs nothing but the access. A write entry exists only when the guest PTE
  * is dirty, the page's dirty-log bit is set and the page holds no decoded code. One compare checks
- * tag and page crossing: (lin ^ tag) <= 4096 - size. An empty entry at index k has a tag whose index
+ * tag and page crossing: (lin ^ tag) <= 4096 - size; the byte is at host + (lin ^ tag). An empty entry at index k has a tag whose index
  * bits are not k, so it can match no address that is looked up there; zeroed memory is empty but for
  * index 0.
  */
@@ -20,7 +20,7 @@
 /* TLB_NONE stays empty: every access is slow (alignment checks). */
 enum { TLB_KERNEL, TLB_KERNEL_AC, TLB_USER, TLB_NONE, TLB_MODES };
 
-struct tlb_entry { uint64_t tag; uint64_t addend; };
+struct tlb_entry { uint64_t tag; uint64_t host; };
 
 struct tlb {
 	struct tlb_entry r[TLB_ENTRIES];

@@ -61,6 +61,8 @@ struct vm {
 		uint32_t disabled_exits;        /* KVM_X86_DISABLE_EXITS_* */
 		uint32_t user_msr;              /* KVM_MSR_EXIT_REASON_* */
 		uint64_t hypercall_exits;       /* bits 1 << KVM_HC_* */
+		bool translate;                 /* SOFTKVM_CAP_TRANSLATE */
+		uint64_t code_bytes;            /* for all vCPUs */
 		uint64_t quirks_off;            /* KVM_X86_QUIRK_* */
 	} policy;
 	uint32_t boot_cpu_id;           /* KVM_SET_BOOT_CPU_ID */

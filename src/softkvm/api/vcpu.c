@@ -2,11 +2,15 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "base/log.h"
 #include "softkvm/api/api.h"
+#include "softkvm/jit/jit.h"
+#include "softkvm/low.h"
 #include "softkvm/events.h"
 #include "softkvm/irqchip.h"
 #include "softkvm/mmu.h"
@@ -107,6 +111,21 @@ bool vcpu_init_sipi(struct cpu *c)
 }
 
 /* -- life ------------------------------------------------------------------------------------- */
+/* Memory for translations is shared out as if there were as many vCPUs as there are processors. */
+static void translator(struct cpu *c)
+{
+	const struct vm_policy *p = &c->vm->policy;
+	long n = sysconf(_SC_NPROCESSORS_ONLN);
+	unsigned made = atomic_load(&c->vm->ncpus) + 1;
+	int r;
+
+	if (!p->translate)
+		return;
+	r = jit_cpu_init(c, p->code_bytes / (2 * MAX((uint64_t)MAX(n, 1), (uint64_t)made)));
+	if (r)
+		log_warn("softkvm: vCPU %u is interpreted: %s", c->id, strerror(-r));
+}
+
 static int vcpu_init_parts(struct vcpu *v, struct vm *vm, unsigned id)
 {
 	struct cpu *c = &v->cpu;
@@ -123,6 +142,7 @@ static int vcpu_init_parts(struct vcpu *v, struct vm *vm, unsigned id)
 		return -ENOMEM;
 	if ((r = mmu_cpu_init(c)) || (r = engine_cpu_init(c)))
 		return r;
+	translator(c);
 	v->api->tsc_khz = vm->api->tsc_khz;
 	tsc_set_khz(c, vm->api->tsc_khz);
 	if (vm->irqchip) {
@@ -141,12 +161,11 @@ static int vcpu_init_parts(struct vcpu *v, struct vm *vm, unsigned id)
 
 int vcpu_new(struct vm *vm, unsigned long id, struct vcpu **out)
 {
-	struct vcpu *v = aligned_alloc(64, ALIGN_UP(sizeof *v, (size_t)64));
+	struct vcpu *v = low_alloc(sizeof *v);
 	int r;
 
 	if (!v)
 		return -ENOMEM;
-	memset(v, 0, sizeof *v);
 	pthread_mutex_init(&v->lock, NULL);
 	v->cpu.vm = vm;
 	v->cpu.vcpu = v;
@@ -171,6 +190,7 @@ void vcpu_free(struct vcpu *v)
 
 	if (c->lapic)
 		lapic_destroy(c);
+	jit_cpu_free(c);
 	engine_cpu_free(c);
 	vec_cpu_free(c);
 	mmu_cpu_free(c);
@@ -185,5 +205,5 @@ void vcpu_free(struct vcpu *v)
 		close(v->api->signal_fd);
 	free(v->api);
 	pthread_mutex_destroy(&v->lock);
-	free(v);
+	low_free(v, sizeof *v);
 }

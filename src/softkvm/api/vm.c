@@ -49,6 +49,13 @@ static void vm_free(struct vm *vm)
 	free(vm);
 }
 
+static bool translate_default(void)
+{
+	const char *mode = getenv("LODGE_SOFT_MODE");
+
+	return mode && !strcmp(mode, "translate");
+}
+
 int vm_new(struct vm **out)
 {
 	struct vm *vm = calloc(1, sizeof *vm);
@@ -57,6 +64,8 @@ int vm_new(struct vm **out)
 	if (!vm)
 		return r;
 	locks_init(vm);
+	vm->policy.translate = translate_default();
+	vm->policy.code_bytes = 128u << 20;
 	vm->api = calloc(1, sizeof *vm->api);
 	if (!vm->api)
 		goto fail;

@@ -88,6 +88,13 @@ static long enable_locked(struct vm *vm, const struct kvm_enable_cap *cap)
 	case KVM_CAP_DISABLE_QUIRKS:
 		p->quirks_off = a;
 		return 0;
+	case SOFTKVM_CAP_TRANSLATE:
+		if (a > 1)
+			return -EINVAL;
+		p->translate = a;
+		if (cap->args[1])
+			p->code_bytes = cap->args[1];
+		return 0;
 	case KVM_CAP_MAX_VCPU_ID:
 		if (!a || a > VM_MAX_VCPU_ID || vm->api->max_vcpu_ids_set)
 			return -EINVAL;

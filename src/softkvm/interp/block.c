@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "softkvm/jit/jit.h"
 #include "softkvm/vm.h"
 
 static const _Atomic uint32_t never_matches = 0;        /* marked pages are odd */
@@ -78,6 +79,7 @@ void block_flush(struct cpu *c)
 	memset(bc->hash, 0, sizeof bc->hash);
 	bc->used = 0;
 	bc->want = NULL;
+	jit_flush(c);
 	c->code_stamp = CODE_STAMP_NONE;
 }
 
@@ -91,7 +93,8 @@ uint32_t block_mode(const struct cpu *c, bool one)
 	else
 		m |= (c->code_bits == 32 ? BM_CODE32 : BM_CODE16) | (c->stack_bits == 32 ? BM_STACK32 : BM_STACK16) |
 		     (c->real || c->vm86 ? BM_REAL : 0) | (cs->base || cs->limit != UINT32_MAX ? BM_SEG : 0);
-	return m | (c->smm ? BM_SMM : 0) | (c->cpl == 3 ? BM_USER : 0);
+	return m | (c->smm ? BM_SMM : 0) | (c->cpl == 3 ? BM_USER : 0) |
+	       (c->tlb == c->tlbs[TLB_KERNEL_AC] ? BM_AC : 0);
 }
 
 /* -- validity ---------------------------------------------------------------------------------- */
@@ -133,6 +136,7 @@ static bool revive(struct cpu *c, struct block *b)
 	} else {
 		b->ver_value = v0;
 	}
+	jit_revived(c, b);
 	return true;
 }
 

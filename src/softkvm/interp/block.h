@@ -34,8 +34,9 @@ enum {
 	BM_SMM = 64,
 	BM_USER = 128,          /* CPL 3: fetch permission; not part of the physical key */
 	BM_SEG = 256,           /* CS has a base or a limit: no links; not part of the physical key */
+	BM_AC = 512,            /* kernel code that may touch user pages (SMAP on, EFLAGS.AC set); not part of the physical key */
 };
-#define BM_PHYS_MASK (~(uint32_t)(BM_USER | BM_SEG))
+#define BM_PHYS_MASK (~(uint32_t)(BM_USER | BM_SEG | BM_AC))
 
 struct block_link {
 	uint64_t stamp, rip;
@@ -53,11 +54,14 @@ struct block {
 	uint32_t epoch;                 /* code epoch at which the bytes were last known to be right */
 	struct block_link link[2];      /* fall-through or not taken; taken */
 	struct block *hash_next;
+	struct jit_code *code;          /* its translation, if code_gen is the translator's; see jit/jit.h */
+	uint32_t code_gen;
+	uint32_t runs;                  /* times interpreted while a translator waited */
 	const uint8_t *host;            /* first byte in host memory */
 	/* n, then one with op_block_end unless the last is a branch; then the bytes this was decoded from; then block_cross. */
 	_Alignas(32) struct insn insn[];
 };
-_Static_assert(sizeof(struct block) == 96, "block: small ones are most of the arena");
+_Static_assert(sizeof(struct block) <= 128, "block: small ones are most of the arena");
 
 /* Of a block that crosses a page end: the pages' own versions, and the second page. */
 struct block_cross {
@@ -92,6 +96,7 @@ struct block_cache {
 	uint32_t seen_fetch_gen[2], seen_epoch;
 	struct block_link *want;        /* link to be filled by the next lookup */
 	struct block *scratch;          /* for blocks that cannot be kept */
+	struct jit_link *jit_want;      /* translated code's jump that the next lookup resolves */
 	int32_t budget_start;           /* to count instructions */
 	bool stepping;                  /* one_insn was set when the running instruction began */
 	unsigned pauses;                /* PAUSE instructions in this budget */
@@ -118,6 +123,8 @@ void block_new_generation_of(struct cpu *c, unsigned user);
 enum decode_result { DEC_OK, DEC_MORE /* needs bytes beyond avail */ };
 enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t *bytes, unsigned avail,
 			       unsigned off, struct insn *i);
+/* A Zydis decoder for the mode and the guest's features. */
+void decode_init(ZydisDecoder *z, const struct cpu *c, uint32_t mode);
 insn_fn op_block_end, op_fetch_gp;
 
 #endif

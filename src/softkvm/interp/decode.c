@@ -84,7 +84,7 @@ static void set_modes(ZydisDecoder *z, const struct cpu *c)
 	ZydisDecoderEnableMode(z, ZYDIS_DECODER_MODE_WBNOINVD, f->f80000008_ebx >> 9 & 1);
 }
 
-static void init_decoder(ZydisDecoder *z, const struct cpu *c, uint32_t mode)
+void decode_init(ZydisDecoder *z, const struct cpu *c, uint32_t mode)
 {
 	bool real = mode & BM_REAL, b32 = mode & BM_CODE32;
 
@@ -147,7 +147,7 @@ enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t
 	d.bytes = bytes;
 	d.cpu = c;
 	d.code_bits = mode & BM_CODE64 ? 64 : mode & BM_CODE32 ? 32 : 16;
-	init_decoder(&z, c, mode);
+	decode_init(&z, c, mode);
 	st = ZydisDecoderDecodeFull(&z, bytes, avail, &d.z, d.op);
 	*i = (struct insn){ .off = (uint16_t)off, .base = R_ZERO, .index = R_ZERO, .seg = SEG_DS };
 	if (st == ZYDIS_STATUS_NO_MORE_DATA && avail < 15)

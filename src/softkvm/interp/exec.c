@@ -10,6 +10,7 @@
 #include "softkvm/events.h"
 #include "softkvm/interp/block.h"
 #include "softkvm/irqchip.h"
+#include "softkvm/jit/jit.h"
 #include "softkvm/sys.h"
 #include "softkvm/vcpu.h"
 #include "softkvm/vm.h"
@@ -36,9 +37,7 @@ uint64_t cpu_next_rip(const struct cpu *c)
 /* The current instruction is complete: make cpu->rip the next one's. */
 static void settle_next(struct cpu *c)
 {
-	const struct block *b = c->blk;
-
-	if (!(c->cur->flags & IF_END) && b && c->cur + 1 < b->insn + b->n)
+	if (c->cur && !(c->cur->flags & IF_END))
 		c->rip = cpu_next_rip(c);
 }
 
@@ -92,7 +91,7 @@ void cpu_emulation_failed(struct cpu *c)
 	memset(&r->emulation_failure, 0, sizeof r->emulation_failure);
 	r->exit_reason = KVM_EXIT_INTERNAL_ERROR;
 	r->emulation_failure.suberror = KVM_INTERNAL_ERROR_EMULATION;
-	if (b && i >= b->insn && i < b->insn + b->n) {
+	if (b && i && i->len && i->off + i->len <= b->bytes) {
 		r->emulation_failure.ndata = 4;
 		r->emulation_failure.flags = KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES;
 		r->emulation_failure.insn_size = i->len;
@@ -301,6 +300,7 @@ static enum run_result run_one(struct cpu *c)
 	enum run_result r;
 	struct block_link *want;
 	struct block *b;
+	uint32_t mode;
 
 	check_generation(c);
 	if (unlikely(step)) {
@@ -308,11 +308,19 @@ static enum run_result run_one(struct cpu *c)
 			return r;
 		step_begin(c);
 	}
-	b = block_get(c, block_mode(c, step || mmio_pending(c)));
+	mode = block_mode(c, step || mmio_pending(c));
+	b = block_get(c, mode);
 	want = bc->want;
 	if (want && c->code_stamp != CODE_STAMP_NONE) {
 		*want = (struct block_link){ .stamp = c->code_stamp, .rip = c->rip, .blk = b };
 		bc->want = NULL;
+	}
+	if (c->jit && !step && !mmio_pending(c)) {
+		switch (jit_run(c, b, mode)) {
+		case JIT_DONE: return GO_ON;
+		case JIT_LOOK: return after_insn(c);
+		case JIT_NOT: break;
+		}
 	}
 	block_enter(c, b);
 	run_block(c, b);

@@ -356,7 +356,9 @@ void mem_write(struct cpu *c, uint64_t lin, const void *buf, unsigned len)
 static uint8_t *hit_in(struct tlb *t, uint64_t lin, unsigned len, bool write)
 {
 	const struct tlb_entry *e = write ? &t->w[tlb_index(lin)] : &t->r[tlb_index(lin)];
-	return (lin ^ e->tag) <= 4096 - len ? (uint8_t *)(uintptr_t)(lin + e->addend) : NULL;
+	uint64_t in_page = lin ^ e->tag;
+
+	return in_page <= 4096 - len ? (uint8_t *)(uintptr_t)(e->host + in_page) : NULL;
 }
 
 static void access_fast(struct cpu *c, uint64_t lin, uint8_t *buf, unsigned len, bool write, struct walk_as as)

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "softkvm/low.h"
 #include "softkvm/mmu/phys.h"
 #include "softkvm/mmu/tlb.h"
 
@@ -31,7 +32,7 @@ static void table_clear(struct tlb_full *f, int write)
 int mmu_cpu_init(struct cpu *c)
 {
 	for (unsigned i = 0; i < TLB_MODES; i++) {
-		struct tlb_full *f = calloc(1, sizeof *f);
+		struct tlb_full *f = low_alloc(sizeof *f);
 		if (!f)
 			return -ENOMEM;
 		f->t.r[0].tag = f->t.w[0].tag = tlb_empty_tag(0);
@@ -46,7 +47,7 @@ void mmu_cpu_free(struct cpu *c)
 {
 	for (unsigned i = 0; i < TLB_MODES; i++)
 		if (c->tlbs[i])
-			free(full(c->tlbs[i]));
+			low_free(full(c->tlbs[i]), sizeof(struct tlb_full));
 	free(c->itlb);
 }
 
@@ -74,7 +75,7 @@ void tlb_enter(struct cpu *c, unsigned mode, bool write, uint64_t lin, uint8_t *
 	unsigned i = tlb_index(lin);
 	uint64_t page = lin & ~4095ull, bit = 1ull << (i % 64);
 
-	table(&f->t, write)[i] = (struct tlb_entry){ page, (uintptr_t)host - page };
+	table(&f->t, write)[i] = (struct tlb_entry){ page, (uintptr_t)host };
 	f->filled[write][i / 64] |= bit;
 	if (w->global)
 		f->global[write][i / 64] |= bit;
@@ -242,7 +243,7 @@ void tlb_revoke_write(struct cpu *c, const uint8_t *host_page)
 			for (uint64_t b = f->filled[1][w]; b; b &= b - 1) {
 				unsigned i = w * 64 + (unsigned)__builtin_ctzll(b);
 				struct tlb_entry *e = &f->t.w[i];
-				if (e->tag != tlb_empty_tag(i) && e->tag + e->addend == (uintptr_t)host_page) {
+				if (e->tag != tlb_empty_tag(i) && e->host == (uintptr_t)host_page) {
 					e->tag = tlb_empty_tag(i);
 					f->filled[1][w] &= ~(1ull << (i % 64));
 				}

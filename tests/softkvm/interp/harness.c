@@ -104,7 +104,12 @@ bool sys_decode(struct insn *i, const struct decoded *d)
 	return true;
 }
 
+#ifndef HARNESS_VEC
 bool vec_decode(struct insn *i, const struct decoded *d) { return false; }
+void vec_flush(struct cpu *c) { }
+#else
+void cpu_request(struct cpu *c, uint32_t req) { atomic_fetch_or(&c->requests, req); }
+#endif
 bool cpuid_has_isa(const struct cpu *c, int isa) { return true; }
 
 bool event_deliver(struct cpu *c)
@@ -116,7 +121,6 @@ bool event_deliver(struct cpu *c)
 }
 bool event_boundary(struct cpu *c) { return true; }
 void event_insn_done(struct cpu *c) { c->one_insn = false; }
-void vec_flush(struct cpu *c) { }
 uint64_t seg_lin(struct cpu *c, unsigned seg, uint64_t off, unsigned size, enum access acc)
 {
 	if (off + size - 1 > c->seg[seg].limit)

@@ -121,7 +121,7 @@ static void set_tlb(const struct test_case *t)
 {
 	for (unsigned n = 0; n < SANDBOX_PAGES; n++) {
 		uint64_t lin = (uintptr_t)sandbox + n * 4096;
-		struct tlb_entry e = { t->tlb[n] ? lin : tlb_empty_tag(tlb_index(lin)), 0 };
+		struct tlb_entry e = { t->tlb[n] ? lin : tlb_empty_tag(tlb_index(lin)), lin };
 
 		tlb->r[tlb_index(lin)] = tlb->w[tlb_index(lin)] = e;
 	}

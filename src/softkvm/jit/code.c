@@ -1,0 +1,191 @@
+/* Bytes of machine code, the code area, and the thunks between C and translated code. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "softkvm/jit/internal.h"
+
+const int8_t jit_map[16] = {
+	[R_RAX] = H_R13, [R_RCX] = H_R14, [R_RDX] = H_RDX, [R_RBX] = H_RBX, [R_RSP] = H_R12, [R_RBP] = H_RBP,
+	[R_RSI] = H_RSI, [R_RDI] = H_RDI, [8] = H_R8, [9] = H_R9, [10] = H_R10, [11] = -1, [12] = H_R11,
+	[13] = -1, [14] = -1, [15] = -1,
+};
+
+/* -- emission ------------------------------------------------------------------------------------ */
+void em_abs(struct em *e, unsigned reg, const void *p)
+{
+	e8(e, (reg & 7) << 3 | 4);
+	e8(e, 0x25);
+	e32(e, (uint32_t)(uintptr_t)p);
+}
+
+void em_op_abs(struct em *e, bool w, unsigned op, unsigned reg, const void *p)
+{
+	unsigned rex = 0x40 | w << 3 | (reg >> 3) << 2;
+
+	if (rex != 0x40)
+		e8(e, rex);
+	e8(e, op);
+	em_abs(e, reg, p);
+}
+
+void em_load(struct em *e, unsigned reg, const void *p) { em_op_abs(e, true, 0x8b, reg, p); }
+void em_store(struct em *e, unsigned reg, const void *p) { em_op_abs(e, true, 0x89, reg, p); }
+void em_load32(struct em *e, unsigned reg, const void *p) { em_op_abs(e, false, 0x8b, reg, p); }
+
+void em_mov(struct em *e, unsigned dst, unsigned src)
+{
+	if (dst == src)
+		return;
+	e8(e, 0x48 | (src >> 3) << 2 | dst >> 3);
+	e8(e, 0x89);
+	e8(e, 0xc0 | (src & 7) << 3 | (dst & 7));
+}
+
+void em_imm(struct em *e, unsigned reg, uint64_t v)
+{
+	if (v <= UINT32_MAX) {
+		if (reg >> 3)
+			e8(e, 0x41);
+		e8(e, 0xb8 | (reg & 7));
+		e32(e, (uint32_t)v);
+	} else if ((int64_t)v == (int32_t)v) {
+		e8(e, 0x48 | reg >> 3);
+		e8(e, 0xc7);
+		e8(e, 0xc0 | (reg & 7));
+		e32(e, (uint32_t)v);
+	} else {
+		e8(e, 0x48 | reg >> 3);
+		e8(e, 0xb8 | (reg & 7));
+		e64(e, v);
+	}
+}
+
+void em_mem(struct em *e, bool w, unsigned op, unsigned reg, int base, int index, unsigned scale, int32_t disp)
+{
+	unsigned x = index < 0 ? 0 : (unsigned)index, b = base < 0 ? 0 : (unsigned)base, mod;
+	unsigned rex = 0x40 | w << 3 | (reg >> 3) << 2 | (x >> 3) << 1 | b >> 3;
+
+	if (rex != 0x40)
+		e8(e, rex);
+	e8(e, op);
+	mod = base < 0 ? 0 : !disp && (b & 7) != 5 ? 0 : disp == (int8_t)disp ? 1 : 2;
+	if (index < 0 && base >= 0 && (b & 7) != 4) {
+		e8(e, mod << 6 | (reg & 7) << 3 | (b & 7));
+	} else {
+		e8(e, mod << 6 | (reg & 7) << 3 | 4);
+		e8(e, scale << 6 | (index < 0 ? 4 : x & 7) << 3 | (base < 0 ? 5 : b & 7));
+	}
+	if (mod == 1)
+		e8(e, (uint8_t)disp);
+	else if (mod == 2 || base < 0)
+		e32(e, (uint32_t)disp);
+}
+
+uint8_t *em_jmp(struct em *e)
+{
+	e8(e, 0xe9);
+	e32(e, 0);
+	return e->p - 4;
+}
+
+uint8_t *em_jcc(struct em *e, unsigned cc)
+{
+	e8(e, 0x0f);
+	e8(e, 0x80 | cc);
+	e32(e, 0);
+	return e->p - 4;
+}
+
+void em_to(uint8_t *rel32, const uint8_t *target) { st_le32(rel32, (uint32_t)(target - (rel32 + 4))); }
+void em_here(struct em *e, uint8_t *rel32) { if (!e->full) em_to(rel32, e->p); }
+
+/* -- thunks -------------------------------------------------------------------------------------- */
+static void load_all(struct em *e, struct cpu *c)
+{
+	for (unsigned g = 0; g < 16; g++)
+		if (jit_map[g] >= 0)
+			em_load(e, (unsigned)jit_map[g], &c->gpr[g]);
+}
+
+static void store_all(struct em *e, struct cpu *c)
+{
+	for (unsigned g = 0; g < 16; g++)
+		if (jit_map[g] >= 0)
+			em_store(e, (unsigned)jit_map[g], &c->gpr[g]);
+}
+
+/*
+ * enter(code): C calls it; in translated code rsp is 16-byte aligned.
+ * leave: translated code jumps there with its result in eax.
+ * call: translated code calls it with a site in eax; returns to it, or leaves when the loop must look (result 1).
+ */
+void jit_thunks(struct jit *j)
+{
+	struct em e = { j->rw, j->rw + 4096, false };
+	uint8_t *look;
+
+	j->enter = 0;
+	EM(&e, 0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 0x08, 0x48, 0x89, 0xf8);
+	load_all(&e, j->c);
+	EM(&e, 0xff, 0xe0);
+	e.p = j->rw + 256;
+	j->leave = 256;
+	store_all(&e, j->c);
+	look = e.p;
+	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3);
+	e.p = j->rw + 512;
+	j->call = 512;
+	store_all(&e, j->c);
+	EM(&e, 0x89, 0xc7, 0x48, 0x83, 0xec, 0x08);             /* mov edi, eax ; sub rsp, 8 */
+	em_imm(&e, H_RAX, (uintptr_t)jit_call_insn);
+	EM(&e, 0xff, 0xd0, 0x48, 0x83, 0xc4, 0x08, 0x84, 0xc0); /* call rax ; add rsp, 8 ; test al, al */
+	uint8_t *out = em_jcc(&e, 5);
+	load_all(&e, j->c);
+	e8(&e, 0xc3);
+	em_here(&e, out);
+	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0xb8, 1, 0, 0, 0);       /* drop the return address ; mov eax, 1 */
+	em_to(em_jmp(&e), look);
+	j->hot = 1024;
+	j->cold = 0;
+}
+
+/* -- the code area ------------------------------------------------------------------------------- */
+int jit_code_map(struct jit *j, size_t bytes)
+{
+	int fd = memfd_create("softkvm-code", MFD_CLOEXEC);
+
+	if (fd < 0)
+		return -errno;
+	if (ftruncate(fd, (off_t)bytes) == 0) {
+		j->rw = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		j->rx = mmap(NULL, bytes, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_32BIT, fd, 0);
+	}
+	close(fd);
+	j->size = bytes;
+	j->hot_size = bytes / 8 * 5;
+	if (!j->rw || j->rw == MAP_FAILED || !j->rx || j->rx == MAP_FAILED || !low_is(j->rx, bytes))
+		return -ENOMEM;
+	return 0;
+}
+
+void jit_code_unmap(struct jit *j)
+{
+	if (j->rw && j->rw != MAP_FAILED)
+		munmap(j->rw, j->size);
+	if (j->rx && j->rx != MAP_FAILED)
+		munmap(j->rx, j->size);
+}
+
+void *jit_arena(struct jit *j, size_t size)
+{
+	uint8_t *p = j->low->arena + j->arena;
+
+	size = ALIGN_UP(size, 64);
+	if (j->arena_size - j->arena < size)
+		return NULL;
+	j->arena += size;
+	return p;
+}

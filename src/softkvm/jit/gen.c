@@ -1,0 +1,368 @@
+/* Pieces of translated code: flags, addresses, TLB checks, cold paths, rewriting. */
+#include <stdio.h>
+
+#include "softkvm/jit/internal.h"
+
+/* -- flags --------------------------------------------------------------------------------------- */
+void gen_flags_save(struct tr *t)
+{
+	if (!t->in_host || t->in_mem)
+		return;
+	EM(&t->h, 0x9f, 0x0f, 0x90, 0xc0, 0x66);                /* lahf ; seto al ; mov [aflags], ax */
+	em_op_abs(&t->h, false, 0x89, SA, &t->c->aflags);
+	t->in_mem = true;
+}
+
+static void flags_from_mem(struct em *e, struct cpu *c)
+{
+	EM(e, 0x0f);                                            /* movzx eax, word [aflags] */
+	em_op_abs(e, false, 0xb7, SA, &c->aflags);
+	EM(e, 0x04, 0x7f, 0x9e);                                /* add al, 0x7f ; sahf */
+}
+
+void gen_flags_load(struct tr *t)
+{
+	if (t->in_host)
+		return;
+	flags_from_mem(&t->h, t->c);
+	t->in_host = true;
+}
+
+static uint16_t live_before(const struct tinsn *i) { return i->tested | (i->live & ~i->killed); }
+
+void gen_clobber(struct tr *t, unsigned n)
+{
+	if (live_before(&t->t[n]))
+		gen_flags_save(t);
+	t->in_host = false;
+}
+
+void gen_flags_after(struct tr *t, unsigned n)
+{
+	if (t->t[n].written) {
+		t->in_host = true;
+		t->in_mem = false;
+	}
+}
+
+/* -- registers ----------------------------------------------------------------------------------- */
+unsigned gen_get(struct tr *t, unsigned guest, unsigned scratch)
+{
+	if (jit_map[guest] >= 0)
+		return (unsigned)jit_map[guest];
+	em_load(&t->h, scratch, &t->c->gpr[guest]);
+	return scratch;
+}
+
+void gen_put(struct tr *t, unsigned guest, unsigned host)
+{
+	if (jit_map[guest] >= 0)
+		em_mov(&t->h, (unsigned)jit_map[guest], host);
+	else
+		em_store(&t->h, host, &t->c->gpr[guest]);
+}
+
+/* -- addresses ----------------------------------------------------------------------------------- */
+static const ZydisDecodedOperandMem *mem_operand(const struct tinsn *i)
+{
+	for (unsigned n = 0; n < i->z.operand_count; n++)
+		if (i->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && i->op[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM)
+			return &i->op[n].mem;
+	return NULL;
+}
+
+bool gen_address(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	const ZydisDecodedOperandMem *m = mem_operand(i);
+	int64_t disp;
+	int base = -1, index = -1;
+	bool wide = i->z.address_width == 64;
+
+	if (!m || (i->z.address_width != 64 && i->z.address_width != 32))
+		return false;
+	disp = m->disp.has_displacement ? m->disp.value : 0;
+	if (m->index != ZYDIS_REGISTER_NONE && ZydisRegisterGetClass(m->index) != ZYDIS_REGCLASS_GPR64 &&
+	    ZydisRegisterGetClass(m->index) != ZYDIS_REGCLASS_GPR32)
+		return false;
+	if (m->base == ZYDIS_REGISTER_EIP)
+		return false;
+	if (m->base == ZYDIS_REGISTER_RIP) {
+		em_imm(&t->h, ST, t->k->rip + t->b->insn[n].off + i->z.length + (uint64_t)disp);
+	} else {
+		if (m->base != ZYDIS_REGISTER_NONE)
+			base = (int)gen_get(t, insn_reg_off(m->base) / 8, SC);
+		if (m->index != ZYDIS_REGISTER_NONE)
+			index = (int)gen_get(t, insn_reg_off(m->index) / 8, ST);
+		if (base < 0 && index < 0)
+			em_imm(&t->h, ST, wide ? (uint64_t)disp : (uint32_t)disp);
+		else if (wide && index < 0 && !disp)
+			em_mov(&t->h, ST, (unsigned)base);
+		else
+			em_mem(&t->h, wide, 0x8d, ST, base, index,
+			       m->scale == 8 ? 3 : m->scale == 4 ? 2 : m->scale == 2 ? 1 : 0, (int32_t)disp);
+	}
+	if (m->segment == ZYDIS_REGISTER_FS || m->segment == ZYDIS_REGISTER_GS)
+		em_op_abs(&t->h, true, 0x03, ST, &t->c->seg[m->segment == ZYDIS_REGISTER_FS ? SEG_FS : SEG_GS].base);
+	return true;
+}
+
+void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
+{
+	uint32_t table = (uint32_t)(uintptr_t)(write ? t->tlb->w : t->tlb->r);
+	struct em *e = &t->h;
+
+	EM(e, 0xc4, 0xc3, 0x7b, 0xf0, 0xcf, 0x08);      /* rorx ecx, r15d, 8 */
+	EM(e, 0x81, 0xe1, 0xf0, 0xff, 0x00, 0x00);      /* and ecx, 0xfff0 */
+	EM(e, 0x4c, 0x33, 0xb9);                        /* xor r15, [rcx + tag] */
+	e32(e, table);
+	EM(e, 0x49, 0x81, 0xff);                        /* cmp r15, 4096 - size */
+	e32(e, 4096 - size);
+	cold_from(k, em_jcc(e, 7));                     /* ja */
+	EM(e, 0x4c, 0x03, 0xb9);                        /* add r15, [rcx + host] */
+	e32(e, table + 8);
+}
+
+/* -- cold paths ---------------------------------------------------------------------------------- */
+static void op_stop(struct cpu *c, const struct insn *i) { }
+
+struct jit_site *tr_site(struct tr *t, unsigned n)
+{
+	struct jit_site *s = jit_arena(t->j, sizeof *s);
+	const struct insn *i = &t->b->insn[n];
+
+	if (!s) {
+		t->failed = true;
+		return (struct jit_site *)t->j->low->arena;
+	}
+	s->i = *i;
+	s->stop = (struct insn){ .fn = op_stop, .ptr = t->k, .off = (uint16_t)(i->off + i->len), .base = R_ZERO, .index = R_ZERO };
+	return s;
+}
+
+struct cold *cold_new(struct tr *t, unsigned n)
+{
+	struct cold *k = &t->colds[t->ncold++];
+
+	memset(k, 0, sizeof *k);
+	k->site = tr_site(t, n);
+	k->vdirty = t->vdirty;
+	return k;
+}
+
+static void call_site(struct em *e, struct tr *t, const struct jit_site *s)
+{
+	em_imm(e, H_RAX, (uintptr_t)s);
+	e8(e, 0xe8);
+	e32(e, 0);
+	if (!e->full)
+		em_to(e->p - 4, t->j->rw + t->j->call);
+}
+
+static void cold_emit(struct tr *t, const struct cold *k)
+{
+	struct em *e = &t->cold;
+
+	for (unsigned n = 0; n < k->nfrom; n++)
+		em_here(e, k->from[n]);
+	vec_store_set(e, t, k->vdirty);
+	if (t->wide && t->uses_vec)
+		EM(e, 0xc5, 0xf8, 0x77);
+	call_site(e, t, k->site);
+	if (k->final)
+		return;
+	vec_load_set(e, t, k->vloaded);
+	if (k->reload_flags)
+		flags_from_mem(e, t->c);
+	uint8_t *back = em_jmp(e);
+	if (!e->full)
+		em_to(back, k->back);
+}
+
+void gen_colds(struct tr *t);
+void gen_colds(struct tr *t)
+{
+	for (unsigned n = 0; n < t->ncold; n++)
+		if (t->colds[n].nfrom)
+			cold_emit(t, &t->colds[n]);
+}
+
+void gen_handler(struct tr *t, unsigned n)
+{
+	gen_flags_save(t);
+	vec_flush_out(t);
+	call_site(&t->h, t, tr_site(t, n));
+	t->in_mem = true;
+	t->in_host = false;
+	t->fp_fail = true;
+}
+
+/* -- leaving a block ------------------------------------------------------------------------------ */
+void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l)
+{
+	if ((int64_t)rip == (int32_t)rip) {
+		em_op_abs(e, true, 0xc7, 0, &t->c->rip);
+		e32(e, (uint32_t)rip);
+	} else {
+		em_imm(e, H_RAX, rip);
+		em_store(e, H_RAX, &t->c->rip);
+	}
+	em_imm(e, H_RAX, (uintptr_t)l);
+	uint8_t *j = em_jmp(e);
+	if (!e->full)
+		em_to(j, t->j->rw + t->j->leave);
+}
+
+/* Jump to the block at rip. A jump back counts the instructions: loops end when the budget does. */
+void gen_goto(struct tr *t, uint64_t rip, unsigned n, unsigned link)
+{
+	struct jit_link *l = &t->k->link[link];
+	struct em *e = &t->h;
+
+	if (rip <= t->k->rip + t->b->insn[n].off) {
+		em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
+		e32(e, t->b->n);
+		em_here(&t->cold, em_jcc(e, 14));               /* jle */
+		gen_leave(&t->cold, t, rip, NULL);
+	}
+	l->from = t->k;
+	l->rip = rip;
+	l->near = !((rip ^ t->k->rip) >> 12);
+	l->stamp = 0;
+	if (!l->near) {
+		em_load(e, SA, &t->j->low->stamp);
+		em_op_abs(e, true, 0x3b, SA, &l->stamp);
+		em_here(&t->cold, em_jcc(e, 5));
+	}
+	uint8_t *j = em_jmp(e);
+	l->at = (uint32_t)(j - t->j->rw);
+	l->unlinked = (uint32_t)(t->cold.p - t->j->rw);
+	em_here(&t->cold, j);
+	gen_leave(&t->cold, t, rip, l);
+	t->k->nlinks = MAX(t->k->nlinks, link + 1);
+}
+
+/* -- rewriting ------------------------------------------------------------------------------------ */
+/* modrm and what follows it: the immediate. */
+static void put_tail(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r)
+{
+	unsigned end = i->z.length;
+
+	if (i->z.attributes & ZYDIS_ATTRIB_HAS_MODRM) {
+		uint8_t m = bytes[i->z.raw.modrm.offset];
+
+		if (r.reg >= 0)
+			m = (uint8_t)((m & 0xc7) | (r.reg & 7) << 3);
+		if (r.mem)
+			m = (uint8_t)((m & 0x38) | 7);
+		else if (r.rm >= 0)
+			m = (uint8_t)((m & 0xf8) | (r.rm & 7));
+		e8(e, m);
+	}
+	for (unsigned k = 0; k < 2; k++)
+		if (i->z.raw.imm[k].size)
+			end = MIN(end, (unsigned)i->z.raw.imm[k].offset);
+	if (!i->z.raw.imm[0].size && !i->z.raw.imm[1].size)
+		return;
+	for (; end < i->z.length; end++)
+		e8(e, bytes[end]);
+}
+
+static bool put_legacy(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r)
+{
+	const ZydisDecodedInstruction *z = &i->z;
+	unsigned rex = 0x40 | z->raw.rex.W << 3 | z->raw.rex.R << 2 | z->raw.rex.X << 1 | z->raw.rex.B;
+	unsigned opcode = z->opcode;
+	bool lock = z->attributes & ZYDIS_ATTRIB_HAS_LOCK;
+
+	for (unsigned n = 0; n < z->raw.prefix_count; n++) {
+		uint8_t b = z->raw.prefixes[n].value;
+
+		if (b == 0x66 || b == 0xf0 || ((b == 0xf2 || b == 0xf3) && !lock && z->raw.prefixes[n].type != ZYDIS_PREFIX_TYPE_IGNORED &&
+					       z->mnemonic != ZYDIS_MNEMONIC_XCHG))
+			e8(e, b);
+	}
+	if (r.reg >= 0)
+		rex = (rex & ~4u) | (unsigned)(r.reg >> 3) << 2;
+	if (r.mem)
+		rex = (rex & ~3u) | 1;
+	else if (r.rm >= 0)
+		rex = (rex & ~3u) | (unsigned)r.rm >> 3;
+	if (r.op >= 0) {
+		rex = (rex & ~3u) | (unsigned)r.op >> 3;
+		opcode = (opcode & 0xf8) | (r.op & 7);
+	}
+	e8(e, rex);
+	switch (z->opcode_map) {
+	case ZYDIS_OPCODE_MAP_DEFAULT: break;
+	case ZYDIS_OPCODE_MAP_0F: e8(e, 0x0f); break;
+	case ZYDIS_OPCODE_MAP_0F38: e8(e, 0x0f); e8(e, 0x38); break;
+	case ZYDIS_OPCODE_MAP_0F3A: e8(e, 0x0f); e8(e, 0x3a); break;
+	default: return false;
+	}
+	e8(e, opcode);
+	put_tail(e, i, bytes, r);
+	return true;
+}
+
+static bool put_vex(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r)
+{
+	const uint8_t *v = bytes + i->z.raw.vex.offset;
+	unsigned b1, b2;
+
+	if (v[0] == 0xc5) {
+		b1 = (v[1] & 0x80) | 0x61;
+		b2 = v[1] & 0x7f;
+	} else if (v[0] == 0xc4) {
+		b1 = v[1];
+		b2 = v[2];
+	} else {
+		return false;
+	}
+	if (r.reg >= 0)
+		b1 = (b1 & ~0x80u) | (r.reg >> 3 ? 0 : 0x80);
+	if (r.mem)
+		b1 = (b1 & ~0x60u) | 0x40;
+	else if (r.rm >= 0)
+		b1 = (b1 & ~0x60u) | 0x40 | (r.rm >> 3 ? 0 : 0x20);
+	if (r.v >= 0)
+		b2 = (b2 & ~0x78u) | (~(unsigned)r.v & 15) << 3;
+	e8(e, 0xc4);
+	e8(e, b1);
+	e8(e, b2);
+	e8(e, i->z.opcode);
+	put_tail(e, i, bytes, r);
+	return true;
+}
+
+static bool put_evex(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r)
+{
+	const uint8_t *v = bytes + i->z.raw.evex.offset;
+	unsigned p0 = v[1], p1 = v[2];
+
+	if (r.reg >= 0)
+		p0 = (p0 & ~0x90u) | 0x10 | (r.reg >> 3 ? 0 : 0x80);
+	if (r.mem)
+		p0 = (p0 & ~0x60u) | 0x40;
+	else if (r.rm >= 0)
+		p0 = (p0 & ~0x60u) | 0x40 | (r.rm >> 3 ? 0 : 0x20);
+	if (r.v >= 0)
+		return false;
+	e8(e, 0x62);
+	e8(e, p0);
+	e8(e, p1);
+	e8(e, v[3]);
+	e8(e, i->z.opcode);
+	put_tail(e, i, bytes, r);
+	return true;
+}
+
+bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, struct regs r)
+{
+	switch (i->z.encoding) {
+	case ZYDIS_INSTRUCTION_ENCODING_LEGACY: return put_legacy(&t->h, i, bytes, r);
+	case ZYDIS_INSTRUCTION_ENCODING_VEX: return put_vex(&t->h, i, bytes, r);
+	case ZYDIS_INSTRUCTION_ENCODING_EVEX: return put_evex(&t->h, i, bytes, r);
+	default: return false;
+	}
+}

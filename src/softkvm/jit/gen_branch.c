@@ -1,0 +1,263 @@
+/* Near branches, calls, returns and the stack, in 64-bit code. */
+#include "softkvm/jit/internal.h"
+
+static uint64_t target_of(const struct tr *t, unsigned n)
+{
+	return t->k->rip + t->b->insn[n].off + t->t[n].z.length + (uint64_t)t->t[n].op[0].imm.value.s;
+}
+
+static uint64_t next_of(const struct tr *t, unsigned n) { return t->k->rip + t->b->insn[n].off + t->t[n].z.length; }
+
+static void lea_rsp(struct tr *t, int32_t d) { em_mem(&t->h, true, 0x8d, H_R12, H_R12, -1, 0, d); }
+
+/* ST = host address of the 8 bytes at guest rsp + d. */
+static void stack(struct tr *t, struct cold *k, int32_t d, bool write)
+{
+	em_mem(&t->h, true, 0x8d, ST, H_R12, -1, 0, d);
+	gen_check(t, k, 8, write);
+}
+
+static void store_imm(struct tr *t, uint64_t v)
+{
+	if ((int64_t)v == (int32_t)v) {
+		EM(&t->h, 0x49, 0xc7, 0x07);            /* mov qword [r15], imm32 */
+		e32(&t->h, (uint32_t)v);
+	} else {
+		em_imm(&t->h, SC, v);
+		em_mem(&t->h, true, 0x89, SC, ST, -1, 0, 0);
+	}
+}
+
+static void back(struct tr *t, unsigned n, struct cold *k)
+{
+	k->back = t->h.p;
+	k->reload_flags = t->in_host && t->t[n].live;
+	k->vloaded = t->vloaded;
+}
+
+/* -- push, pop ----------------------------------------------------------------------------------- */
+static bool push(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	const ZydisDecodedOperand *o = &i->op[0];
+	struct cold *k;
+
+	if (o->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(o->reg.value) != ZYDIS_REGCLASS_GPR64)
+		return false;
+	if (o->type != ZYDIS_OPERAND_TYPE_REGISTER && o->type != ZYDIS_OPERAND_TYPE_IMMEDIATE && o->type != ZYDIS_OPERAND_TYPE_MEMORY)
+		return false;
+	gen_clobber(t, n);
+	k = cold_new(t, n);
+	if (o->type == ZYDIS_OPERAND_TYPE_MEMORY) {
+		if (!gen_address(t, n))
+			return false;
+		gen_check(t, k, 8, false);
+		em_mem(&t->h, true, 0x8b, SA, ST, -1, 0, 0);
+	}
+	stack(t, k, -8, true);
+	if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
+		store_imm(t, (uint64_t)o->imm.value.s);
+	else
+		em_mem(&t->h, true, 0x89, o->type == ZYDIS_OPERAND_TYPE_MEMORY ? SA : gen_get(t, insn_reg_off(o->reg.value) / 8, SA), ST, -1, 0, 0);
+	lea_rsp(t, -8);
+	back(t, n, k);
+	return true;
+}
+
+static bool pop(struct tr *t, unsigned n)
+{
+	const ZydisDecodedOperand *o = &t->t[n].op[0];
+	struct cold *k;
+	unsigned g;
+
+	if (o->type != ZYDIS_OPERAND_TYPE_REGISTER || ZydisRegisterGetClass(o->reg.value) != ZYDIS_REGCLASS_GPR64)
+		return false;
+	g = insn_reg_off(o->reg.value) / 8;
+	gen_clobber(t, n);
+	k = cold_new(t, n);
+	stack(t, k, 0, false);
+	lea_rsp(t, 8);
+	em_mem(&t->h, true, 0x8b, jit_map[g] >= 0 ? (unsigned)jit_map[g] : SA, ST, -1, 0, 0);
+	if (jit_map[g] < 0)
+		gen_put(t, g, SA);
+	back(t, n, k);
+	return true;
+}
+
+static bool leave(struct tr *t, unsigned n)
+{
+	struct cold *k;
+
+	gen_clobber(t, n);
+	k = cold_new(t, n);
+	em_mov(&t->h, ST, H_RBP);
+	gen_check(t, k, 8, false);
+	em_mem(&t->h, true, 0x8d, H_R12, H_RBP, -1, 0, 8);
+	em_mem(&t->h, true, 0x8b, H_RBP, ST, -1, 0, 0);
+	back(t, n, k);
+	return true;
+}
+
+/* -- transfers ----------------------------------------------------------------------------------- */
+static void settle(struct tr *t)
+{
+	gen_flags_save(t);
+	vec_flush_out(t);
+}
+
+static struct cold *cold_last(struct tr *t, unsigned n)
+{
+	struct cold *k = cold_new(t, n);
+
+	k->final = true;
+	return k;
+}
+
+/*
+ * The target is in SA: find its code in the table of recent targets, else let the handler do the whole
+ * instruction. Then SA is the code's address, and nothing has happened yet.
+ */
+static void lookup(struct tr *t, unsigned n, struct cold *k)
+{
+	struct em *e = &t->h;
+	struct jit_ind *ind = t->j->low->ind;
+
+	em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
+	e32(e, t->b->n);
+	cold_from(k, em_jcc(e, 14));
+	EM(e, 0x89, 0xc1, 0x81, 0xe1);                  /* mov ecx, eax ; and ecx, mask */
+	e32(e, (1u << JIT_IND_BITS) - 1);
+	EM(e, 0xc1, 0xe1, 0x05);                        /* shl ecx, 5 */
+	em_mem(e, true, 0x3b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->rip);
+	cold_from(k, em_jcc(e, 5));
+	em_load(e, SA, &t->j->low->stamp);
+	em_mem(e, true, 0x3b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->stamp);
+	cold_from(k, em_jcc(e, 5));
+	em_mem(e, false, 0x8b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->code);
+}
+
+static void go(struct tr *t) { EM(&t->h, 0xff, 0xe0); }
+
+static bool ret(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	uint32_t more = i->z.raw.imm[0].size ? (uint16_t)i->z.raw.imm[0].value.u : 0;
+	struct cold *k;
+
+	settle(t);
+	k = cold_last(t, n);
+	stack(t, k, 0, false);
+	em_mem(&t->h, true, 0x8b, SA, ST, -1, 0, 0);
+	lookup(t, n, k);
+	lea_rsp(t, (int32_t)(8 + more));
+	go(t);
+	return true;
+}
+
+static bool indirect(struct tr *t, unsigned n, bool call)
+{
+	const ZydisDecodedOperand *o = &t->t[n].op[0];
+	struct cold *k;
+
+	settle(t);
+	k = cold_last(t, n);
+	if (o->type == ZYDIS_OPERAND_TYPE_MEMORY) {
+		if (!gen_address(t, n))
+			return false;
+		gen_check(t, k, 8, false);
+		em_mem(&t->h, true, 0x8b, SA, ST, -1, 0, 0);
+	} else {
+		em_mov(&t->h, SA, gen_get(t, insn_reg_off(o->reg.value) / 8, SA));
+	}
+	if (call) {
+		lookup(t, n, k);
+		struct cold *k2 = cold_last(t, n);
+
+		stack(t, k2, -8, true);
+		store_imm(t, next_of(t, n));
+		lea_rsp(t, -8);
+	} else {
+		lookup(t, n, k);
+	}
+	go(t);
+	return true;
+}
+
+static bool direct(struct tr *t, unsigned n, bool call)
+{
+	uint64_t to = target_of(t, n);
+	struct cold *k;
+
+	if (!call) {
+		if (!flags_dead_at(t, to))
+			gen_flags_save(t);
+		vec_flush_out(t);
+		gen_goto(t, to, n, 1);
+		return true;
+	}
+	settle(t);
+	k = cold_last(t, n);
+	stack(t, k, -8, true);
+	store_imm(t, next_of(t, n));
+	lea_rsp(t, -8);
+	gen_goto(t, to, n, 1);
+	return true;
+}
+
+static bool conditional(struct tr *t, unsigned n)
+{
+	bool host, mem;
+	uint8_t *taken;
+
+	gen_flags_load(t);
+	vec_flush_out(t);
+	host = t->in_host;
+	mem = t->in_mem;
+	taken = em_jcc(&t->h, t->t[n].z.opcode & 15);
+	if (!flags_dead_at(t, next_of(t, n)))
+		gen_flags_save(t);
+	gen_goto(t, next_of(t, n), n, 0);
+	em_here(&t->h, taken);
+	t->in_host = host;
+	t->in_mem = mem;
+	if (!flags_dead_at(t, target_of(t, n)))
+		gen_flags_save(t);
+	gen_goto(t, target_of(t, n), n, 1);
+	return true;
+}
+
+static bool near_64(const struct tinsn *i)
+{
+	return i->z.meta.branch_type != ZYDIS_BRANCH_TYPE_FAR && i->z.operand_width == 64 &&
+	       i->z.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY;
+}
+
+static bool is_jcc(const struct tinsn *i)
+{
+	return (i->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i->z.opcode & 0xf0) == 0x70) ||
+	       (i->z.opcode_map == ZYDIS_OPCODE_MAP_0F && (i->z.opcode & 0xf0) == 0x80);
+}
+
+bool gen_branch(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	const ZydisDecodedOperand *o = &i->op[0];
+
+	if (!near_64(i))
+		return false;
+	switch (i->z.mnemonic) {
+	case ZYDIS_MNEMONIC_PUSH: return push(t, n);
+	case ZYDIS_MNEMONIC_POP: return pop(t, n);
+	case ZYDIS_MNEMONIC_LEAVE: return leave(t, n);
+	case ZYDIS_MNEMONIC_RET: return i->z.opcode == 0xc2 || i->z.opcode == 0xc3 ? ret(t, n) : false;
+	case ZYDIS_MNEMONIC_JMP:
+	case ZYDIS_MNEMONIC_CALL:
+		if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
+			return direct(t, n, i->z.mnemonic == ZYDIS_MNEMONIC_CALL);
+		if (o->type == ZYDIS_OPERAND_TYPE_REGISTER || (o->type == ZYDIS_OPERAND_TYPE_MEMORY && o->size == 64))
+			return indirect(t, n, i->z.mnemonic == ZYDIS_MNEMONIC_CALL);
+		return false;
+	default:
+		return i->z.meta.category == ZYDIS_CATEGORY_COND_BR && is_jcc(i) ? conditional(t, n) : false;
+	}
+}

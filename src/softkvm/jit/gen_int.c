@@ -1,0 +1,382 @@
+/* Integer instructions: the same instruction on the registers that hold the guest's. */
+#include <stdio.h>
+
+#include "softkvm/jit/slots.h"
+
+/* -- slots --------------------------------------------------------------------------------------- */
+static int slot_of(const ZydisDecodedOperand *o)
+{
+	switch (o->encoding) {
+	case ZYDIS_OPERAND_ENCODING_MODRM_REG: return SL_REG;
+	case ZYDIS_OPERAND_ENCODING_MODRM_RM: return SL_RM;
+	case ZYDIS_OPERAND_ENCODING_OPCODE: return SL_OP;
+	case ZYDIS_OPERAND_ENCODING_NDSNDD: return SL_V;
+	default: return -1;
+	}
+}
+
+void slots_find(struct slots *s, const struct tinsn *i)
+{
+	memset(s, 0, sizeof *s);
+	for (unsigned k = 0; k < SL_COUNT; k++)
+		s->guest[k] = s->host[k] = -1;
+	for (unsigned k = 0; k < i->z.operand_count; k++) {
+		const ZydisDecodedOperand *o = &i->op[k];
+		ZydisRegisterClass c;
+		int sl;
+
+		if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
+			continue;
+		if (o->type == ZYDIS_OPERAND_TYPE_MEMORY) {
+			if (s->mem || o->encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM || o->mem.type != ZYDIS_MEMOP_TYPE_MEM)
+				s->other = true;
+			s->mem = o;
+			continue;
+		}
+		if (o->type != ZYDIS_OPERAND_TYPE_REGISTER) {
+			s->other = true;
+			continue;
+		}
+		c = ZydisRegisterGetClass(o->reg.value);
+		if (c == ZYDIS_REGCLASS_FLAGS)
+			continue;
+		if (c != ZYDIS_REGCLASS_GPR8 && c != ZYDIS_REGCLASS_GPR16 && c != ZYDIS_REGCLASS_GPR32 && c != ZYDIS_REGCLASS_GPR64) {
+			s->other = true;
+			continue;
+		}
+		sl = slot_of(o);
+		if (sl < 0) {
+			s->implicit = true;
+			continue;
+		}
+		s->guest[sl] = insn_reg_off(o->reg.value) / 8;
+		s->high[sl] = insn_reg_off(o->reg.value) & 1;
+		s->write[sl] = o->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
+		/* Parts of registers keep the rest; what is written on a condition keeps all. */
+		s->read[sl] = (o->actions & ZYDIS_OPERAND_ACTION_MASK_READ) || o->size < 32 || o->actions != ZYDIS_OPERAND_ACTION_WRITE;
+	}
+	s->scratch[s->nscratch++] = SA;
+	s->scratch[s->nscratch++] = SC;
+	if (!s->mem)
+		s->scratch[s->nscratch++] = ST;
+}
+
+bool slots_load(struct tr *t, struct slots *s)
+{
+	unsigned used = 0;
+
+	for (unsigned k = 0; k < SL_COUNT; k++) {
+		int g = s->guest[k];
+
+		if (g < 0)
+			continue;
+		if (s->high[k] && s->write[k])
+			return false;
+		if (jit_map[g] >= 0 && !s->high[k]) {
+			s->host[k] = jit_map[g];
+			continue;
+		}
+		for (unsigned m = 0; m < k && !s->high[k]; m++)
+			if (s->guest[m] == g && !s->high[m])
+				s->host[k] = s->host[m];
+		if (s->host[k] >= 0)
+			continue;
+		if (used == s->nscratch)
+			return false;
+		s->host[k] = (int)s->scratch[used++];
+		if (s->high[k]) {
+			unsigned h = gen_get(t, (unsigned)g, (unsigned)s->host[k]);
+
+			/* rorx d, h, 8 */
+			e8(&t->h, 0xc4);
+			e8(&t->h, 0x43 | (s->host[k] >> 3 ? 0 : 0x80) | (h >> 3 ? 0 : 0x20));
+			e8(&t->h, 0xfb);
+			e8(&t->h, 0xf0);
+			e8(&t->h, 0xc0 | (s->host[k] & 7) << 3 | (h & 7));
+			e8(&t->h, 8);
+		} else if (s->read[k] || s->write[k]) {
+			em_load(&t->h, (unsigned)s->host[k], &t->c->gpr[g]);
+		}
+	}
+	return true;
+}
+
+void slots_store(struct tr *t, const struct slots *s)
+{
+	for (unsigned k = 0; k < SL_COUNT; k++)
+		if (s->guest[k] >= 0 && s->write[k] && jit_map[s->guest[k]] < 0)
+			em_store(&t->h, (unsigned)s->host[k], &t->c->gpr[s->guest[k]]);
+}
+
+struct regs slots_regs(const struct slots *s)
+{
+	return (struct regs){ .reg = s->host[SL_REG], .rm = s->host[SL_RM], .op = s->host[SL_OP], .v = s->host[SL_V], .mem = s->mem };
+}
+
+/* -- around an instruction ----------------------------------------------------------------------- */
+void gen_flags_before(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+
+	if (i->tested || (i->written && (i->live & ~i->killed)))
+		gen_flags_load(t);
+}
+
+struct cold *gen_access(struct tr *t, unsigned n, const struct slots *s, bool *ok)
+{
+	struct cold *k = NULL;
+
+	*ok = true;
+	if (s->mem) {
+		gen_clobber(t, n);
+		*ok = gen_address(t, n) && s->mem->size >= 8 && s->mem->size <= 512;
+		k = cold_new(t, n);
+		gen_check(t, k, s->mem->size / 8, s->mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE);
+	}
+	return k;
+}
+
+void cold_done(struct tr *t, unsigned n, struct cold *k)
+{
+	if (!k)
+		return;
+	k->back = t->h.p;
+	k->reload_flags = t->in_host && t->t[n].live;
+	k->vloaded = t->vloaded;
+}
+
+/* -- which --------------------------------------------------------------------------------------- */
+static bool plain(ZydisMnemonic m)
+{
+	switch (m) {
+	case ZYDIS_MNEMONIC_ADD: case ZYDIS_MNEMONIC_OR: case ZYDIS_MNEMONIC_ADC: case ZYDIS_MNEMONIC_SBB: case ZYDIS_MNEMONIC_AND:
+	case ZYDIS_MNEMONIC_SUB: case ZYDIS_MNEMONIC_XOR: case ZYDIS_MNEMONIC_CMP: case ZYDIS_MNEMONIC_TEST: case ZYDIS_MNEMONIC_MOV:
+	case ZYDIS_MNEMONIC_MOVSX: case ZYDIS_MNEMONIC_MOVZX: case ZYDIS_MNEMONIC_MOVSXD: case ZYDIS_MNEMONIC_IMUL:
+	case ZYDIS_MNEMONIC_INC: case ZYDIS_MNEMONIC_DEC: case ZYDIS_MNEMONIC_NEG: case ZYDIS_MNEMONIC_NOT:
+	case ZYDIS_MNEMONIC_SHL: case ZYDIS_MNEMONIC_SHR: case ZYDIS_MNEMONIC_SAR: case ZYDIS_MNEMONIC_ROL: case ZYDIS_MNEMONIC_ROR:
+	case ZYDIS_MNEMONIC_RCL: case ZYDIS_MNEMONIC_RCR: case ZYDIS_MNEMONIC_SHLD: case ZYDIS_MNEMONIC_SHRD:
+	case ZYDIS_MNEMONIC_BSF: case ZYDIS_MNEMONIC_BSR: case ZYDIS_MNEMONIC_TZCNT: case ZYDIS_MNEMONIC_LZCNT:
+	case ZYDIS_MNEMONIC_POPCNT: case ZYDIS_MNEMONIC_BSWAP: case ZYDIS_MNEMONIC_XCHG: case ZYDIS_MNEMONIC_XADD:
+	case ZYDIS_MNEMONIC_CMPXCHG: case ZYDIS_MNEMONIC_MOVBE: case ZYDIS_MNEMONIC_MOVNTI: case ZYDIS_MNEMONIC_CRC32:
+	case ZYDIS_MNEMONIC_ADCX: case ZYDIS_MNEMONIC_ADOX:
+	case ZYDIS_MNEMONIC_ANDN: case ZYDIS_MNEMONIC_BEXTR: case ZYDIS_MNEMONIC_BLSI: case ZYDIS_MNEMONIC_BLSMSK:
+	case ZYDIS_MNEMONIC_BLSR: case ZYDIS_MNEMONIC_BZHI: case ZYDIS_MNEMONIC_PDEP: case ZYDIS_MNEMONIC_PEXT:
+	case ZYDIS_MNEMONIC_RORX: case ZYDIS_MNEMONIC_SARX: case ZYDIS_MNEMONIC_SHLX: case ZYDIS_MNEMONIC_SHRX: case ZYDIS_MNEMONIC_MULX:
+	case ZYDIS_MNEMONIC_CMOVB: case ZYDIS_MNEMONIC_CMOVBE: case ZYDIS_MNEMONIC_CMOVL: case ZYDIS_MNEMONIC_CMOVLE:
+	case ZYDIS_MNEMONIC_CMOVNB: case ZYDIS_MNEMONIC_CMOVNBE: case ZYDIS_MNEMONIC_CMOVNL: case ZYDIS_MNEMONIC_CMOVNLE:
+	case ZYDIS_MNEMONIC_CMOVNO: case ZYDIS_MNEMONIC_CMOVNP: case ZYDIS_MNEMONIC_CMOVNS: case ZYDIS_MNEMONIC_CMOVNZ:
+	case ZYDIS_MNEMONIC_CMOVO: case ZYDIS_MNEMONIC_CMOVP: case ZYDIS_MNEMONIC_CMOVS: case ZYDIS_MNEMONIC_CMOVZ:
+	case ZYDIS_MNEMONIC_SETB: case ZYDIS_MNEMONIC_SETBE: case ZYDIS_MNEMONIC_SETL: case ZYDIS_MNEMONIC_SETLE:
+	case ZYDIS_MNEMONIC_SETNB: case ZYDIS_MNEMONIC_SETNBE: case ZYDIS_MNEMONIC_SETNL: case ZYDIS_MNEMONIC_SETNLE:
+	case ZYDIS_MNEMONIC_SETNO: case ZYDIS_MNEMONIC_SETNP: case ZYDIS_MNEMONIC_SETNS: case ZYDIS_MNEMONIC_SETNZ:
+	case ZYDIS_MNEMONIC_SETO: case ZYDIS_MNEMONIC_SETP: case ZYDIS_MNEMONIC_SETS: case ZYDIS_MNEMONIC_SETZ:
+	case ZYDIS_MNEMONIC_BT: case ZYDIS_MNEMONIC_BTS: case ZYDIS_MNEMONIC_BTR: case ZYDIS_MNEMONIC_BTC:
+		return true;
+	default:
+		return false;
+	}
+}
+
+static bool shift_by_cl(const struct tinsn *i)
+{
+	uint8_t op = i->z.opcode;
+
+	if (i->z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY)
+		return false;
+	return i->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT ? op == 0xd2 || op == 0xd3 :
+	       i->z.opcode_map == ZYDIS_OPCODE_MAP_0F && (op == 0xa5 || op == 0xad);
+}
+
+/* Bit tests with a register index reach memory beyond the operand. */
+static bool bit_string(const struct tinsn *i, const struct slots *s)
+{
+	switch (i->z.mnemonic) {
+	case ZYDIS_MNEMONIC_BT: case ZYDIS_MNEMONIC_BTS: case ZYDIS_MNEMONIC_BTR: case ZYDIS_MNEMONIC_BTC:
+		return s->mem && s->guest[SL_REG] >= 0;
+	default:
+		return false;
+	}
+}
+
+/* -- forms that need more ------------------------------------------------------------------------ */
+static unsigned put_prefix66(struct tr *t, const struct tinsn *i)
+{
+	if (i->z.operand_width == 16)
+		e8(&t->h, 0x66);
+	return 0x40 | (i->z.operand_width == 64) << 3;
+}
+
+/* op al/ax/eax/rax, imm: by way of the modrm form on the register that holds the guest's rax. */
+static bool accumulator(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	uint8_t op = i->z.opcode;
+	bool test = op == 0xa8 || op == 0xa9;
+	unsigned rex;
+
+	if (i->z.opcode_map != ZYDIS_OPCODE_MAP_DEFAULT || i->z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY ||
+	    (!test && (op >= 0x40 || (op & 6) != 4)))
+		return false;
+	gen_flags_before(t, n);
+	rex = put_prefix66(t, i);
+	e8(&t->h, rex | 1);
+	e8(&t->h, test ? 0xf6 | (op & 1) : 0x80 | (op & 1));
+	e8(&t->h, 0xc0 | (test ? 0 : op & 0x38) | (H_R13 & 7));
+	for (unsigned k = i->z.raw.imm[0].offset; k < i->z.length; k++)
+		e8(&t->h, tr_bytes(t, n)[k]);
+	gen_flags_after(t, n);
+	return true;
+}
+
+/* rax (and rdx, which is in its place) are implied: through the host's. */
+static bool with_rax(const struct tinsn *i)
+{
+	uint8_t op = i->z.opcode;
+
+	switch (i->z.mnemonic) {
+	case ZYDIS_MNEMONIC_CBW: case ZYDIS_MNEMONIC_CWDE: case ZYDIS_MNEMONIC_CDQE:
+	case ZYDIS_MNEMONIC_CWD: case ZYDIS_MNEMONIC_CDQ: case ZYDIS_MNEMONIC_CQO:
+	case ZYDIS_MNEMONIC_CMPXCHG: case ZYDIS_MNEMONIC_MUL:
+		return true;
+	case ZYDIS_MNEMONIC_IMUL:
+		return i->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (op == 0xf6 || op == 0xf7);
+	default:
+		return false;
+	}
+}
+
+static bool lea(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	const ZydisDecodedOperandMem *m = &i->op[1].mem;
+	unsigned g = insn_reg_off(i->op[0].reg.value) / 8, d = jit_map[g] >= 0 ? (unsigned)jit_map[g] : SA;
+	int base = -1, index = -1;
+	int64_t disp = m->disp.has_displacement ? m->disp.value : 0;
+	bool w = i->z.operand_width == 64;
+
+	if (i->z.operand_width == 16 || i->z.address_width == 16 || m->base == ZYDIS_REGISTER_EIP)
+		return false;
+	if (m->base == ZYDIS_REGISTER_RIP) {
+		uint64_t v = t->k->rip + t->b->insn[n].off + i->z.length + (uint64_t)disp;
+
+		em_imm(&t->h, d, w ? v : (uint32_t)v);
+	} else {
+		if (m->base != ZYDIS_REGISTER_NONE)
+			base = (int)gen_get(t, insn_reg_off(m->base) / 8, SC);
+		if (m->index != ZYDIS_REGISTER_NONE)
+			index = (int)gen_get(t, insn_reg_off(m->index) / 8, ST);
+		em_mem(&t->h, w && i->z.address_width == 64, 0x8d, d, base, index,
+		       m->scale == 8 ? 3 : m->scale == 4 ? 2 : m->scale == 2 ? 1 : 0, (int32_t)disp);
+	}
+	gen_put(t, g, d);
+	return true;
+}
+
+static bool xchg_acc(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	unsigned g, h, rex;
+
+	if (i->op[0].encoding == ZYDIS_OPERAND_ENCODING_OPCODE)
+		g = insn_reg_off(i->op[0].reg.value) / 8;
+	else
+		g = insn_reg_off(i->op[1].reg.value) / 8;
+	h = gen_get(t, g, SC);
+	rex = put_prefix66(t, i);
+	e8(&t->h, rex | 4 | h >> 3);
+	e8(&t->h, 0x87);
+	e8(&t->h, 0xc0 | (H_R13 & 7) << 3 | (h & 7));
+	gen_put(t, g, h);
+	return true;
+}
+
+static bool nothing(ZydisMnemonic m)
+{
+	switch (m) {
+	case ZYDIS_MNEMONIC_NOP: case ZYDIS_MNEMONIC_ENDBR64: case ZYDIS_MNEMONIC_ENDBR32:
+	case ZYDIS_MNEMONIC_PREFETCH: case ZYDIS_MNEMONIC_PREFETCHNTA: case ZYDIS_MNEMONIC_PREFETCHT0:
+	case ZYDIS_MNEMONIC_PREFETCHT1: case ZYDIS_MNEMONIC_PREFETCHT2: case ZYDIS_MNEMONIC_PREFETCHW:
+		return true;
+	default:
+		return false;
+	}
+}
+
+static bool small(struct tr *t, unsigned n, bool *done)
+{
+	const struct tinsn *i = &t->t[n];
+
+	*done = true;
+	if (nothing(i->z.mnemonic))
+		return true;
+	switch (i->z.mnemonic) {
+	case ZYDIS_MNEMONIC_LEA:
+		return lea(t, n);
+	case ZYDIS_MNEMONIC_CLC: case ZYDIS_MNEMONIC_STC: case ZYDIS_MNEMONIC_CMC:
+		gen_flags_before(t, n);
+		e8(&t->h, i->z.opcode);
+		gen_flags_after(t, n);
+		return true;
+	case ZYDIS_MNEMONIC_LFENCE: case ZYDIS_MNEMONIC_SFENCE: case ZYDIS_MNEMONIC_MFENCE: case ZYDIS_MNEMONIC_PAUSE:
+		if (i->z.mnemonic == ZYDIS_MNEMONIC_PAUSE)
+			return false;
+		EM(&t->h, 0x0f, 0xae);
+		e8(&t->h, i->z.mnemonic == ZYDIS_MNEMONIC_LFENCE ? 0xe8 : i->z.mnemonic == ZYDIS_MNEMONIC_MFENCE ? 0xf0 : 0xf8);
+		return true;
+	case ZYDIS_MNEMONIC_XCHG:
+		if (i->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i->z.opcode & 0xf8) == 0x90)
+			return xchg_acc(t, n);
+		break;
+	default:
+		break;
+	}
+	*done = false;
+	return false;
+}
+
+bool gen_int(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	bool rax = with_rax(i), cl = shift_by_cl(i), done, ok;
+	struct slots s;
+	struct cold *k;
+
+	if (t->b->insn[n].flags & IF_END)
+		return false;
+	ok = small(t, n, &done);
+	if (done)
+		return ok;
+	if (!plain(i->z.mnemonic) && !rax)
+		return false;
+	slots_find(&s, i);
+	if (s.implicit && !s.mem && !rax && !cl && accumulator(t, n))
+		return true;
+	if (s.other || bit_string(i, &s) ||
+	    (s.implicit && !rax && !cl && i->z.mnemonic != ZYDIS_MNEMONIC_MULX))
+		return false;
+	if (i->z.mnemonic == ZYDIS_MNEMONIC_CMPXCHG && s.guest[SL_RM] == R_RAX)
+		return false;   /* both sides are one register */
+	/* Scratch registers that the instruction itself wants. */
+	if (rax)
+		memmove(s.scratch, s.scratch + 1, sizeof s.scratch - sizeof s.scratch[0]), s.nscratch--;
+	if (cl)
+		s.scratch[1] = s.scratch[2], s.nscratch--;
+	k = gen_access(t, n, &s, &ok);
+	if (!ok)
+		return false;
+	gen_flags_before(t, n);
+	if (!slots_load(t, &s))
+		return false;
+	if (cl)
+		em_mov(&t->h, H_RCX, H_R14);
+	if (rax)
+		em_mov(&t->h, H_RAX, H_R13);
+	if (!gen_rewrite(t, i, tr_bytes(t, n), slots_regs(&s)))
+		return false;
+	if (rax && i->z.mnemonic != ZYDIS_MNEMONIC_CWD && i->z.mnemonic != ZYDIS_MNEMONIC_CDQ && i->z.mnemonic != ZYDIS_MNEMONIC_CQO)
+		em_mov(&t->h, H_R13, H_RAX);
+	slots_store(t, &s);
+	gen_flags_after(t, n);
+	cold_done(t, n, k);
+	return true;
+}

@@ -1,0 +1,185 @@
+/* What the files of jit/ share. Register map and invariants: docs/engine-translator.md. */
+#ifndef SOFTKVM_JIT_INTERNAL_H
+#define SOFTKVM_JIT_INTERNAL_H
+
+#include <stdio.h>
+
+#include "softkvm/jit/jit.h"
+#include "softkvm/low.h"
+
+/* Host registers by number. */
+enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI, H_R8, H_R9, H_R10, H_R11, H_R12, H_R13, H_R14, H_R15 };
+/* Scratch: flags and accumulator, index and shift count, address. */
+#define SA H_RAX
+#define SC H_RCX
+#define ST H_R15
+/* Host register of a guest register, -1: it stays in cpu->gpr. */
+extern const int8_t jit_map[16];
+
+#define JIT_THRESHOLD 16
+#define JIT_IND_BITS 14
+#define JIT_ALL_FLAGS 0x8d5u    /* OF SF ZF AF PF CF in RFLAGS' positions */
+
+/* A direct jump to another block. In low memory: translated code reads `stamp`. */
+struct jit_link {
+	uint64_t stamp;                 /* cross-page: good under this code stamp */
+	uint64_t rip;
+	struct jit_code *from;
+	uint32_t at;                    /* offset of the rel32 in the code area */
+	uint32_t unlinked;              /* where it leads while unlinked */
+	bool near;                      /* within the page: needs no stamp */
+};
+
+/* Handler call: the instruction, and what stops the interpreter behind it. */
+struct jit_site { struct insn i, stop; };
+
+struct jit_code {
+	struct block *b;
+	struct cpu *c;
+	uint64_t rip;
+	uint32_t mode;
+	uint32_t ver_value;             /* read by the code's entry */
+	uint32_t entry, body;           /* offsets in the code area: with and without the version check */
+	unsigned nlinks;
+	struct jit_link link[2];
+};
+
+/* Recent targets of indirect jumps. */
+struct jit_ind { uint64_t rip, stamp; uint64_t code, pad; };
+
+/* The part that translated code addresses: below 2 GiB. */
+struct jit_low {
+	struct jit_ind ind[1 << JIT_IND_BITS];
+	uint64_t stamp;                 /* of the code that runs: block_cache generation and mode */
+	uint8_t vec_ok;                 /* JV_*: what vector code may run without checks */
+	uint8_t fp_ok;                  /* the host's MXCSR stands for the guest's */
+	_Alignas(64) uint8_t arena[];   /* jit_code and jit_site */
+};
+enum { JV_SSE = 1, JV_VEX = 2, JV_EVEX = 4 };
+
+struct jit {
+	struct cpu *c;
+	uint8_t *rw, *rx;
+	size_t size, hot_size;
+	size_t hot, cold;               /* used so far; cold counts from hot_size */
+	struct jit_low *low;
+	size_t low_size, arena_size, arena;
+	uint32_t gen;
+	uint32_t enter, leave, call;    /* thunks */
+	bool off;                       /* tests: interpret, but keep translations right */
+	struct tr *tr;                  /* the translator's working memory */
+	FILE *perf_map;
+};
+
+/* -- byte emission ------------------------------------------------------------------------------ */
+struct em { uint8_t *p, *end; bool full; };
+
+static inline void e8(struct em *e, unsigned v)
+{
+	if (e->p < e->end)
+		*e->p++ = (uint8_t)v;
+	else
+		e->full = true;
+}
+static inline void e32(struct em *e, uint32_t v) { for (int n = 0; n < 4; n++) e8(e, v >> (8 * n) & 255); }
+static inline void e64(struct em *e, uint64_t v) { e32(e, (uint32_t)v); e32(e, (uint32_t)(v >> 32)); }
+#define EM(e, ...) do { static const uint8_t b_[] = { __VA_ARGS__ }; for (unsigned n_ = 0; n_ < sizeof b_; n_++) e8(e, b_[n_]); } while (0)
+
+/* code.c */
+void em_abs(struct em *e, unsigned reg, const void *p);                 /* modrm, sib, disp32 of [p] */
+void em_op_abs(struct em *e, bool w, unsigned op, unsigned reg, const void *p);
+void em_load(struct em *e, unsigned reg, const void *p);                /* mov reg, [p]: 64 bits */
+void em_store(struct em *e, unsigned reg, const void *p);
+void em_load32(struct em *e, unsigned reg, const void *p);
+void em_mov(struct em *e, unsigned dst, unsigned src);                  /* 64 bits */
+void em_imm(struct em *e, unsigned reg, uint64_t v);
+/* op reg, [base + index << scale + disp] with w; index -1: none. */
+void em_mem(struct em *e, bool w, unsigned op, unsigned reg, int base, int index, unsigned scale, int32_t disp);
+uint8_t *em_jmp(struct em *e);                                          /* returns the rel32's place */
+uint8_t *em_jcc(struct em *e, unsigned cc);
+void em_here(struct em *e, uint8_t *rel32);                             /* that jump leads here */
+void em_to(uint8_t *rel32, const uint8_t *target);
+void jit_thunks(struct jit *j);
+int jit_code_map(struct jit *j, size_t bytes);
+void jit_code_unmap(struct jit *j);
+void *jit_arena(struct jit *j, size_t size);                            /* low memory, 64-byte aligned; NULL: full */
+
+/* run.c */
+bool jit_call_insn(struct jit_site *s);
+bool jit_fp_prepare(struct cpu *c);
+
+/* trans.c */
+struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode);
+
+/* -- a translation under way ------------------------------------------------------------------------ */
+struct tinsn {
+	ZydisDecodedInstruction z;
+	ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
+	uint16_t tested, written, killed, live;         /* flags; live: behind the instruction */
+	bool by_handler;
+};
+
+#define VEC_MAX 32
+struct cold {
+	uint8_t *from[4];
+	unsigned nfrom;
+	uint8_t *back;
+	struct jit_site *site;
+	bool reload_flags, final;
+	uint32_t vdirty, vloaded;       /* vector registers to write before and to read after */
+	bool wide;
+};
+
+struct tr {
+	struct jit *j;
+	struct cpu *c;
+	struct block *b;
+	struct jit_code *k;
+	struct tlb *tlb;
+	struct em h, cold;
+	bool in_host, in_mem;           /* where the guest's flags are */
+	uint32_t vloaded, vdirty;       /* vector registers held by the host */
+	bool wide;                      /* the block has VEX or EVEX instructions: whole registers */
+	bool uses_fp, uses_vec, fp_fail;
+	bool failed;
+	uint8_t *loop;                  /* where a jump to the block itself may go */
+	unsigned n, ncold;
+	struct cold colds[BLOCK_MAX_INSNS * 2];
+	struct tinsn t[BLOCK_MAX_INSNS];
+};
+
+struct jit_site *tr_site(struct tr *t, unsigned n);
+/* The cold path of instruction n: its handler. Jumps added with cold_from(); `back` is set by cold_done(). */
+struct cold *cold_new(struct tr *t, unsigned n);
+static inline void cold_from(struct cold *k, uint8_t *rel32) { k->from[k->nfrom++] = rel32; }
+
+/* gen.c: pieces. */
+void gen_flags_save(struct tr *t);              /* to cpu->aflags if only the host has them */
+void gen_flags_load(struct tr *t);              /* to the host if only cpu->aflags has them; uses SA */
+void gen_clobber(struct tr *t, unsigned n);     /* EFLAGS are about to be destroyed before instruction n ran */
+void gen_flags_after(struct tr *t, unsigned n); /* instruction n has run natively */
+bool gen_address(struct tr *t, unsigned n);     /* ST = linear address of the memory operand; false: cannot */
+/* ST = host address of the access at linear ST, or to the cold path; uses SC. */
+void gen_check(struct tr *t, struct cold *k, unsigned size, bool write);
+void gen_handler(struct tr *t, unsigned n);
+unsigned gen_get(struct tr *t, unsigned guest, unsigned scratch);       /* host register holding it now */
+void gen_put(struct tr *t, unsigned guest, unsigned host);
+void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l);
+void gen_goto(struct tr *t, uint64_t rip, unsigned n, unsigned link);
+/* Instruction n rewritten: registers of its modrm, opcode and VEX.vvvv fields replaced, memory operand [ST]. -1: as it is. */
+struct regs { int reg, rm, op, v; bool mem; };
+bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, struct regs r);
+
+/* True when done natively. */
+bool gen_int(struct tr *t, unsigned n);
+bool gen_branch(struct tr *t, unsigned n);
+bool gen_vec(struct tr *t, unsigned n);
+void vec_flush_out(struct tr *t);               /* dirty registers to memory, none held */
+void vec_store_set(struct em *e, struct tr *t, uint32_t set);
+void vec_load_set(struct em *e, struct tr *t, uint32_t set);
+bool vec_wants_wide(const struct tinsn *i);
+
+bool flags_dead_at(struct tr *t, uint64_t rip);
+static inline const uint8_t *tr_bytes(const struct tr *t, unsigned n) { return block_copy(t->b) + t->b->insn[n].off; }
+
+#endif

@@ -1,0 +1,32 @@
+/*
+ * The binary translator (mode T): blocks that ran a few times get native code. Design, register map and the
+ * isolation argument: docs/engine-translator.md.
+ *
+ * It is a second tier below the interpreter's loop: jit_run() executes a block and whatever is linked to it, and
+ * returns where the loop would look around. Whatever it does not translate it hands to the interpreter's handler.
+ * A translator belongs to its vCPU; everything here is called by that vCPU's thread.
+ */
+#ifndef SOFTKVM_JIT_JIT_H
+#define SOFTKVM_JIT_JIT_H
+
+#include "softkvm/interp/block.h"
+
+struct jit_link;
+
+enum jit_result {
+	JIT_NOT,        /* not translated (yet): interpret the block */
+	JIT_DONE,       /* cpu->rip is the next instruction */
+	JIT_LOOK,       /* cpu->cur was executed by its handler; the loop settles what it left */
+};
+
+/* 0, -ENOMEM or -ENOTSUP (host without BMI2, context not in low memory). Without it everything is interpreted. */
+int jit_cpu_init(struct cpu *c, size_t code_bytes);
+void jit_cpu_free(struct cpu *c);
+/* `b` is valid at cpu->rip. */
+enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode);
+/* The block cache was emptied: forget all translations. Never while translated code runs. */
+void jit_flush(struct cpu *c);
+/* The block's page was written but its bytes stand: ver_value is new. */
+void jit_revived(struct cpu *c, struct block *b);
+
+#endif

@@ -1,0 +1,230 @@
+/* Running translated code, linking it, and what it calls. */
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+#include <xmmintrin.h>
+
+#include "softkvm/jit/internal.h"
+
+#define HOST_MXCSR 0x1f80u
+#define MX_FLAGS 0x3fu
+
+/* -- life ---------------------------------------------------------------------------------------- */
+static bool addressable(const struct cpu *c)
+{
+	if (!low_is(c, sizeof *c))
+		return false;
+	for (unsigned m = 0; m < TLB_MODES; m++)
+		if (!low_is(c->tlbs[m], sizeof(struct tlb)))
+			return false;
+	return true;
+}
+
+int jit_cpu_init(struct cpu *c, size_t code_bytes)
+{
+	struct jit *j;
+	int r;
+
+	if (!__builtin_cpu_supports("bmi2") || !addressable(c))
+		return -ENOTSUP;
+	j = calloc(1, sizeof *j);
+	if (!j)
+		return -ENOMEM;
+	j->c = c;
+	j->gen = 1;
+	j->tr = calloc(1, sizeof *j->tr);
+	code_bytes = ALIGN_UP(MAX(code_bytes, (size_t)1 << 20), 4096);
+	j->arena_size = code_bytes;
+	j->low_size = sizeof *j->low + j->arena_size;
+	j->low = low_alloc(j->low_size);
+	r = j->tr && j->low && low_is(j->low, j->low_size) ? jit_code_map(j, code_bytes) : -ENOMEM;
+	c->jit = j;
+	if (r) {
+		jit_cpu_free(c);
+		return r;
+	}
+	jit_thunks(j);
+	if (getenv("LODGE_PERF_MAP")) {
+		char name[64];
+
+		snprintf(name, sizeof name, "/tmp/perf-%d.map", (int)getpid());
+		j->perf_map = fopen(name, "a");
+	}
+	return 0;
+}
+
+void jit_cpu_free(struct cpu *c)
+{
+	struct jit *j = c->jit;
+
+	if (!j)
+		return;
+	if (j->perf_map)
+		fclose(j->perf_map);
+	jit_code_unmap(j);
+	low_free(j->low, j->low_size);
+	free(j->tr);
+	free(j);
+	c->jit = NULL;
+}
+
+void jit_flush(struct cpu *c)
+{
+	struct jit *j = c->jit;
+
+	if (!j)
+		return;
+	c->blocks->jit_want = NULL;
+	j->hot = 1024;
+	j->cold = 0;
+	j->arena = 0;
+	j->gen++;
+	memset(j->low->ind, 0, sizeof j->low->ind);
+}
+
+static struct jit_code *code_of(const struct jit *j, const struct block *b)
+{
+	return b->code_gen == j->gen ? b->code : NULL;
+}
+
+/* -- links --------------------------------------------------------------------------------------- */
+static void link_set(struct jit *j, struct jit_link *l, uint32_t target)
+{
+	em_to(j->rw + l->at, j->rw + target);
+}
+
+void jit_revived(struct cpu *c, struct block *b)
+{
+	struct jit *j = c->jit;
+	struct jit_code *k = j ? code_of(j, b) : NULL;
+
+	if (!k)
+		return;
+	/* What it is linked to in this page was not compared. */
+	for (unsigned n = 0; n < k->nlinks; n++)
+		if (k->link[n].at)
+			link_set(j, &k->link[n], k->link[n].unlinked);
+	k->ver_value = b->ver_value;
+}
+
+/* The jump `l` was left by turns out to lead to `to`, which is valid now. */
+static void resolve(struct jit *j, struct jit_link *l, const struct jit_code *to)
+{
+	const struct jit_code *from = l->from;
+
+	if (l->rip != to->rip || from->mode != to->mode)
+		return;
+	if (!l->near) {
+		l->stamp = j->low->stamp;
+		link_set(j, l, to->entry);
+	} else if (from->b->ver == to->b->ver && from->b->ver_value == to->b->ver_value && from->b->epoch == to->b->epoch &&
+		   atomic_load_explicit(from->b->ver, memory_order_acquire) == to->b->ver_value && code_of(j, from->b) == from) {
+		link_set(j, l, to->body);
+	}
+}
+
+/* -- floating point ------------------------------------------------------------------------------ */
+static void fp_finish(struct cpu *c, struct jit_low *l)
+{
+	if (l->fp_ok) {
+		c->fpu.mxcsr |= _mm_getcsr() & MX_FLAGS;
+		l->fp_ok = 0;
+	}
+}
+
+/* Translated code is about to use the host's MXCSR for the guest's. False: they differ in more than flags. */
+bool jit_fp_prepare(struct cpu *c)
+{
+	uint32_t h = _mm_getcsr();
+
+	if ((c->fpu.mxcsr & ~MX_FLAGS) != HOST_MXCSR)
+		return false;
+	if ((h & ~MX_FLAGS) != HOST_MXCSR || (h & MX_FLAGS & ~c->fpu.mxcsr))
+		_mm_setcsr(HOST_MXCSR);
+	c->jit->low->fp_ok = 1;
+	return true;
+}
+
+static uint8_t vec_allowed(const struct cpu *c)
+{
+	uint8_t r = 0;
+
+	if (c->cr0 & (CR0_EM | CR0_TS))
+		return 0;
+	if (c->cr4 & CR4_OSFXSR)
+		r |= JV_SSE;
+	if ((c->cr4 & CR4_OSXSAVE) && (c->xcr0 & 6) == 6) {
+		r |= JV_VEX;
+		if ((c->xcr0 & 0xe6) == 0xe6)
+			r |= JV_EVEX;
+	}
+	return r;
+}
+
+/* -- running ------------------------------------------------------------------------------------- */
+/* Translated code hands an instruction to its handler. True: the loop must look before the next one. */
+bool jit_call_insn(struct jit_site *s)
+{
+	const struct jit_code *k = s->stop.ptr;
+	struct cpu *c = k->c;
+
+	fp_finish(c, c->jit->low);
+	c->gpr[R_BLK] = k->rip;
+	c->rip = k->rip + k->b->bytes;
+	c->blk = k->b;
+	c->block_end = NULL;
+	c->cur = &s->i;
+	s->i.fn(c, &s->i);
+	return (s->i.flags & IF_END) || c->block_end || mmio_pending(c);
+}
+
+static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_code *k)
+{
+	uint64_t (*enter)(const uint8_t *) = (uint64_t (*)(const uint8_t *))(void *)(j->rx + j->enter);
+	uint64_t r;
+
+	j->low->vec_ok = vec_allowed(c);
+	j->low->fp_ok = 0;
+	c->budget -= k->b->n;
+	c->stats.blocks_run++;
+	r = enter(j->rx + k->body);
+	fp_finish(c, j->low);
+	if (r == 1)
+		return JIT_LOOK;
+	c->blocks->jit_want = (struct jit_link *)(uintptr_t)r;
+	return JIT_DONE;
+}
+
+enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode)
+{
+	struct jit *j = c->jit;
+	struct jit_link *want = c->blocks->jit_want;
+	struct jit_code *k = code_of(j, b);
+	uint64_t stamp = c->code_stamp;
+	struct jit_ind *ind;
+
+	c->blocks->jit_want = NULL;
+	c->code_stamp = CODE_STAMP_NONE;        /* the interpreter follows no links of its own */
+	c->blocks->want = NULL;
+	if (unlikely(!k || k->rip != c->rip || k->mode != mode)) {
+		if ((mode & (BM_CODE64 | BM_SEG | BM_ONE)) != BM_CODE64 || b->cross || b == c->blocks->scratch ||
+		    c->tlb == c->tlbs[TLB_NONE] || j->off || b->runs++ < JIT_THRESHOLD)
+			return JIT_NOT;
+		if (k)
+			b->runs = 0;
+		k = jit_translate(j, b, c->rip, mode);
+		if (!k)
+			return JIT_NOT;
+		want = NULL;
+	}
+	if (unlikely(c->tlb == c->tlbs[TLB_NONE] || c->data_bp || j->off))
+		return JIT_NOT;
+	j->low->stamp = stamp;
+	if (want)
+		resolve(j, want, k);
+	ind = &j->low->ind[c->rip & ((1u << JIT_IND_BITS) - 1)];
+	*ind = (struct jit_ind){ .rip = c->rip, .stamp = j->low->stamp, .code = (uintptr_t)(j->rx + k->entry) };
+	return run_code(c, j, k);
+}

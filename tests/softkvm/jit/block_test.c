@@ -1,0 +1,381 @@
+/*
+ * Random blocks of 64-bit code, run by the interpreter and by the translator from the same state: registers,
+ * flags, vector registers, memory and the event that ended the run must agree. The code is a handful of random
+ * instructions with jumps among them, memory operands around a few data pages (one missing, one read-only) and
+ * now and then far off (non-canonical, wrapping), inside a loop that runs often enough to be translated.
+ *
+ * Flags that an instruction leaves undefined are compared only behind one that defines them.
+ */
+#include <getopt.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+#include "softkvm/jit/internal.h"
+
+#define PAGES 16                /* restored before every run; operands lie in the middle */
+#define BASE 0x400000u          /* 4 KiB pages, every second one missing (harness.c) */
+#define DATA (BASE + 4096 * 4)
+#define CODE_MAX 2048
+#define BODY 12
+
+static uint64_t rng;
+
+static uint64_t rnd(void)
+{
+	rng ^= rng >> 12;
+	rng ^= rng << 25;
+	rng ^= rng >> 27;
+	return rng * 0x2545f4914f6cdd1dULL;
+}
+static unsigned below(unsigned n) { return (unsigned)(rnd() % n); }
+
+struct code { uint8_t b[CODE_MAX]; unsigned n, at[BODY * 2], count; unsigned jumps, jump_at[BODY]; };
+
+struct result {
+	uint64_t gpr[16], rip, rflags;
+	uint32_t mxcsr;
+	uint8_t zmm[32][64];
+	struct event ev;
+	bool halted;
+	uint8_t mem[PAGES * 4096];
+};
+
+static ZydisDecoder dec;
+
+/* -- instructions ---------------------------------------------------------------------------------- */
+static unsigned random_bytes(uint8_t *b, bool vec)
+{
+	unsigned n = 0;
+
+	switch (below(10)) {
+	case 0: b[n++] = 0x66; break;
+	case 1: b[n++] = below(2) ? 0xf2 : 0xf3; break;
+	case 2: b[n++] = 0xf0; break;
+	}
+	if (vec && below(2)) {
+		if (below(2)) {
+			n = 0;
+			b[n++] = 0xc4;
+			b[n++] = (uint8_t)((rnd() & 0xe0) | (1 + below(3)));
+			b[n++] = (uint8_t)rnd();
+			if (below(2))
+				b[n - 1] |= 0x78;
+		} else {
+			if (below(2))
+				b[n++] = (uint8_t)(0x40 | below(16));
+			b[n++] = 0x0f;
+		}
+	} else if (below(10) == 0) {
+		n = 0;
+		b[n++] = 0xc4;
+		b[n++] = (uint8_t)((rnd() & 0xe0) | (2 + below(2)));
+		b[n++] = (uint8_t)(rnd() & 0xfb);
+		b[n++] = (uint8_t)(0xf0 | below(8));
+	} else {
+		if (below(3))
+			b[n++] = (uint8_t)(0x40 | below(16));
+		if (below(3) == 0)
+			b[n++] = 0x0f;
+	}
+	while (n < 15)
+		b[n++] = (uint8_t)rnd();
+	return n;
+}
+
+static bool wanted(const ZydisDecodedInstruction *z, const ZydisDecodedOperand *op)
+{
+	switch (z->meta.category) {
+	case ZYDIS_CATEGORY_BINARY: case ZYDIS_CATEGORY_BITBYTE: case ZYDIS_CATEGORY_BMI1: case ZYDIS_CATEGORY_BMI2:
+	case ZYDIS_CATEGORY_CMOV: case ZYDIS_CATEGORY_CONVERT: case ZYDIS_CATEGORY_LOGICAL: case ZYDIS_CATEGORY_LZCNT:
+	case ZYDIS_CATEGORY_PUSH: case ZYDIS_CATEGORY_POP: case ZYDIS_CATEGORY_ROTATE: case ZYDIS_CATEGORY_SEMAPHORE:
+	case ZYDIS_CATEGORY_SETCC: case ZYDIS_CATEGORY_SHIFT: case ZYDIS_CATEGORY_STRINGOP: case ZYDIS_CATEGORY_ADOX_ADCX:
+	case ZYDIS_CATEGORY_DATAXFER: case ZYDIS_CATEGORY_MISC: case ZYDIS_CATEGORY_SSE: case ZYDIS_CATEGORY_AVX:
+	case ZYDIS_CATEGORY_AVX2: case ZYDIS_CATEGORY_BROADCAST: case ZYDIS_CATEGORY_LOGICAL_FP: case ZYDIS_CATEGORY_VFMA:
+	case ZYDIS_CATEGORY_AES: case ZYDIS_CATEGORY_SHA: case ZYDIS_CATEGORY_PCLMULQDQ: case ZYDIS_CATEGORY_FLAGOP:
+		break;
+	default:
+		return false;
+	}
+	for (unsigned n = 0; n < z->operand_count; n++)
+		if (op[n].type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op[n].reg.value) == ZYDIS_REGCLASS_SEGMENT)
+			return false;
+	switch (z->mnemonic) {
+	case ZYDIS_MNEMONIC_POPF: case ZYDIS_MNEMONIC_POPFQ: case ZYDIS_MNEMONIC_PUSHF: case ZYDIS_MNEMONIC_PUSHFQ:
+	case ZYDIS_MNEMONIC_ENTER: case ZYDIS_MNEMONIC_CPUID: case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_STD:
+	case ZYDIS_MNEMONIC_MONITORX: case ZYDIS_MNEMONIC_MWAITX: case ZYDIS_MNEMONIC_CLZERO: case ZYDIS_MNEMONIC_CLI:
+	case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED: case ZYDIS_MNEMONIC_LAHF:
+	case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_VLDMXCSR: case ZYDIS_MNEMONIC_LEAVE:
+		return z->mnemonic == ZYDIS_MNEMONIC_LEAVE && below(4) == 0;
+	default:
+		return !(z->attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPNE | ZYDIS_ATTRIB_HAS_REPE)) || below(8) == 0;
+	}
+}
+
+static uint16_t flag_bits(uint32_t f) { return f & 0x8d5; }
+
+/* One random instruction into the code; `bad` are the flags undefined at this point. */
+static bool put_random(struct code *c, bool vec, uint16_t *bad)
+{
+	ZydisDecodedInstruction z;
+	ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
+	uint8_t b[15];
+
+	random_bytes(b, vec);
+	if (ZYAN_FAILED(ZydisDecoderDecodeFull(&dec, b, 15, &z, op)) || !wanted(&z, op))
+		return false;
+	if (z.cpu_flags) {
+		uint16_t def = flag_bits(z.cpu_flags->modified | z.cpu_flags->set_0 | z.cpu_flags->set_1);
+
+		if (flag_bits(z.cpu_flags->tested) & *bad)
+			return false;
+		if (z.meta.category == ZYDIS_CATEGORY_SHIFT || z.meta.category == ZYDIS_CATEGORY_ROTATE)
+			def = 0;        /* a count of zero leaves them */
+		*bad = (uint16_t)((*bad & ~def) | flag_bits(z.cpu_flags->undefined));
+	}
+	/* Displacements stay near most of the time. */
+	if (z.raw.disp.size == 32) {
+		int32_t d = (int32_t)below(512) - 256;
+
+		memcpy(b + z.raw.disp.offset, &d, 4);
+	}
+	c->at[c->count++] = c->n;
+	memcpy(c->b + c->n, b, z.length);
+	c->n += z.length;
+	return true;
+}
+
+static void put(struct code *c, const void *p, unsigned n)
+{
+	memcpy(c->b + c->n, p, n);
+	c->n += n;
+}
+
+/* A forward conditional jump over the next instruction or two; where it leads is known later. */
+static void put_jcc(struct code *c)
+{
+	uint8_t b[2] = { (uint8_t)(0x70 | below(16)), 0 };
+
+	c->jump_at[c->jumps++] = c->n;
+	put(c, b, 2);
+}
+
+/* loop: body ; dec dword [DATA_COUNT] via absolute address ; jnz loop ; hlt. Flags at the end are known ones. */
+static void make(struct code *c, bool vec)
+{
+	uint16_t bad = 0;
+	unsigned n = 1 + below(BODY), tries = 0, body;
+
+	memset(c, 0, sizeof *c);
+	body = c->n;
+	while (c->count < n && tries++ < 2000) {
+		if (c->jumps < 3 && below(6) == 0 && !bad)
+			put_jcc(c);
+		put_random(c, vec, &bad);
+	}
+	c->at[c->count] = c->n;
+	for (unsigned j = 0; j < c->jumps; j++) {
+		unsigned to = c->n;
+
+		for (unsigned k = c->count + 1; k--;)
+			if (c->at[k] > c->jump_at[j] + 2 && below(2))
+				to = c->at[k];
+		c->b[c->jump_at[j] + 1] = (uint8_t)MIN(to - c->jump_at[j] - 2, 127u);
+	}
+	/* The counter lies where random operands hardly reach; it defines all flags but CF: add, not dec. */
+	static const uint8_t count[] = { 0x83, 0x04, 0x25, 0, 0, 0x50, 0, 0xff };       /* add dword [0x500000], -1 */
+	put(c, count, sizeof count);
+	int32_t rel = (int32_t)body - (int32_t)(c->n + 6);
+	put(c, "\x0f\x85", 2);
+	put(c, &rel, 4);
+	put(c, "\xf4", 1);
+}
+
+/* -- states ---------------------------------------------------------------------------------------- */
+static uint64_t value(void)
+{
+	switch (below(8)) {
+	case 0: return rnd();
+	case 1: return below(300);
+	case 2: return DATA + 4096 * below(8) + 4080 + below(32);
+	case 3: return below(8) ? DATA + 8192 : (below(2) ? 0x7ffffffffff8ull : 0xfffffffffffffff0ull) + below(16);
+	default: return DATA + 8192 * below(4) + below(4096);
+	}
+}
+
+static struct result start;
+
+static void random_state(void)
+{
+	for (unsigned r = 0; r < 16; r++)
+		start.gpr[r] = value();
+	start.gpr[R_RSP] = DATA + 8192 + 2048 + 8 * below(16);
+	start.rflags = rnd() & 0x8d5;
+	start.mxcsr = below(8) ? 0x1f80 : 0x1fa0;
+	for (unsigned n = 0; n < sizeof start.zmm / 8; n++)
+		((uint64_t *)start.zmm)[n] = below(2) ? rnd() : 0x3ff0000000000000 + (rnd() & 0xfffff00000000);
+	for (unsigned n = 0; n < sizeof start.mem / 8; n++)
+		((uint64_t *)start.mem)[n] = below(4) ? value() : rnd();
+}
+
+static struct code code;
+static uint8_t low[0x5000];     /* as the harness made it: page tables */
+static unsigned code_at;
+
+/* Everything that operands reach, but for page tables: a stray store would be seen by the next run. */
+static void lay_out(void)
+{
+	memcpy(h.ram, low, sizeof low);
+	memset(h.ram + 0x180000, 0, 0x180000);
+	memset(h.ram + BASE + PAGES * 4096, 0, 0xf0000);        /* bit strings reach far */
+	memset(h.ram + 0x800000, 0, 0x20000);  /* sums of two and three bases */
+	memset(h.ram + 0xc00000, 0, 0x40000);
+	memset(h.ram + H_CODE - 4096, 0x90, 3 * 4096);
+	memcpy(h.ram + H_CODE + code_at, code.b, code.n);
+	phys_code_written(&h.vm, H_CODE - 4096, 3 * 4096);
+	for (unsigned p = 0; p < PAGES; p++)
+		memcpy(h.ram + BASE + p * 4096, start.mem + p * 4096, 4096);
+	phys_code_written(&h.vm, BASE, sizeof start.mem);
+}
+
+static void run(struct result *out, unsigned loops)
+{
+	struct cpu *c = &h.cpu;
+	uint32_t n = loops;
+
+	lay_out();
+	memcpy(h.ram + 0x500000, &n, 4);
+	memcpy(c->gpr, start.gpr, sizeof start.gpr);
+	c->aflags = aflags_from(start.rflags);
+	c->eflags = 0;
+	c->fpu.mxcsr = start.mxcsr;
+	memcpy(c->fpu.zmm, start.zmm, sizeof start.zmm);
+	mmu_flush_all(c);
+	mmio_reset(c);
+	c->mmio.next_write = 0;
+	c->trap_db = false;
+	harness_run();
+	out->halted = c->halted;
+	memcpy(out->gpr, c->gpr, sizeof out->gpr);
+	out->rip = h.got.valid ? h.got_rip : c->rip;
+	out->rflags = cpu_get_rflags(c);
+	out->mxcsr = c->fpu.mxcsr;
+	memcpy(out->zmm, c->fpu.zmm, sizeof out->zmm);
+	out->ev = h.got;
+	memcpy(out->mem, h.ram + BASE, sizeof out->mem);
+}
+
+/* -- comparison ------------------------------------------------------------------------------------- */
+static unsigned differ(const struct result *a, const struct result *b, bool print)
+{
+	unsigned n = 0;
+#define DIFF(cond, ...) do { if (cond) { n++; if (print) printf(__VA_ARGS__); } } while (0)
+
+	for (unsigned r = 0; r < 16; r++)
+		DIFF(a->gpr[r] != b->gpr[r], "  r%u: start %" PRIx64 " interp %" PRIx64 " translated %" PRIx64 "\n", r, start.gpr[r], a->gpr[r], b->gpr[r]);
+	DIFF(a->rip != b->rip, "  rip: %" PRIx64 " %" PRIx64 "\n", a->rip, b->rip);
+	DIFF(a->ev.valid != b->ev.valid || (a->ev.valid && (a->ev.vector != b->ev.vector || a->ev.error != b->ev.error ||
+	     a->ev.payload != b->ev.payload)), "  event: %d %u %x %" PRIx64 " / %d %u %x %" PRIx64 "\n", a->ev.valid, a->ev.vector, a->ev.error,
+	     a->ev.payload, b->ev.valid, b->ev.vector, b->ev.error, b->ev.payload);
+	/* Elsewhere flags may be undefined, and those that nobody reads any more are not kept at a fault. */
+	DIFF(a->halted != b->halted, "  halted: %d %d\n", a->halted, b->halted);
+	DIFF(a->halted && a->rflags != b->rflags, "  rflags: %" PRIx64 " %" PRIx64 "\n", a->rflags, b->rflags);
+	DIFF(a->mxcsr != b->mxcsr, "  mxcsr: %x %x\n", a->mxcsr, b->mxcsr);
+	for (unsigned r = 0; r < 32; r++)
+		for (unsigned k = 0; k < 8; k++)
+			DIFF(memcmp(&a->zmm[r][8 * k], &b->zmm[r][8 * k], 8), "  zmm%u[%u]: %" PRIx64 " %" PRIx64 "\n", r, k,
+			     ((const uint64_t *)a->zmm[r])[k], ((const uint64_t *)b->zmm[r])[k]);
+	for (unsigned k = 0; k < sizeof a->mem; k += 8)
+		DIFF(memcmp(a->mem + k, b->mem + k, 8), "  mem %x: %" PRIx64 " %" PRIx64 "\n", BASE + k, *(const uint64_t *)(a->mem + k),
+		     *(const uint64_t *)(b->mem + k));
+	return n;
+}
+
+static void disasm(const struct code *c, unsigned at)
+{
+	ZydisFormatter f;
+
+	ZydisFormatterInit(&f, ZYDIS_FORMATTER_STYLE_INTEL);
+	for (unsigned n = 0; n < c->n;) {
+		ZydisDecodedInstruction z;
+		ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
+		char s[128];
+
+		if (ZYAN_FAILED(ZydisDecoderDecodeFull(&dec, c->b + n, c->n - n, &z, op)))
+			break;
+		ZydisFormatterFormatInstruction(&f, &z, op, z.operand_count_visible, s, sizeof s, H_CODE + at + n, NULL);
+		printf("  %x: %s   [", H_CODE + at + n, s);
+		for (unsigned k = 0; k < z.length; k++)
+			printf("%02x", c->b[n + k]);
+		printf("]\n");
+		n += z.length;
+	}
+}
+
+/* -- main ------------------------------------------------------------------------------------------- */
+static bool one(unsigned seed, bool vec, unsigned *translated)
+{
+	static struct result a, b;
+	struct jit *jit = h.cpu.jit;
+	unsigned at = below(4) ? 0 : 4096 - 40 + below(40), loops;
+
+	make(&code, vec);
+	code_at = at;
+	random_state();
+	loops = below(2) ? 24 + below(40) : 1 + below(4);
+	if (loops < 8)          /* few rounds on random data: translated before by being run often */
+		for (unsigned k = 0; k < 20; k++)
+			run(&b, 1);
+	jit->off = true;
+	run(&a, loops);
+	jit->off = false;
+	uint64_t before = h.cpu.stats.insns;
+	run(&b, loops);
+	*translated += h.cpu.stats.insns != before;
+// (unsigned k = 1; k < 44; k++) { jit->off = true; run(&a, k); jit->off = false; run(&b, k); printf("%u: %lx %lx  ev %d %d left %d\n", k, a.gpr[2], b.gpr[2], a.ev.valid, b.ev.valid, *(int*)(h.ram+0x500000)); }
+	if (!differ(&a, &b, false))
+		return true;
+	printf("seed %u: %u rounds, code at %x\n", seed, loops, H_CODE + at);
+	disasm(&code, at);
+	for (unsigned r = 0; r < 16; r++)
+		printf("  r%-2u %16" PRIx64 "%s", r, start.gpr[r], r % 4 == 3 ? "\n" : "");
+	differ(&a, &b, true);
+	return false;
+}
+
+int main(int argc, char **argv)
+{
+	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { 0 } };
+	unsigned cases = 10000, seed = 1, bad = 0, translated = 0;
+	bool vec = false;
+	int o;
+
+	while ((o = getopt_long(argc, argv, "", opts, NULL)) != -1) {
+		switch (o) {
+		case 'c': cases = (unsigned)strtoul(optarg, NULL, 0); break;
+		case 's': seed = (unsigned)strtoul(optarg, NULL, 0); break;
+		case 'v': vec = true; break;
+		default: return 2;
+		}
+	}
+	ZydisDecoderInit(&dec, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+	harness_start();
+	memcpy(low, h.ram, sizeof low);
+	h.cpu.cr4 |= CR4_OSFXSR | CR4_OSXSAVE;
+	h.cpu.xcr0 = 0xe7;
+	if (jit_cpu_init(&h.cpu, 4 << 20)) {
+		printf("no translator here\n");
+		return 77;
+	}
+	for (unsigned n = 0; n < cases && bad < 5; n++) {
+		rng = (seed + n) * 0x9e3779b97f4a7c15ULL | 1;
+		rnd(), rnd();
+		bad += !one(seed + n, vec, &translated);
+	}
+	printf("%u cases from seed %u: %u differ\n", cases, seed, bad);
+	jit_cpu_free(&h.cpu);
+	harness_stop();
+	return bad != 0;
+}
