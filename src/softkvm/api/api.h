@@ -69,7 +69,8 @@ void msr_filter_free(struct msr_filter *f);
 struct vcpu_api {
 	/* Signals: what the client had blocked before KVM_RUN, and what is blocked during it from its view. */
 	sigset_t saved, effective;
-	int signal_fd;                  /* readable when a signal that KVM_SET_SIGNAL_MASK lets through is pending */
+	int signal_fd;                  /* readable when a signal of `signal_fd_set` is pending; made for the first sleep */
+	uint64_t signal_fd_set;
 	uint32_t msr_reason;            /* KVM_MSR_EXIT_REASON_* of the last MSR_EXIT */
 	bool ran;                       /* KVM_RUN was called: CPUID is fixed */
 

@@ -11,6 +11,8 @@
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/signalfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "softkvm/api/api.h"
@@ -19,16 +21,17 @@
 #include "softkvm/mmu.h"
 
 #define POLL_INSNS 4096
+#define SIGBIT(s) (1ull << ((s) - 1))
 
 /* -- signals ---------------------------------------------------------------------------------- */
 static void signals_enter(struct vcpu *v)
 {
-	sigset_t all;
+	/* The C library's own signals too, which its wrapper would leave out: pthread_cancel() must not find us in here. */
+	uint64_t all = ~(SIGBIT(SIGSEGV) | SIGBIT(SIGBUS) | SIGBIT(SIGFPE) | SIGBIT(SIGILL) | SIGBIT(SIGTRAP) | SIGBIT(SIGSYS) |
+			 SIGBIT(SIGABRT));
 
-	sigfillset(&all);
-	for (const int *s = (const int[]){ SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGABRT, 0 }; *s; s++)
-		sigdelset(&all, *s);
-	pthread_sigmask(SIG_BLOCK, &all, &v->api->saved);
+	sigemptyset(&v->api->saved);
+	syscall(SYS_rt_sigprocmask, SIG_BLOCK, &all, &v->api->saved, sizeof all);
 	v->api->effective = v->api->saved;
 	if (v->has_sigmask) {
 		sigemptyset(&v->api->effective);
@@ -53,7 +56,7 @@ static bool signal_pending(struct vcpu *v)
  */
 static void signals_leave(struct vcpu *v)
 {
-	pthread_sigmask(SIG_SETMASK, &v->api->saved, NULL);
+	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &v->api->saved, NULL, sizeof(uint64_t));
 }
 
 static bool immediate_exit(const struct cpu *c)
@@ -79,13 +82,34 @@ bool vcpu_poll(struct cpu *c)
 
 /* -- sleeping --------------------------------------------------------------------------------- */
 /*
- * Until a request, the deadline (CLOCK_MONOTONIC ns) or a signal: then -EINTR. With KVM_SET_SIGNAL_MASK the
- * signal must stay pending, so a signalfd tells of it; without, its handler may as well run here.
+ * A signalfd tells of the signals that end the call; they stay pending until it returns, so that a handler may leave by
+ * siglongjmp(), and the thread be cancelled, with nothing of ours held. -1: no descriptor left for it.
  */
+static int sleep_signal_fd(struct vcpu *v)
+{
+	struct vcpu_api *a = v->api;
+	uint64_t through, blocked;
+	sigset_t set;
+
+	memcpy(&blocked, &a->effective, sizeof blocked);
+	through = ~(blocked | SIGBIT(SIGKILL) | SIGBIT(SIGSTOP));
+	if (a->signal_fd >= 0 && a->signal_fd_set == through)
+		return a->signal_fd;
+	sigemptyset(&set);
+	memcpy(&set, &through, sizeof through);
+	int fd = signalfd(a->signal_fd, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	if (fd < 0)
+		return -1;
+	a->signal_fd = fd;
+	a->signal_fd_set = through;
+	return fd;
+}
+
+/* Until a request, the deadline (CLOCK_MONOTONIC ns) or a signal: then -EINTR. */
 static int vcpu_sleep(struct vcpu *v, uint64_t deadline)
 {
 	struct cpu *c = &v->cpu;
-	struct pollfd p[2] = { { .fd = v->wake_fd, .events = POLLIN }, { .fd = v->api->signal_fd, .events = POLLIN } };
+	struct pollfd p[2] = { { .fd = v->wake_fd, .events = POLLIN }, { .fd = sleep_signal_fd(v), .events = POLLIN } };
 	struct timespec t, *timeout = NULL;
 	uint64_t now, drain;
 	int r = 0;
@@ -98,8 +122,8 @@ static int vcpu_sleep(struct vcpu *v, uint64_t deadline)
 			t = (struct timespec){ .tv_sec = (time_t)(now / 1000000000u), .tv_nsec = (long)(now % 1000000000u) };
 			timeout = &t;
 		}
-		r = ppoll(p, v->has_sigmask ? 2 : 1, timeout, v->has_sigmask ? NULL : &v->api->effective);
-		r = r < 0 ? -errno : v->has_sigmask && p[1].revents ? -EINTR : 0;
+		r = ppoll(p, 2, timeout, p[1].fd < 0 ? &v->api->effective : NULL);
+		r = r < 0 ? -errno : p[1].fd >= 0 && p[1].revents ? -EINTR : 0;
 	}
 	atomic_store(&v->sleeping, false);
 	while (read(v->wake_fd, &drain, sizeof drain) < 0 && errno == EINTR)

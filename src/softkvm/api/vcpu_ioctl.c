@@ -2,7 +2,6 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/signalfd.h>
 
 #include "softkvm/api/api.h"
 #include "softkvm/events.h"
@@ -206,9 +205,7 @@ static uint32_t get_mp_state(struct vcpu *v)
 static long set_signal_mask(struct vcpu *v, uintptr_t arg)
 {
 	struct kvm_signal_mask h;
-	sigset_t through;
 	uint64_t set;
-	int fd;
 
 	if (!arg) {
 		v->has_sigmask = false;
@@ -221,14 +218,6 @@ static long set_signal_mask(struct vcpu *v, uintptr_t arg)
 	if (copy_from_client(&set, arg + sizeof h, sizeof set))
 		return -EFAULT;
 	set &= ~(1ull << (SIGKILL - 1) | 1ull << (SIGSTOP - 1));
-	sigemptyset(&through);
-	for (int s = 1; s <= 64; s++)
-		if (!(set >> (s - 1) & 1))
-			sigaddset(&through, s);
-	fd = signalfd(v->api->signal_fd, &through, SFD_CLOEXEC | SFD_NONBLOCK);
-	if (fd < 0)
-		return -errno;
-	v->api->signal_fd = fd;
 	v->sigmask = set;
 	v->has_sigmask = true;
 	return 0;
