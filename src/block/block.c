@@ -12,24 +12,7 @@
 #include "block/driver.h"
 #include "loop/loop.h"
 
-static int choose_format(struct block *b, const struct block_opts *o, struct err *err)
-{
-	_Alignas(4096) uint8_t head[4096];
-	if (o->format && !strcmp(o->format, "raw"))
-		return 0;
-	if (o->format)
-		return err_set(err, -ENOTSUP, "%s: format '%s' is not supported yet; supported: raw", b->file, o->format);
-	ssize_t n = pread(b->fd, head, sizeof head, 0);
-	const char *found = n > 0 ? probe_format(head, (size_t)n) : NULL;
-	if (found)
-		return err_set(err, -ENOTSUP, "%s: this is a %s image, which is not supported yet; convert it with 'qemu-img convert "
-			       "-O raw', or say format=raw if the guest shall see it as it is", b->file, found);
-	b->probed_raw = !o->read_only;
-	if (b->probed_raw)
-		log_warn("%s: no format given and it looks raw; sector 0 is protected against headers of other formats. "
-			 "Say format=raw to allow them", b->file);
-	return 0;
-}
+enum { CHAIN_MAX = 200 };
 
 static int check_name(const char *file, struct err *err)
 {
@@ -45,60 +28,177 @@ static int check_name(const char *file, struct err *err)
 	return 0;
 }
 
-static void free_block(struct block *b)
+struct block *block_new(const struct block_opts *o, struct loop *l, struct workers *w)
 {
-	if (b->drv)
-		b->drv->close(b);
-	pthread_mutex_destroy(&b->lock);
-	pthread_cond_destroy(&b->idle);
-	free(b->id);
-	free(b->file);
-	free(b->owner);
-	free(b);
-}
-
-int block_open(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, struct err *err)
-{
-	int r = check_name(o->file, err);
-	if (r)
-		return r;
 	struct block *b = calloc(1, sizeof *b);
 	if (!b)
-		return err_set(err, -ENOMEM, "%s: out of memory", o->file);
+		return NULL;
 	pthread_mutex_init(&b->lock, NULL);
 	pthread_cond_init(&b->idle, NULL);
+	pthread_rwlock_init(&b->rmw, NULL);
 	b->fd = -1;
+	b->size = 512;
 	b->loop = l;
 	b->workers = w;
 	b->cache = o->cache;
 	b->read_only = o->read_only;
 	b->discard_unmap = o->discard_unmap;
 	b->detect_zeroes = o->detect_zeroes;
-	b->file = strdup(strncmp(o->file, "file:", 5) ? o->file : o->file + 5);
+	const char *file = o->file ? o->file : "";
+	b->file = strdup(strncmp(file, "file:", 5) ? file : file + 5);
 	b->id = o->id ? strdup(o->id) : NULL;
-	if (!b->file || (o->id && !b->id))
-		r = err_set(err, -ENOMEM, "%s: out of memory", o->file);
+	if (b->file && (b->id || !o->id))
+		return b;
+	block_free(b);
+	return NULL;
+}
+
+void block_free(struct block *b)
+{
+	if (!b)
+		return;
+	if (b->drv)
+		b->drv->close(b);
+	block_free(b->backing);
+	block_free(b->child);
+	pthread_mutex_destroy(&b->lock);
+	pthread_cond_destroy(&b->idle);
+	pthread_rwlock_destroy(&b->rmw);
+	free(b->id);
+	free(b->file);
+	free(b->owner);
+	free(b);
+}
+
+/* "raw", "qcow2", or an error that says what it is instead. */
+static int choose_format(struct block *leaf, const struct block_opts *o, const char **format, struct err *err)
+{
+	_Alignas(4096) uint8_t head[4096] = { 0 };
+	struct iovec v = { head, sizeof head };
+	const char *found;
+
+	*format = o->format;
+	if (o->format && strcmp(o->format, "raw") && strcmp(o->format, "qcow2"))
+		return err_set(err, -ENOTSUP, "%s: format '%s' is not supported yet; supported: raw, qcow2", leaf->file, o->format);
+	if (o->format)
+		return 0;
+	int r = leaf->length ? leaf->drv->read(leaf, 0, &v, 1, sizeof head) : 0;
+	if (r)
+		return err_set_errno(err, r, "%s: cannot read the first sector", leaf->file);
+	found = probe_format(head, sizeof head);
+	if (found && strcmp(found, "qcow2"))
+		return err_set(err, -ENOTSUP, "%s: this is a %s image, which is not supported yet; convert it with 'qemu-img convert "
+			       "-O raw', or say format=raw if the guest shall see it as it is", leaf->file, found);
+	*format = found ? found : "raw";
+	return 0;
+}
+
+/* QEMU's rule: who names no format for a raw image gets one whose first sector stays raw. */
+static void warn_probed(struct block *b, const struct block_opts *o)
+{
+	if (o->format || o->read_only || strcmp(b->drv->name, "raw"))
+		return;
+	b->probed_raw = true;
+	if (!o->snapshot)
+		log_warn("%s: no format given and it looks raw; sector 0 is protected against headers of other formats. "
+			 "Say format=raw to allow them", b->file);
+}
+
+/* Leaf and format; the chain below it. */
+static int open_node(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, unsigned depth,
+		     struct err *err)
+{
+	struct block *leaf = block_new(o, l, w), *b = leaf;
+	const char *format = NULL;
+	int r = leaf ? raw_open(leaf, o, err) : err_set(err, -ENOMEM, "%s: out of memory", o->file);
+
 	if (!r)
-		r = raw_open(b, o, err);
-	if (!r)
-		r = choose_format(b, o, err);
-	if (!r && o->snapshot)
-		r = overlay_open(b, err);
+		r = choose_format(leaf, o, &format, err);
+	if (!r && !strcmp(format, "qcow2")) {
+		b = block_new(o, l, w);
+		if (b) {
+			b->child = leaf;
+			b->read_only = o->read_only || o->snapshot;
+			r = qcow2_open(b, o, depth, err);
+		} else {
+			r = err_set(err, -ENOMEM, "%s: out of memory", o->file);
+			b = leaf;
+		}
+	}
 	if (r) {
-		free_block(b);
+		block_free(b);
 		return r;
+	}
+	if (!depth)
+		warn_probed(b, o);
+	*out = b;
+	return 0;
+}
+
+int block_open_backing(struct block **out, const struct block_opts *o, struct block *above, unsigned depth, struct err *err)
+{
+	int r = check_name(o->file, err);
+	if (r)
+		return r;
+	if (depth > CHAIN_MAX)
+		return err_set(err, -ELOOP, "%s: more than %d backing files; does the chain loop?", above->file, CHAIN_MAX);
+	return open_node(out, o, above->loop, above->workers, depth, err);
+}
+
+int block_open(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, struct err *err)
+{
+	struct block *b, *top;
+	int r = check_name(o->file, err);
+	if (!r)
+		r = open_node(&b, o, l, w, 0, err);
+	if (r)
+		return r;
+	if (o->snapshot) {
+		top = block_new(o, l, w);
+		r = top ? overlay_open(top, b, err) : err_set(err, -ENOMEM, "%s: out of memory", o->file);
+		if (r) {
+			block_free(top);
+			block_free(b);
+			return r;
+		}
+		top->child = b;
+		b = top;
 	}
 	*out = b;
 	return 0;
 }
 
-void block_close(struct block *b)
+/* Twice: the second flush writes the refcounts of what the first one made free. */
+int block_close_checked(struct block *b)
 {
 	if (!b)
-		return;
+		return 0;
 	block_drain(b);
-	b->drv->flush(b);
-	free_block(b);
+	int r = b->drv->flush(b);
+	if (!r && b->qcow2)
+		r = b->drv->flush(b);
+	block_free(b);
+	return r;
+}
+
+int block_sync_close(struct block *b)
+{
+	for (struct block *n = b; n; n = n->child)
+		if (n->cache == CACHE_UNSAFE)
+			n->cache = CACHE_WRITEBACK;
+	return block_close_checked(b);
+}
+
+void block_unlock(struct block *b)
+{
+	while (b->child)
+		b = b->child;
+	unlock_image(b->fd);
+}
+
+void block_close(struct block *b)
+{
+	block_close_checked(b);
 }
 
 /* --- requests --- */
@@ -146,7 +246,7 @@ static void perform(struct block_req *r)
 {
 	struct block *b = r->blk;
 	bool write = r->op == BLOCK_WRITE;
-	if (write && b->detect_zeroes && iov_is_zero(r->iov, r->iovcnt)) {
+	if (write && b->detect_zeroes && b->drv->zero && iov_is_zero(r->iov, r->iovcnt)) {
 		r->ret = b->drv->zero(b, r->off, r->len, r->flags | BLOCK_REQ_MAY_UNMAP);
 		return;
 	}

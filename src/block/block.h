@@ -45,11 +45,24 @@ struct block_opts {
 	bool read_only, snapshot;       /* snapshot: writes go to a temporary file that is gone at the end */
 	enum block_cache cache;
 	bool discard_unmap, detect_zeroes;
+	/* For the image tools. */
+	bool shared;                    /* read whatever others do with the image; take no locks */
+	bool no_backing;                /* do not open the backing file: what is not in this file reads as zeroes */
+	bool as_is;                     /* open what is dirty or marked corrupt too, repair nothing (check does) */
+	const char *backing;            /* instead of the one the image names */
+	const char *backing_format;
+	const char *internal;           /* read this internal snapshot (id or name) */
 };
 
 int block_open(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, struct err *err);
 /* Drains, flushes (unless CACHE_UNSAFE), closes. */
 void block_close(struct block *b);
+/* The same for who wants to know whether all of it is on the disk: 0 or -errno. */
+int block_close_checked(struct block *b);
+/* The same after CACHE_UNSAFE: now it is worth waiting for the disk. */
+int block_sync_close(struct block *b);
+/* Stop keeping writers out of this read-only image (commit writes to its own backing file). */
+void block_unlock(struct block *b);
 
 void block_submit(struct block *b, struct block_req *r);
 /* Wait until no request is in flight. */

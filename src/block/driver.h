@@ -1,14 +1,24 @@
-/* What block.c and the drivers share. Private to this folder. */
+/*
+ * What block.c and the drivers share. Private to this folder.
+ *
+ * A `struct block` is a node: a leaf (raw: a file or device), a format over a leaf in `child` (qcow2),
+ * or the snapshot=on overlay over any node. Formats are straight-line code that may block; block.c runs
+ * them on workers. They reach their file only through child->drv, so that tests can put a layer there
+ * that loses power, tears writes and fails (tests/block/fault.c).
+ */
 #ifndef BLOCK_DRIVER_H
 #define BLOCK_DRIVER_H
 
 #include <pthread.h>
 
 #include "block/block.h"
+#include "block/image.h"
 
 /*
  * An image format or protocol. Functions other than `fast` may block and run on workers, several at
- * once; they do the whole range or fail. Offsets and lengths are checked and multiples of 512.
+ * once; they do the whole range or fail. Requests from outside are checked and multiples of 512; a
+ * leaf takes any offset and length from the format above it, reads zeroes past its end and grows when
+ * written there. NULL: not supported (-ENOTSUP), except that map answers "all data".
  */
 struct block_driver {
 	const char *name;
@@ -19,10 +29,18 @@ struct block_driver {
 	int (*zero)(struct block *b, uint64_t off, uint64_t len, unsigned flags);
 	/* Answer now without waiting: true with r->ret set; false: not touched, or only rewritten the same later. */
 	bool (*fast)(struct block *b, struct block_req *r);
+	/* This node only: an extent that starts at `off`, at most `len` long, of one kind. */
+	int (*map)(struct block *b, uint64_t off, uint64_t len, struct block_extent *e);
+	int (*resize)(struct block *b, uint64_t size, enum block_prealloc p, struct err *err);
+	/* The size of the file itself and its allocation; leaves only. */
+	int64_t (*file_length)(struct block *b);
+	int (*truncate)(struct block *b, uint64_t len);
+	int (*allocate)(struct block *b, uint64_t off, uint64_t len, bool write);
 	void (*close)(struct block *b);
 };
 
 struct overlay;
+struct qcow2;
 
 struct block {
 	const struct block_driver *drv;
@@ -34,6 +52,8 @@ struct block {
 	unsigned size;                  /* smallest request */
 	struct loop *loop;
 	struct workers *workers;
+	struct block *child;            /* a format's file, the overlay's base; owned */
+	struct block *backing;          /* what a format does not hold; owned */
 
 	pthread_mutex_t lock;
 	pthread_cond_t idle;
@@ -50,16 +70,29 @@ struct block {
 	pthread_rwlock_t rmw;           /* O_DIRECT: unaligned writes alone, aligned ones together */
 
 	struct overlay *overlay;
+	struct qcow2 *qcow2;
 };
 
 extern const struct block_driver block_raw;
 extern const struct block_driver block_overlay;
+extern const struct block_driver block_qcow2;
+
+/* A node without a driver; NULL when memory is out. free_block() closes what is there, children too. */
+struct block *block_new(const struct block_opts *o, struct loop *l, struct workers *w);
+void block_free(struct block *b);
 
 int raw_open(struct block *b, const struct block_opts *o, struct err *err);
-int overlay_open(struct block *b, struct err *err);
+/* Put the overlay on `base`, which it owns afterwards. */
+int overlay_open(struct block *b, struct block *base, struct err *err);
+/* b->child is there; `depth` counts the files above in a backing chain. */
+int qcow2_open(struct block *b, const struct block_opts *o, unsigned depth, struct err *err);
+/* A backing file, read-only; `depth` bounds the chain. */
+int block_open_backing(struct block **out, const struct block_opts *o, struct block *above, unsigned depth, struct err *err);
 
-/* QEMU's byte-range locks on an image. -EAGAIN names what holds it. */
+/* QEMU's byte-range locks on an image. -EAGAIN names what holds it. A backing file may have other readers only. */
 int lock_image(int fd, const char *file, bool write, struct err *err);
+
+void unlock_image(int fd);
 
 /* Name of the format whose magic `head` (512 bytes or less) carries, or NULL. */
 const char *probe_format(const uint8_t *head, size_t len);
@@ -67,5 +100,6 @@ const char *probe_format(const uint8_t *head, size_t len);
 /* A part [skip, skip+len) of a vector; returns the number of entries in `out` (room for `n`). */
 int iov_slice(struct iovec *out, const struct iovec *iov, int n, uint64_t skip, uint64_t len);
 bool iov_is_zero(const struct iovec *iov, int n);
+void iov_zero(const struct iovec *iov, int n);
 
 #endif

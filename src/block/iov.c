@@ -40,3 +40,9 @@ bool iov_is_zero(const struct iovec *iov, int n)
 	}
 	return true;
 }
+
+void iov_zero(const struct iovec *iov, int n)
+{
+	for (int i = 0; i < n; i++)
+		memset(iov[i].iov_base, 0, iov[i].iov_len);
+}

@@ -48,3 +48,9 @@ int lock_image(int fd, const char *file, bool write, struct err *err)
 		return busy(file, "is using", err);
 	return 0;
 }
+
+void unlock_image(int fd)
+{
+	struct flock f = { .l_type = F_UNLCK, .l_whence = SEEK_SET, .l_start = USE, .l_len = 200 };
+	fcntl(fd, F_OFD_SETLK, &f);
+}

@@ -55,7 +55,8 @@ static int ov_read(struct block *b, uint64_t off, const struct iovec *iov, int n
 		bool top = is_top(o, (off + done) / 512);
 		uint64_t run = run_length(o, off + done, len - done, top);
 		int k = iov_slice(part, iov, n, done, run);
-		r = block_raw.read(top ? &o->top : b, off + done, part, k, run);
+		struct block *from = top ? &o->top : b->child;
+		r = from->drv->read(from, off + done, part, k, run);
 		done += run;
 	}
 	free(part);
@@ -102,7 +103,8 @@ static bool ov_fast(struct block *b, struct block_req *r)
 	bool top = is_top(o, r->off / 512);
 	if (run_length(o, r->off, r->len, top) != r->len)
 		return false;
-	return block_raw.fast(top ? &o->top : b, r);
+	struct block *from = top ? &o->top : b->child;
+	return from->drv->fast(from, r);
 }
 
 static void ov_free(struct overlay *o)
@@ -112,18 +114,29 @@ static void ov_free(struct overlay *o)
 	if (o->bits)
 		munmap(o->bits, o->bits_len);
 	block_raw.close(&o->top);
+	pthread_rwlock_destroy(&o->top.rmw);
 	free(o);
 }
 
 static void ov_close(struct block *b)
 {
 	ov_free(b->overlay);
-	block_raw.close(b);
+}
+
+/* What is not here yet is the base's. */
+static int ov_map(struct block *b, uint64_t off, uint64_t len, struct block_extent *e)
+{
+	bool top = is_top(b->overlay, off / 512);
+	uint64_t run = run_length(b->overlay, off, ALIGN_UP(len, (uint64_t)512), top);
+	if (!top && b->child->drv->map)
+		return b->child->drv->map(b->child, off, MIN(run, len), e);
+	*e = (struct block_extent){ .len = MIN(run, len), .present = true, .data = true };
+	return 0;
 }
 
 const struct block_driver block_overlay = {
 	.name = "raw", .read = ov_read, .write = ov_write, .flush = ov_flush, .discard = ov_discard, .zero = ov_zero,
-	.fast = ov_fast, .close = ov_close,
+	.fast = ov_fast, .map = ov_map, .close = ov_close,
 };
 
 static int temp_file(struct err *err)
@@ -143,12 +156,18 @@ static int temp_file(struct err *err)
 	return fd;
 }
 
-int overlay_open(struct block *b, struct err *err)
+int overlay_open(struct block *b, struct block *base, struct err *err)
 {
 	struct overlay *o = calloc(1, sizeof *o);
 	if (!o)
 		return err_set(err, -ENOMEM, "%s: out of memory", b->file);
 	pthread_rwlock_init(&o->top.rmw, NULL);
+	b->length = base->length;
+	b->size = base->size;
+	b->read_only = false;
+	b->probed_raw = base->probed_raw;
+	o->top.drv = &block_raw;
+	o->top.size = 512;
 	o->top.file = b->file;
 	o->top.cache = CACHE_UNSAFE;
 	o->top.discard_unmap = true;

@@ -26,12 +26,6 @@ enum { BATCH = 256, BOUNCE_MAX = 1 << 20, ZEROES = 64 * 1024, FAST_MAX = 256 * 1
 
 /* --- plain transfers --- */
 
-static void zero_iov(const struct iovec *iov, int n)
-{
-	for (int i = 0; i < n; i++)
-		memset(iov[i].iov_base, 0, iov[i].iov_len);
-}
-
 /* All of [off, off+len) in system calls of up to BATCH entries. */
 static int transfer(struct block *b, bool write, uint64_t off, const struct iovec *iov, int n, uint64_t len, int flags)
 {
@@ -60,7 +54,7 @@ static int transfer(struct block *b, bool write, uint64_t off, const struct iove
 		if (!r && write)
 			return -EIO;
 		if (!r) { /* past the end of the file */
-			zero_iov(part, k);
+			iov_zero(part, k);
 			done += room;
 			continue;
 		}
@@ -270,16 +264,88 @@ static bool raw_fast(struct block *b, struct block_req *r)
 	return true;
 }
 
+/* Holes and data as the file system tells them; a device is all data. */
+static int raw_map(struct block *b, uint64_t off, uint64_t len, struct block_extent *e)
+{
+	struct stat st;
+	*e = (struct block_extent){ .len = len, .present = true, .data = true, .has_offset = true, .offset = off, .file = b->file };
+	if (b->is_dev || fstat(b->fd, &st))
+		return 0;
+	if (off >= (uint64_t)st.st_size) { /* the rest of a ragged last sector */
+		e->zero = true;
+		e->data = false;
+		return 0;
+	}
+	off_t data = lseek(b->fd, (off_t)off, SEEK_DATA);
+	if (data < 0 && errno != ENXIO)
+		return 0;
+	if (data < 0)
+		data = st.st_size;
+	if ((uint64_t)data > off) {
+		e->zero = true;
+		e->data = false;
+		if (data < st.st_size)
+			e->len = MIN(len, (uint64_t)data - off);
+		return 0;
+	}
+	off_t hole = lseek(b->fd, (off_t)off, SEEK_HOLE);
+	if (hole > (off_t)off && hole < st.st_size)
+		e->len = MIN(len, (uint64_t)hole - off);
+	return 0;
+}
+
+static int64_t raw_file_length(struct block *b)
+{
+	struct stat st;
+	if (b->is_dev)
+		return (int64_t)b->length;
+	return fstat(b->fd, &st) ? -errno : st.st_size;
+}
+
+static int raw_truncate(struct block *b, uint64_t len)
+{
+	if (b->is_dev)
+		return len <= b->length ? 0 : -ENOSPC;
+	return ftruncate(b->fd, (off_t)len) ? -errno : 0;
+}
+
+static int raw_allocate(struct block *b, uint64_t off, uint64_t len, bool write)
+{
+	if (write)
+		return write_zeroes(b, off, len, 0);
+	int r = len && !b->is_dev ? posix_fallocate(b->fd, (off_t)off, (off_t)len) : 0;
+	return -r;
+}
+
+static int raw_resize(struct block *b, uint64_t size, enum block_prealloc p, struct err *err)
+{
+	int64_t old = raw_file_length(b);
+	if (old < 0)
+		return err_set_errno(err, (int)old, "%s", b->file);
+	if (b->is_dev)
+		return size <= b->length ? 0 : err_set(err, -ENOTSUP, "%s: a device cannot grow", b->file);
+	int r = raw_truncate(b, size);
+	if (!r && size > (uint64_t)old && p >= PREALLOC_FALLOC)
+		r = raw_allocate(b, (uint64_t)old, size - (uint64_t)old, p == PREALLOC_FULL);
+	if (r) {
+		if (ftruncate(b->fd, old))
+			log_warn("%s: cannot go back to the old size", b->file);
+		return err_set_errno(err, r, "%s: cannot resize", b->file);
+	}
+	b->length = ALIGN_UP(size, (uint64_t)512);
+	return 0;
+}
+
 static void raw_close(struct block *b)
 {
 	if (b->fd >= 0)
 		close(b->fd);
-	pthread_rwlock_destroy(&b->rmw);
 }
 
 const struct block_driver block_raw = {
 	.name = "raw", .read = raw_read, .write = raw_write, .flush = raw_flush, .discard = raw_discard,
-	.zero = raw_zero, .fast = raw_fast, .close = raw_close,
+	.zero = raw_zero, .fast = raw_fast, .map = raw_map, .resize = raw_resize, .file_length = raw_file_length,
+	.truncate = raw_truncate, .allocate = raw_allocate, .close = raw_close,
 };
 
 /* --- opening --- */
@@ -350,15 +416,13 @@ int raw_open(struct block *b, const struct block_opts *o, struct err *err)
 	bool bypass = !o->snapshot && (o->cache == CACHE_NONE || o->cache == CACHE_DIRECTSYNC);
 	struct statfs fs;
 	b->drv = &block_raw;
-	b->size = 512;
-	pthread_rwlock_init(&b->rmw, NULL);
 	b->fd = open(b->file, (write ? O_RDWR : O_RDONLY) | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | (bypass ? O_DIRECT : 0));
 	if (b->fd < 0)
 		return open_error(b->file, -errno, write, err);
 	int r = file_size(b, err);
 	if (!r && bypass)
 		r = find_alignment(b, err);
-	if (!r)
+	if (!r && !o->shared)
 		r = lock_image(b->fd, b->file, write, err);
 	b->in_memory = !fstatfs(b->fd, &fs) && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 	return r;

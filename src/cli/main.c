@@ -7,6 +7,7 @@
 
 #include "base/log.h"
 #include "base/util.h"
+#include "cli/img.h"
 #include "cli/options.h"
 
 static void print_log(enum log_level level, const char *line, void *opaque)
@@ -63,6 +64,7 @@ static void usage(FILE *f)
 	      "  qemu      the same in QEMU's words           (lodge qemu -help)\n"
 	      "  kvm-run   run a program with softkvm as its /dev/kvm    (lodge kvm-run -- COMMAND...)\n"
 	      "  kvm-info  what /dev/kvm is here and what softkvm offers (lodge kvm-info [--json])\n"
+	      "  img       make, check and convert disk images (lodge img --help)\n"
 	      "  version   print the version\n"
 	      "  help      this, or 'help run', 'help qemu', 'help devices', 'help DEVICE', 'help man' (the manual page's source)\n", f);
 }
@@ -94,6 +96,8 @@ int main(int argc, char **argv)
 {
 	if (ends_with(argv[0], "qemu-system-x86_64"))
 		return verb_vm(true, argc - 1, argv + 1);
+	if (ends_with(argv[0], "qemu-img"))
+		return img_main(argc, argv);
 	if (argc < 2)
 		return usage(stderr), 2;
 
@@ -106,6 +110,8 @@ int main(int argc, char **argv)
 		return verb_kvm_run(argc - 2, argv + 2);
 	if (!strcmp(verb, "kvm-info"))
 		return verb_kvm_info(argc - 2, argv + 2);
+	if (!strcmp(verb, "img"))
+		return img_main(argc - 1, argv + 1);
 	if (!strcmp(verb, "help") || !strcmp(verb, "--help") || !strcmp(verb, "-h"))
 		return verb_help(argc - 2, argv + 2);
 	if (!strcmp(verb, "version") || !strcmp(verb, "--version"))

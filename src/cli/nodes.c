@@ -65,7 +65,7 @@ static int protocol(struct keyvals *l, const char *prefix, struct block_opts *b,
 	const char *driver = get(l, prefix, "driver", key);
 
 	if (!driver || (strcmp(driver, "file") && strcmp(driver, "host_device")))
-		return err_set(err, -ENOTSUP, "-blockdev: driver=%s is not supported yet (raw over file or host_device)",
+		return err_set(err, -ENOTSUP, "-blockdev: driver=%s is not supported yet (raw and qcow2 over file or host_device)",
 			       driver ? driver : "");
 	b->file = get(l, prefix, "filename", key);
 	if (!b->file)
@@ -82,7 +82,10 @@ int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, 
 	*b = (struct block_opts){ .id = keyvals_get(l, "node-name"), .format = "raw", .snapshot = o->snapshot };
 	if (!driver)
 		return err_set(err, -EINVAL, "-blockdev: driver= is missing");
-	if (strcmp(driver, "raw")) {
+	bool qcow2 = !strcmp(driver, "qcow2"), format = qcow2 || !strcmp(driver, "raw");
+	if (qcow2)
+		b->format = "qcow2";
+	if (!format) {
 		ret = protocol(l, "", b, err);
 	} else if (ref) {
 		struct vm_node *child = node_find(o, ref);
@@ -94,7 +97,7 @@ int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, 
 	} else {
 		ret = protocol(l, "file.", b, err);
 	}
-	if (!ret && !strcmp(driver, "raw"))
+	if (!ret && format)
 		ret = usage_keys(l, "", b, err);
 	return ret ? ret : keyvals_end(l, "-blockdev", err);
 }

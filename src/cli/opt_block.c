@@ -30,8 +30,8 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	int ret;
 
 	b->format = keyvals_get(l, "format");
-	if (b->format && strcmp(b->format, "raw"))
-		return err_set(err, -ENOTSUP, "%s: format=%s is not supported yet, only raw", what, b->format);
+	if (b->format && strcmp(b->format, "raw") && strcmp(b->format, "qcow2"))
+		return err_set(err, -ENOTSUP, "%s: format=%s is not supported yet, only raw and qcow2", what, b->format);
 	if ((v = keyvals_get(l, "cache")) && (ret = set_cache(b, what, v, err)))
 		return ret;
 	if ((v = keyvals_get(l, "discard"))) {
@@ -103,12 +103,7 @@ int opt_disk(struct vm_opts *o, const char *arg, struct err *err)
 	struct vm_drive *d = vmopts_add(o, drives);
 	int ret = keyvals_parse(&d->text, "--disk", arg, "file", err);
 
-	if (ret)
-		return ret;
-	ret = finish_drive(o, d, "--disk", true, err);
-	if (!ret && !d->b.format)
-		d->b.format = "raw";    /* nothing else is there: no probing, no warning */
-	return ret;
+	return ret ? ret : finish_drive(o, d, "--disk", true, err);
 }
 
 int opt_blockdev(struct vm_opts *o, const char *arg, struct err *err)

@@ -1,0 +1,241 @@
+/* What tools do with an image, on top of the drivers' tables. */
+#include "block/image.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "base/util.h"
+#include "block/driver.h"
+#include "block/qcow2.h"
+
+enum { PIECE = 1 << 20 };
+
+/* Requests below 512-byte granularity reach a driver that takes them. */
+static bool is_ragged(uint64_t off, uint64_t len)
+{
+	return (off | len) & 511;
+}
+
+/* The sector-aligned hull of a ragged request through a buffer. */
+static int ragged(struct block *b, uint64_t off, void *buf, uint64_t len, bool write)
+{
+	uint64_t start = ALIGN_DOWN(off, (uint64_t)512), end = ALIGN_UP(off + len, (uint64_t)512);
+	uint8_t *hull = NULL;
+	if (posix_memalign((void **)&hull, 4096, end - start))
+		return -ENOMEM;
+	struct iovec v = { hull, end - start };
+	int r = b->drv->read(b, start, &v, 1, end - start);
+	if (!r && !write)
+		memcpy(buf, hull + (off - start), len);
+	if (!r && write) {
+		memcpy(hull + (off - start), buf, len);
+		r = b->drv->write(b, start, &v, 1, end - start, 0);
+	}
+	free(hull);
+	return r;
+}
+
+static int transfer(struct block *b, uint64_t off, void *buf, uint64_t len, bool write)
+{
+	if (range_bad(off, len, b->length))
+		return -EINVAL;
+	if (write && b->read_only)
+		return -EPERM;
+	int r = 0;
+	while (!r && len) {
+		uint64_t n = MIN(len, (uint64_t)PIECE * 64);
+		struct iovec v = { buf, n };
+		if (is_ragged(off, n))
+			r = ragged(b, off, buf, n, write);
+		else
+			r = write ? b->drv->write(b, off, &v, 1, n, 0) : b->drv->read(b, off, &v, 1, n);
+		off += n;
+		len -= n;
+		buf = (char *)buf + n;
+	}
+	return r;
+}
+
+int image_read(struct block *b, uint64_t off, void *buf, uint64_t len)
+{
+	return transfer(b, off, buf, len, false);
+}
+
+int image_write(struct block *b, uint64_t off, const void *buf, uint64_t len)
+{
+	return transfer(b, off, (void *)(uintptr_t)buf, len, true);
+}
+
+int image_zero(struct block *b, uint64_t off, uint64_t len, bool may_unmap)
+{
+	static const uint8_t zeroes[512];
+	if (range_bad(off, len, b->length))
+		return -EINVAL;
+	if (b->read_only)
+		return -EPERM;
+	int r = 0;
+	uint64_t head = MIN(len, -off & 511), tail;
+	if (head)
+		r = image_write(b, off, zeroes, head);
+	off += head;
+	len -= head;
+	tail = len & 511;
+	len -= tail;
+	if (!r && len)
+		r = b->drv->zero(b, off, len, may_unmap ? BLOCK_REQ_MAY_UNMAP : 0);
+	if (!r && tail)
+		r = image_write(b, off + len, zeroes, tail);
+	return r;
+}
+
+int image_discard(struct block *b, uint64_t off, uint64_t len)
+{
+	if (range_bad(off, len, b->length))
+		return -EINVAL;
+	if (b->read_only)
+		return -EPERM;
+	uint64_t start = ALIGN_UP(off, (uint64_t)512), end = ALIGN_DOWN(off + len, (uint64_t)512);
+	return start < end ? b->drv->discard(b, start, end - start) : 0;
+}
+
+int image_flush(struct block *b)
+{
+	return b->drv->flush(b);
+}
+
+int image_write_compressed(struct block *b, uint64_t off, const void *buf, uint64_t len)
+{
+	if (range_bad(off, len, b->length))
+		return -EINVAL;
+	if (b->read_only)
+		return -EPERM;
+	return b->qcow2 ? qcow2_write_compressed(b, off, buf, len) : -ENOTSUP;
+}
+
+static int map_one(struct block *b, uint64_t off, uint64_t len, struct block_extent *e)
+{
+	*e = (struct block_extent){ .len = len, .present = true, .data = true };
+	return b->drv->map ? b->drv->map(b, off, len, e) : 0;
+}
+
+int image_map(struct block *b, struct block *base, uint64_t off, uint64_t len, struct block_extent *e)
+{
+	unsigned depth = 0;
+	if (!len || range_bad(off, len, b->length))
+		return -EINVAL;
+	for (;; depth++) {
+		int r = map_one(b, off, len, e);
+		e->depth = depth;
+		if (r || e->present)
+			return r;
+		struct block *next = image_backing(b);
+		len = e->len;
+		if (!next || next == base) {
+			e->zero = !next;
+			return 0;
+		}
+		if (off >= next->length) { /* a short backing file: zeroes, and the file above decides that */
+			e->zero = true;
+			return 0;
+		}
+		len = MIN(len, next->length - off);
+		b = next;
+	}
+}
+
+struct block *image_backing(struct block *b)
+{
+	if (b->overlay)
+		b = b->child;
+	return b->backing;
+}
+
+const char *image_format(const struct block *b)
+{
+	return b->overlay ? b->child->drv->name : b->drv->name;
+}
+
+int64_t image_disk_size(struct block *b)
+{
+	struct stat st;
+	while (b->child)
+		b = b->child;
+	return fstat(b->fd, &st) ? -errno : (int64_t)st.st_blocks * 512;
+}
+
+int image_resize(struct block *b, uint64_t size, enum block_prealloc p, struct err *err)
+{
+	if (b->read_only)
+		return err_set(err, -EPERM, "%s: is read-only", b->file);
+	if (!b->drv->resize)
+		return err_set(err, -ENOTSUP, "%s: cannot be resized", b->file);
+	return b->drv->resize(b, size, p, err);
+}
+
+/* --- qcow2 only --- */
+
+int image_info(struct block *b, struct image_info *i)
+{
+	*i = (struct image_info){ 0 };
+	return b->qcow2 ? qcow2_info(b, i) : -ENOTSUP;
+}
+
+void image_info_free(struct image_info *i)
+{
+	free(i->snapshots);
+	free(i->bitmaps);
+	*i = (struct image_info){ 0 };
+}
+
+static int need_qcow2(struct block *b, bool write, const char *what, struct err *err)
+{
+	if (!b->qcow2)
+		return err_set(err, -ENOTSUP, "%s: %s images have no %s", b->file, b->drv->name, what);
+	if (write && b->read_only)
+		return err_set(err, -EPERM, "%s: is read-only", b->file);
+	return 0;
+}
+
+int image_snapshot_create(struct block *b, const char *name, struct err *err)
+{
+	int r = need_qcow2(b, true, "snapshots", err);
+	return r ? r : qcow2_snapshot_create(b, name, err);
+}
+
+int image_snapshot_apply(struct block *b, const char *id_or_name, struct err *err)
+{
+	int r = need_qcow2(b, true, "snapshots", err);
+	return r ? r : qcow2_snapshot_apply(b, id_or_name, err);
+}
+
+int image_snapshot_delete(struct block *b, const char *id_or_name, struct err *err)
+{
+	int r = need_qcow2(b, true, "snapshots", err);
+	return r ? r : qcow2_snapshot_delete(b, id_or_name, err);
+}
+
+int image_set_backing(struct block *b, const char *file, const char *format, struct err *err)
+{
+	int r = need_qcow2(b, true, "backing file", err);
+	return r ? r : qcow2_set_backing(b, file, format, err);
+}
+
+int image_check(struct block *b, unsigned fix, struct image_check *c, struct err *err)
+{
+	int r = need_qcow2(b, fix, "metadata to check", err);
+	return r ? r : qcow2_check(b, fix, c, err);
+}
+
+int image_amend(struct block *b, const struct image_amend *a, struct err *err)
+{
+	int r = need_qcow2(b, true, "options to amend", err);
+	return r ? r : qcow2_amend(b, a, err);
+}
+
+int image_make_empty(struct block *b, struct err *err)
+{
+	int r = need_qcow2(b, true, "backing file", err);
+	return r ? r : qcow2_make_empty(b, err);
+}

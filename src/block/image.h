@@ -1,0 +1,101 @@
+/*
+ * Images as a tool sees them: what is allocated where, facts, snapshots, checking, resizing, making
+ * new ones. Everything here waits for the disk and is for threads that may; several may work on one
+ * image at once. The calls that change an image's shape (resize, snapshots, check with repair, amend)
+ * wait for requests in flight and hold back new ones.
+ */
+#ifndef BLOCK_IMAGE_H
+#define BLOCK_IMAGE_H
+
+#include "block/block.h"
+
+/* --- plain transfers: any offset and length inside the image --- */
+int image_read(struct block *b, uint64_t off, void *buf, uint64_t len);
+int image_write(struct block *b, uint64_t off, const void *buf, uint64_t len);
+int image_zero(struct block *b, uint64_t off, uint64_t len, bool may_unmap);
+int image_discard(struct block *b, uint64_t off, uint64_t len);
+int image_flush(struct block *b);
+/* One whole cluster (the last may be short), compressed when that makes it smaller. */
+int image_write_compressed(struct block *b, uint64_t off, const void *buf, uint64_t len);
+
+/* --- allocation --- */
+struct block_extent {
+	uint64_t len;
+	bool present;           /* this file says what is here, not its backing file */
+	bool data, zero;        /* has data of its own | reads as zeroes */
+	bool compressed;
+	bool has_offset;        /* the bytes stand at `offset` of `file` as they are */
+	uint64_t offset;
+	const char *file;
+	unsigned depth;         /* 0: the image itself, 1: its backing file... */
+};
+/* The chain from `b` down to the file whose backing `base` is (NULL: all of it): who holds what is at `off`. */
+int image_map(struct block *b, struct block *base, uint64_t off, uint64_t len, struct block_extent *e);
+
+struct block *image_backing(struct block *b);
+const char *image_format(const struct block *b);
+/* Bytes of disk the image's own files occupy, -errno. */
+int64_t image_disk_size(struct block *b);
+
+/* --- resizing --- */
+enum block_prealloc { PREALLOC_OFF, PREALLOC_METADATA, PREALLOC_FALLOC, PREALLOC_FULL };
+int image_resize(struct block *b, uint64_t size, enum block_prealloc p, struct err *err);
+
+/* --- qcow2 --- */
+struct image_snapshot {
+	char *id, *name;
+	uint64_t vm_state_size, disk_size, vm_clock_ns, icount;
+	uint32_t date_sec, date_nsec;
+};
+struct image_bitmap { char *name; uint64_t granularity; bool in_use, automatic; };
+
+struct image_info {
+	uint32_t cluster_size;          /* 0: the format has none */
+	unsigned version, refcount_bits;
+	bool lazy_refcounts, dirty, corrupt, extended_l2, data_raw, compressed_zstd, encrypted, bitmaps_consistent;
+	const char *backing, *backing_format, *data_file;
+	struct image_snapshot *snapshots;
+	unsigned nsnapshots;
+	struct image_bitmap *bitmaps;
+	unsigned nbitmaps;
+};
+/* Strings belong to `b`, the arrays to the caller: image_info_free(). -ENOTSUP: the format has nothing to say. */
+int image_info(struct block *b, struct image_info *i);
+void image_info_free(struct image_info *i);
+
+int image_snapshot_create(struct block *b, const char *name, struct err *err);
+int image_snapshot_apply(struct block *b, const char *id_or_name, struct err *err);
+int image_snapshot_delete(struct block *b, const char *id_or_name, struct err *err);
+/* NULL names remove the backing file. */
+int image_set_backing(struct block *b, const char *file, const char *format, struct err *err);
+
+enum { CHECK_FIX_LEAKS = 1, CHECK_FIX_ERRORS = 2 };
+struct image_check {
+	uint64_t corruptions, leaks, errors, corruptions_fixed, leaks_fixed;
+	uint64_t total, allocated, fragmented, compressed, end_offset;
+	void (*say)(void *opaque, const char *line);    /* a finding; may be NULL */
+	void *opaque;
+};
+int image_check(struct block *b, unsigned fix, struct image_check *c, struct err *err);
+
+struct image_create {
+	const char *file, *format;
+	uint64_t size;
+	const char *backing, *backing_format, *data_file;
+	unsigned version;               /* 2 or 3 */
+	uint32_t cluster_size;
+	unsigned refcount_bits;
+	bool lazy_refcounts, extended_l2, data_raw, zstd;
+	enum block_prealloc prealloc;
+};
+/* QEMU's defaults. */
+void image_create_init(struct image_create *c);
+/* Makes or overwrites `file`. */
+int image_create(const struct image_create *c, struct err *err);
+
+struct image_amend { bool set_version, set_lazy, set_refcount_bits, set_data_raw; unsigned version, refcount_bits; bool lazy, data_raw; };
+int image_amend(struct block *b, const struct image_amend *a, struct err *err);
+/* Put everything that is in `b` alone into its backing file's place: forget what `b` holds. */
+int image_make_empty(struct block *b, struct err *err);
+
+#endif

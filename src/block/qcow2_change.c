@@ -1,0 +1,334 @@
+/* qcow2: what changes an image's shape: size, preallocation, backing name, version, refcount width. */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "base/log.h"
+#include "block/qcow2.h"
+
+/* --- preallocation --- */
+
+/* Clusters for the part of one L2 table at `off`. Lock held. *end: how far it got. */
+static int preallocate_some(struct qcow2 *q, uint64_t off, uint64_t to, uint64_t *end, uint64_t *host, uint64_t *got)
+{
+	uint64_t span = (uint64_t)q->cs << q->l2_bits;
+	uint64_t n = size_to_clusters(q, MIN(to, ALIGN_DOWN(off, span) + span) - off);
+	struct qentry e;
+	int r = q_entry_get(q, off, &e);
+	*got = 0;
+	*end = off + q->cs;
+	if (r || e.host || e.compressed || e.alloc)
+		return r;
+	*host = off;
+	*got = n;
+	if (q->data == q->leaf) {
+		r = q_alloc(q, n, false, host, got);
+		if (!r && !q->fresh)
+			r = q->leaf->drv->zero(q->leaf, *host, *got * q->cs, 0);
+	}
+	for (uint64_t i = 0; !r && i < *got; i++) {
+		e = (struct qentry){ .host = *host + i * q->cs, .copied = true, .alloc = q->nsub > 1 ? ~0u : 1 };
+		r = q_entry_set(q, off + i * q->cs, &e);
+	}
+	*end = off + *got * q->cs;
+	return r;
+}
+
+int q_preallocate(struct qcow2 *q, uint64_t from, uint64_t to, enum block_prealloc p)
+{
+	uint64_t last = 0;
+	int r = 0;
+	if (p == PREALLOC_OFF)
+		return 0;
+	for (uint64_t off = ALIGN_DOWN(from, (uint64_t)q->cs), end, host = 0, got; !r && off < to; off = end) {
+		pthread_mutex_lock(&q->lock);
+		r = preallocate_some(q, off, to, &end, &host, &got);
+		pthread_mutex_unlock(&q->lock);
+		if (!r && got && p >= PREALLOC_FALLOC && q->data->drv->allocate)
+			r = q->data->drv->allocate(q->data, host, got * q->cs, p == PREALLOC_FULL);
+		last = MAX(last, host + got * q->cs);
+	}
+	/* The clusters are there for anybody who looks at the file's size. */
+	int64_t len = q->data->drv->file_length(q->data);
+	if (!r && len >= 0 && (uint64_t)len < last && q->data == q->leaf)
+		r = q->data->drv->truncate(q->data, last);
+	return r;
+}
+
+/* --- size --- */
+
+static int grow_l1(struct qcow2 *q, uint64_t entries)
+{
+	uint64_t off, got, old = q->h.l1_off, old_bytes = q->h.l1_size * 8ull, bytes = ALIGN_UP(entries * 8, (uint64_t)q->cs);
+	struct qhead h = q->h;
+	if (entries <= q->h.l1_size)
+		return 0;
+	uint8_t *be = calloc(1, bytes);
+	uint64_t *l1 = calloc(entries, 8);
+	int r = be && l1 ? q_flush_tables(q) : -ENOMEM;
+	if (!r)
+		r = q_alloc(q, bytes >> q->h.cluster_bits, true, &off, &got);
+	for (uint32_t i = 0; !r && i < q->h.l1_size; i++) {
+		l1[i] = q->l1[i];
+		put64(be + i * 8, l1[i]);
+	}
+	if (!r) {
+		r = q_pwrite(q, off, be, bytes);
+		h.l1_off = off;
+		h.l1_size = (uint32_t)entries;
+		if (!r)
+			r = q_flush_tables(q);
+		if (!r)
+			r = q_sync(q);
+		if (!r)
+			r = q_write_head(q, &h);
+		if (r)
+			q_unalloc(q, off, bytes);
+	}
+	free(be);
+	if (r) {
+		free(l1);
+		return r;
+	}
+	q->h = h;
+	free(q->l1);
+	q->l1 = l1;
+	q_meta_build(q);
+	return old && old_bytes ? q_dead(q, old, old_bytes) : 0;
+}
+
+/* What the guest will see behind the old end must be zeroes, not leftovers or the backing file. */
+static int clean_tail(struct qcow2 *q, uint64_t old, uint64_t size)
+{
+	uint64_t end = MIN(size, ALIGN_UP(old, (uint64_t)q->cs));
+	if (q->b->backing && q->b->backing->length > old)
+		end = MAX(end, MIN(size, q->b->backing->length));
+	uint64_t len = q->b->length;
+	q->b->length = size; /* nobody else looks: requests are checked against it before they get here */
+	int r = end > old ? q_zero(q, old, end - old, false) : 0;
+	q->b->length = len;
+	return r;
+}
+
+static int set_size(struct qcow2 *q, uint64_t size)
+{
+	struct qhead h = q->h;
+	h.size = size;
+	int r = q_flush(q, true);
+	pthread_mutex_lock(&q->lock);
+	if (!r)
+		r = q_write_head(q, &h);
+	if (!r) {
+		q->h = h;
+		q->b->length = ALIGN_DOWN(size, (uint64_t)512);
+	}
+	pthread_mutex_unlock(&q->lock);
+	return r;
+}
+
+int qcow2_resize(struct block *b, uint64_t size, enum block_prealloc p, struct err *err)
+{
+	struct qcow2 *q = b->qcow2;
+	uint64_t old = b->length, entries;
+	size = ALIGN_UP(size, (uint64_t)512);
+	entries = q_l1_entries(q, size);
+	if (size > (uint64_t)INT64_MAX - q->cs || entries * 8 > L1_BYTES_MAX)
+		return err_set(err, -EFBIG, "%s: Image is too big for its cluster size of %u bytes", b->file, q->cs);
+	if (size != old && q->nsnaps && q->h.version < 3)
+		return err_set(err, -ENOTSUP, "%s: Can't resize a v2 image which has snapshots", b->file);
+	if (size != old && q_find_ext(q, EXT_BITMAPS) && q->h.autoclear & AUTOCLEAR_BITMAPS)
+		return err_set(err, -ENOTSUP, "%s: has dirty bitmaps, which cannot be resized; remove them first", b->file);
+	int r = q_start_writing(q);
+	if (!r && size < old)
+		r = q_discard(q, size, old - size, true);
+	pthread_mutex_lock(&q->lock);
+	if (!r)
+		r = grow_l1(q, entries);
+	pthread_mutex_unlock(&q->lock);
+	if (!r && q->data != q->leaf)
+		r = q->data->drv->resize(q->data, size, PREALLOC_OFF, err);
+	if (!r && size > old)
+		r = clean_tail(q, old, size);
+	if (!r && size > old)
+		r = q_preallocate(q, old, size, p);
+	if (!r)
+		r = set_size(q, size);
+	return r ? err_set_errno(err, r, "%s: cannot resize", b->file) : 0;
+}
+
+/* --- backing file --- */
+
+int qcow2_set_backing(struct block *b, const char *file, const char *format, struct err *err)
+{
+	struct qcow2 *q = b->qcow2;
+	struct qrange all;
+	if (file && strlen(file) > 1023)
+		return err_set(err, -EINVAL, "%s: Backing file name too long", b->file);
+	if (file && q->h.autoclear & AUTOCLEAR_DATA_RAW)
+		return err_set(err, -EINVAL, "%s: an image with data_file_raw has no backing file", b->file);
+	int r = q_stop(q, &all, err);
+	if (!r) {
+		char *old = q->backing, *of = q->backing_format;
+		q->backing = file ? strdup(file) : NULL;
+		q->backing_format = format ? strdup(format) : NULL;
+		r = q_set_string_ext(q, EXT_BACKING_FORMAT, file ? format : NULL);
+		if (!r)
+			r = q_write_header(q, &q->h, false);
+		if (r) {
+			free(q->backing);
+			free(q->backing_format);
+			q->backing = old;
+			q->backing_format = of;
+			q_set_string_ext(q, EXT_BACKING_FORMAT, of);
+			r = err_set_errno(err, r, "%s: cannot change the backing file", b->file);
+		} else {
+			free(old);
+			free(of);
+		}
+	}
+	q_go(q, &all);
+	return r;
+}
+
+int qcow2_make_empty(struct block *b, struct err *err)
+{
+	struct qcow2 *q = b->qcow2;
+	struct qrange all;
+	struct qbuild w = { 0 };
+	int r = q_start_writing(q);
+	if (r)
+		return err_set_errno(err, r, "%s", b->file);
+	r = q_stop(q, &all, err);
+	if (!r)
+		r = qbuild_begin(&w, q, false, err);
+	if (!r)
+		r = qbuild_add_tree(&w, q->l1, q->h.l1_size, -1, true, err);
+	if (!r)
+		r = qbuild_add(&w, q->h.l1_off, q->h.l1_size * 8ull, -1, err);
+	if (!r)
+		r = qbuild_active(&w, q->l1, 0, q->h.l1_size, false, err);
+	if (!r)
+		r = qbuild_commit(&w, err);
+	qbuild_end(&w);
+	if (r && q_load_tables(q, NULL))
+		q_corrupt(q, "cannot read the tables again");
+	q_go(q, &all);
+	return r;
+}
+
+/* --- amend --- */
+
+/* Version 2 has no zero clusters: make them holes or data. */
+static int expand_zeroes(struct qcow2 *q)
+{
+	static const uint8_t zeroes[65536];
+	for (uint64_t off = 0; off < q->b->length;) {
+		struct qrun run;
+		struct qentry e = { 0 }, old;
+		pthread_mutex_lock(&q->lock);
+		int r = q_lookup(q, off, q->b->length - off, &run, false);
+		bool hole = !r && run.kind == Q_ZERO && (!q->b->backing || off >= q->b->backing->length) && !(off & (q->cs - 1));
+		if (hole) {
+			r = q_entry_get(q, off, &old);
+			if (!r)
+				r = q_entry_set(q, off, &e);
+			if (!r)
+				r = q_entry_release(q, &old);
+			run.len = MIN(run.len, (uint64_t)q->cs);
+		}
+		pthread_mutex_unlock(&q->lock);
+		if (!r && run.kind == Q_ZERO && !hole) {
+			run.len = MIN(run.len, (uint64_t)sizeof zeroes);
+			struct iovec v = { (void *)(uintptr_t)zeroes, run.len };
+			r = q_write(q, off, &v, 1, run.len);
+		}
+		if (r)
+			return r;
+		off += run.len;
+	}
+	return q_flush(q, true);
+}
+
+static int to_version(struct qcow2 *q, unsigned version, struct err *err)
+{
+	struct qhead h = q->h;
+	int r = 0;
+	if (version == h.version)
+		return 0;
+	if (version == 2) {
+		if (h.incompat || h.refcount_order != 4 || q->nsnaps || q_find_ext(q, EXT_BITMAPS))
+			return err_set(err, -ENOTSUP, "%s: uses features that compat=0.10 does not have", q->b->file);
+		r = q_start_writing(q);
+		if (!r)
+			r = expand_zeroes(q);
+		h = q->h;
+		h.compat = h.autoclear = 0;
+	}
+	h.version = version;
+	if (version == 3) {
+		h.header_len = 112;
+		h.refcount_order = 4;
+	}
+	if (!r)
+		r = q_flush(q, true);
+	if (!r) {
+		pthread_mutex_lock(&q->lock);
+		unsigned old = q->h.version;
+		q->h.version = version;
+		r = q_write_header(q, &h, false);
+		if (r)
+			q->h.version = old;
+		pthread_mutex_unlock(&q->lock);
+	}
+	return r ? err_set_errno(err, r, "%s: cannot change the version", q->b->file) : 0;
+}
+
+static int to_refcount_bits(struct qcow2 *q, unsigned bits, struct err *err)
+{
+	struct qbuild w = { 0 };
+	struct qrange all;
+	unsigned order = bits ? (unsigned)__builtin_ctz(bits) : 99;
+	if (bits != 1u << (order & 31) || order > 6)
+		return err_set(err, -EINVAL, "Refcount width must be a power of two and may not exceed 64 bits");
+	if (order == q->h.refcount_order)
+		return 0;
+	if (q->h.version < 3)
+		return err_set(err, -EINVAL, "Refcount widths other than 16 bits require compatibility level 1.1 or above");
+	int r = q_stop(q, &all, err);
+	if (!r)
+		r = qbuild_begin(&w, q, false, err);
+	w.h.refcount_order = order;
+	if (!r)
+		r = qbuild_commit(&w, err);
+	qbuild_end(&w);
+	q_go(q, &all);
+	return r;
+}
+
+int qcow2_amend(struct block *b, const struct image_amend *a, struct err *err)
+{
+	struct qcow2 *q = b->qcow2;
+	int r = 0;
+	if (a->set_version && a->version == 3)
+		r = to_version(q, 3, err);
+	if (!r && a->set_refcount_bits)
+		r = to_refcount_bits(q, a->refcount_bits, err);
+	if (!r && (a->set_lazy || a->set_data_raw)) {
+		struct qhead h = q->h;
+		if (a->set_lazy && a->lazy && h.version < 3)
+			return err_set(err, -EINVAL, "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)");
+		if (a->set_data_raw && a->data_raw && !(h.autoclear & AUTOCLEAR_DATA_RAW))
+			return err_set(err, -EINVAL, "data-file-raw cannot be set on existing images");
+		if (a->set_lazy)
+			h.compat = a->lazy ? h.compat | COMPAT_LAZY : h.compat & ~(uint64_t)COMPAT_LAZY;
+		if (a->set_data_raw && !a->data_raw)
+			h.autoclear &= ~(uint64_t)AUTOCLEAR_DATA_RAW;
+		r = q_write_head(q, &h);
+		if (!r)
+			q->h = h;
+		else
+			err_set_errno(err, r, "%s: header", b->file);
+	}
+	if (!r && a->set_version && a->version == 2)
+		r = to_version(q, 2, err);
+	return r;
+}

@@ -1,0 +1,56 @@
+/*
+ * `lodge img`: qemu-img's words, output and exit statuses (qemu-img 7.2). Each verb is a function that
+ * gets its own argv and returns the exit status.
+ */
+#ifndef CLI_IMG_H
+#define CLI_IMG_H
+
+#include <stdio.h>
+
+#include "base/util.h"
+#include "block/image.h"
+#include "cli/keyvals.h"
+
+int img_main(int argc, char **argv);
+int io_main(int argc, char **argv);
+
+/* --- img.c: what the verbs share --- */
+/* "qemu-img: message" on standard error; returns 1. */
+int img_fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+int img_usage(const char *fmt, ...) __attribute__((format(printf, 1, 2)));      /* with "Try --help" */
+struct img_open { const char *format, *cache, *backing, *internal; bool write, shared, no_backing, as_is; };
+/* NULL after telling why. */
+struct block *img_open(const char *file, const struct img_open *o);
+/* "10G": -1 after telling why. */
+int64_t img_size(const char *text, const char *what);
+int img_cache(const char *mode, enum block_cache *c);
+/* Like getopt_long() with the names every verb has: 'U' force-share, 256 object, 257 image-opts, 258 output, 259... */
+enum { OPT_OBJECT = 256, OPT_IMAGE_OPTS, OPT_OUTPUT, OPT_BACKING_CHAIN, OPT_SIZE, OPT_PREALLOC, OPT_SHRINK, OPT_START, OPT_LENGTH,
+       OPT_FLUSH, OPT_PATTERN, OPT_NO_DRAIN, OPT_SALVAGE, OPT_TARGET_ZERO, OPT_BITMAPS, OPT_FORCE, OPT_SKIP_BROKEN, OPT_TARGET_OPTS };
+int img_getopt(int argc, char **argv, const char *shorts);
+int img_output(const char *text, bool *json);
+void json_string(const char *s);
+/* -o of create, convert, amend, measure: 0, or 1 after telling why. `seen` names what was given. */
+struct img_create_seen { bool size, version, lazy, refcount_bits, data_raw, other; };
+int img_create_options(struct image_create *c, struct keyvals *l, struct img_create_seen *seen);
+void img_progress(bool on, double percent);
+/* "64 KiB" as QEMU writes sizes. */
+const char *img_human(uint64_t bytes, char buf[32]);
+extern const char img_missing[];
+
+int img_create(int argc, char **argv);
+int img_info(int argc, char **argv);
+int img_check(int argc, char **argv);
+int img_map(int argc, char **argv);
+int img_measure(int argc, char **argv);
+int img_snapshot(int argc, char **argv);
+int img_resize(int argc, char **argv);
+int img_amend(int argc, char **argv);
+int img_rebase(int argc, char **argv);
+int img_commit(int argc, char **argv);
+int img_convert(int argc, char **argv);
+int img_compare(int argc, char **argv);
+int img_bench(int argc, char **argv);
+int img_dd(int argc, char **argv);
+
+#endif
