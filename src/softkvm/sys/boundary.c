@@ -144,6 +144,13 @@ static bool boundary_intr(struct cpu *c)
 	return true;
 }
 
+static bool would_interrupt(struct cpu *c)
+{
+	if (c->nmi_pending && !c->nmi_masked)
+		return true;
+	return (c->eflags & FL_IF) && (c->ext_pending || (c->vm && c->vm->irqchip && irqchip_pending(c) >= 0));
+}
+
 bool event_boundary(struct cpu *c)
 {
 	if (c->triple_fault) {
@@ -166,6 +173,8 @@ bool event_boundary(struct cpu *c)
 	}
 	if (c->dbg.enabled && c->dbg.block_irq) {       /* the debugger steps over what would interrupt it */
 		c->irq_blocked = true;
+		if (c->halted && would_interrupt(c))    /* which ends the HLT all the same */
+			c->halted = false;
 		return true;
 	}
 	if (c->nmi_pending) {
