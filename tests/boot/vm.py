@@ -1,7 +1,9 @@
 """A Lodge process with its serial console on pipes: send lines, wait for text, collect the exit status."""
+import ctypes
 import os
 import re
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -11,11 +13,16 @@ class Timeout(Exception):
     pass
 
 
+def die_with_parent():
+    """In the child: a killed test takes its machine with it (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 class Vm:
     def __init__(self, argv, timeout=300, env=None):
         self.deadline = time.monotonic() + timeout
         self.proc = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                     stderr=subprocess.STDOUT, env=env)
+                                     stderr=subprocess.STDOUT, env=env, preexec_fn=die_with_parent)
         self.sel = selectors.DefaultSelector()
         self.sel.register(self.proc.stdout, selectors.EVENT_READ)
         os.set_blocking(self.proc.stdout.fileno(), False)

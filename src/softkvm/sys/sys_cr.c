@@ -265,7 +265,7 @@ static void op_mov_from_dr(struct cpu *c, const struct insn *i)
 static void op_mov_to_dr(struct cpu *c, const struct insn *i)
 {
 	uint64_t v = gpr_operand(c, i->src);
-	unsigned n = check_dr(c, i->aux) & 7;
+	unsigned n = check_dr(c, i->aux);
 
 	if (n >= 6 && v >> 32)
 		cpu_gp(c, 0);
