@@ -166,7 +166,7 @@ static void cold_emit(struct tr *t, const struct cold *k)
 	for (unsigned n = 0; n < k->nfrom; n++)
 		em_here(e, k->from[n]);
 	vec_store_set(e, t, k->vdirty);
-	if (t->wide && t->uses_vec)
+	if (t->wide)
 		EM(e, 0xc5, 0xf8, 0x77);
 	call_site(e, t, k->site);
 	if (k->final)
@@ -194,7 +194,6 @@ void gen_handler(struct tr *t, unsigned n)
 	call_site(&t->h, t, tr_site(t, n));
 	t->in_mem = true;
 	t->in_host = false;
-	t->fp_fail = true;
 }
 
 /* -- leaving a block ------------------------------------------------------------------------------ */

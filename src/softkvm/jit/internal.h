@@ -140,7 +140,8 @@ struct tr {
 	bool in_host, in_mem;           /* where the guest's flags are */
 	uint32_t vloaded, vdirty;       /* vector registers held by the host */
 	bool wide;                      /* the block has VEX or EVEX instructions: whole registers */
-	bool uses_fp, uses_vec, fp_fail;
+	uint8_t vec_checked;            /* JV_*: looked at in this block */
+	struct decoded d;
 	bool failed;
 	uint8_t *loop;                  /* where a jump to the block itself may go */
 	unsigned n, ncold;

@@ -169,6 +169,7 @@ bool jit_call_insn(struct jit_site *s)
 {
 	const struct jit_code *k = s->stop.ptr;
 	struct cpu *c = k->c;
+	bool fp = c->jit->low->fp_ok || s->stop.aux;
 
 	fp_finish(c, c->jit->low);
 	c->gpr[R_BLK] = k->rip;
@@ -177,6 +178,8 @@ bool jit_call_insn(struct jit_site *s)
 	c->block_end = NULL;
 	c->cur = &s->i;
 	s->i.fn(c, &s->i);
+	if (fp)
+		jit_fp_prepare(c);
 	return (s->i.flags & IF_END) || c->block_end || mmio_pending(c);
 }
 

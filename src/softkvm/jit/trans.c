@@ -136,9 +136,7 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 	t->in_mem = true;
 	t->in_host = false;
 	t->vloaded = t->vdirty = 0;
-	t->uses_vec = false;
-	t->uses_fp = false;
-	t->fp_fail = true;
+	t->vec_checked = 0;
 	t->ncold = 0;
 	t->k->nlinks = 0;
 }

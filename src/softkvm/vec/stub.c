@@ -198,8 +198,10 @@ enum stub_end stub_try(struct cpu *c, const struct vec_op *op, void *mem, uint32
 
 	running = c->vec;
 	r = op->code(c, mem);
-	if (likely(!r))
+	if (likely(!r)) {
+		((struct vec_op *)(uintptr_t)op)->proven = true;
 		return STUB_DONE;
+	}
 	/* The stub was left half-way. */
 	__asm__ volatile("fnclex; fninit; emms" ::: "memory");
 	if (host_avx())

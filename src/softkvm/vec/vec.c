@@ -461,7 +461,7 @@ static void set_vmask(struct vec_op *op, const struct decoded *d)
 	}
 }
 
-static bool build(struct vec_op *op, const struct decoded *d)
+bool vec_op_build(struct vec_op *op, const struct decoded *d)
 {
 	struct vec_shape *s = &op->s;
 
@@ -493,6 +493,15 @@ static bool build(struct vec_op *op, const struct decoded *d)
 	set_mask(op, d);
 	set_vmask(op, d);
 	return true;
+}
+
+bool vec_op_unproven(const struct insn *i)
+{
+	for (unsigned n = 0; n < ARRAY_SIZE(handlers); n++)
+		for (unsigned k = 0; k < 3; k++)
+			if (i->fn == handlers[n][k])
+				return !((const struct vec_op *)i->ptr)->proven;
+	return false;
 }
 
 static bool misc_decode(struct insn *i, const struct decoded *d)
@@ -527,7 +536,7 @@ bool vec_decode(struct insn *i, const struct decoded *d)
 		return false;
 	if (x87_decode(i, d) || mask_decode(i, d))
 		return true;
-	if (!build(&want, d))
+	if (!vec_op_build(&want, d))
 		return false;
 	for (unsigned n = 0; n < d->z.operand_count_visible; n++)
 		if (d->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY)

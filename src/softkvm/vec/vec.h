@@ -1,5 +1,5 @@
 /*
- * x87 and vector instructions. Private to this folder, but for vec_cpu_free() and vec_flush().
+ * x87 and vector instructions. Private to this folder and jit/, but for vec_cpu_free() and vec_flush().
  *
  * The host CPU executes them: decoding turns an instruction into a `struct vec_op` with a stub of
  * machine code (stub.c) that loads the registers it uses from struct cpu, executes it with its memory
@@ -53,6 +53,7 @@ struct vec_op {
 	uint8_t esize;          /* bytes of an element in memory */
 	uint8_t lanes;          /* VO_KMASK: mask bits that count */
 	uint8_t dst_mm;         /* MMX register written, 0xff none */
+	bool proven;            /* it has run here: the host knows it */
 	uint16_t fop;           /* x87: low 11 bits of the opcode */
 	struct vec_shape s;
 };
@@ -70,6 +71,10 @@ bool host_has_isa(int isa_set);
 bool host_avx512(void);
 bool host_avx(void);
 bool host_is_intel(void);
+
+/* The translator's: all that decoding knows of an instruction, without a stub; whether a stub was made but never ran. */
+bool vec_op_build(struct vec_op *op, const struct decoded *d);
+bool vec_op_unproven(const struct insn *i);
 
 /* Raise #UD or #NM when instructions of this class cannot run now. */
 void vec_check_slow(struct cpu *c, enum vec_class cls);

@@ -8,6 +8,7 @@
 #include "softkvm/events.h"
 #include "softkvm/irqchip.h"
 #include "softkvm/vcpu.h"
+#include "softkvm/vec/vec.h"
 
 struct harness h;
 static const struct cpu_features feat = { .phys_bits = 40, .f80000001_edx = BIT(26), .f80000001_ecx = BIT(5), .f7_ebx = BIT(3), .amd = true };
@@ -105,6 +106,9 @@ bool sys_decode(struct insn *i, const struct decoded *d)
 }
 
 #ifndef HARNESS_VEC
+bool vec_op_build(struct vec_op *op, const struct decoded *d) { return false; }
+bool vec_op_unproven(const struct insn *i) { return true; }
+bool host_avx512(void) { return false; }
 bool vec_decode(struct insn *i, const struct decoded *d) { return false; }
 void vec_flush(struct cpu *c) { }
 #else
