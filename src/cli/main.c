@@ -66,7 +66,7 @@ static void usage(FILE *f)
 	      "  kvm-info  what /dev/kvm is here and what softkvm offers (lodge kvm-info [--json])\n"
 	      "  img       make, check and convert disk images (lodge img --help)\n"
 	      "  version   print the version\n"
-	      "  help      this, or 'help run', 'help qemu', 'help devices', 'help DEVICE', 'help man' (the manual page's source)\n", f);
+	      "  help      this, or 'help VERB', 'help devices', 'help DEVICE', 'help man' (the manual page's source)\n", f);
 }
 
 static int verb_help(int argc, char **argv)
@@ -83,6 +83,12 @@ static int verb_help(int argc, char **argv)
 		return help_devices(), 0;
 	if (!strcmp(argv[0], "man"))
 		return help_manual(), 0;
+	if (!strcmp(argv[0], "kvm-run"))
+		return verb_kvm_run(1, (char *[]){ "--help", NULL });
+	if (!strcmp(argv[0], "kvm-info"))
+		return verb_kvm_info(1, (char *[]){ "--help", NULL });
+	if (!strcmp(argv[0], "img"))
+		return img_main(2, (char *[]){ "img", "--help", NULL });
 	return help_device(argv[0], &err) ? fail(&err) : 0;
 }
 

@@ -46,7 +46,7 @@ static int usage_keys(struct keyvals *l, const char *prefix, struct block_opts *
 	    (ret = keyvals_only(l, what, KEY("locking"), "auto|on", err)) ||
 	    (ret = keyvals_only(l, what, KEY("force-share"), "off", err)) ||
 	    (ret = keyvals_only(l, what, KEY("detect-zeroes"), "off", err)) ||
-	    (ret = keyvals_only(l, what, KEY("aio"), "threads|io_uring", err)))
+	    (ret = keyvals_only(l, what, KEY("aio"), "threads", err)))
 		return ret;
 	if ((v = get(l, prefix, "discard", key))) {
 		if (strcmp(v, "unmap") && strcmp(v, "ignore"))

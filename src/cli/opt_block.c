@@ -44,7 +44,7 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	    (ret = keyvals_bool(l, what, "read-only", &b->read_only, err)) ||
 	    (ret = keyvals_bool(l, what, "snapshot", &b->snapshot, err)) ||
 	    (ret = keyvals_only(l, what, "detect-zeroes", "off", err)) ||
-	    (ret = keyvals_only(l, what, "aio", "threads|io_uring", err)) ||
+	    (ret = keyvals_only(l, what, "aio", "threads", err)) ||
 	    (ret = keyvals_only(l, what, "copy-on-read", "off", err)))
 		return ret;
 	return 0;
