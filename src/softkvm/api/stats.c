@@ -23,7 +23,9 @@ static const struct stat_def vm_stats[] = {
 	{ "vcpus", KVM_STATS_TYPE_INSTANT, 0 }, { "memory_slots", KVM_STATS_TYPE_INSTANT, 8 },
 };
 
-struct stat_desc { struct kvm_stats_desc d; char name[NAME_SIZE]; };
+/* struct kvm_stats_desc with the room for the name that our header tells. */
+struct stat_desc { uint32_t flags; int16_t exponent; uint16_t size; uint32_t offset, bucket_size; char name[NAME_SIZE]; };
+_Static_assert(offsetof(struct stat_desc, name) == sizeof(struct kvm_stats_desc), "as the API has it");
 struct stats_image {
 	struct kvm_stats_header h;
 	char id[ID_SIZE];
@@ -62,7 +64,9 @@ long softkvm_read_stats(struct softkvm_file *f, void *buf, size_t len)
 	for (unsigned i = 0; i < n; i++) {
 		const uint8_t *from = f->vcpu ? (const uint8_t *)&f->vcpu->cpu.stats : (const uint8_t *)vm_now;
 
-		s.desc[i].d = (struct kvm_stats_desc){ .flags = def[i].type | KVM_STATS_UNIT_NONE | KVM_STATS_BASE_POW10, .size = 1, .offset = i * 8 };
+		s.desc[i].flags = def[i].type | KVM_STATS_UNIT_NONE | KVM_STATS_BASE_POW10;
+		s.desc[i].size = 1;
+		s.desc[i].offset = i * 8;
 		snprintf(s.desc[i].name, NAME_SIZE, "%s", def[i].name);
 		s.data[i] = __atomic_load_n((const uint64_t *)(from + def[i].from), __ATOMIC_RELAXED);
 	}
