@@ -177,6 +177,24 @@ static bool plain(ZydisMnemonic m)
 	}
 }
 
+/* A client may offer the guest what this host lacks: then the handler, which knows other ways or none, runs it. */
+static bool host_has(const struct tinsn *i)
+{
+	switch (i->z.meta.isa_set) {
+	case ZYDIS_ISA_SET_I86: case ZYDIS_ISA_SET_I186: case ZYDIS_ISA_SET_I386: case ZYDIS_ISA_SET_I486: case ZYDIS_ISA_SET_I486REAL:
+	case ZYDIS_ISA_SET_LONGMODE: case ZYDIS_ISA_SET_CMOV: case ZYDIS_ISA_SET_PENTIUMREAL: case ZYDIS_ISA_SET_PPRO:
+	case ZYDIS_ISA_SET_SSE2:
+		return true;
+	case ZYDIS_ISA_SET_BMI1: return __builtin_cpu_supports("bmi");
+	case ZYDIS_ISA_SET_BMI2: return __builtin_cpu_supports("bmi2");
+	case ZYDIS_ISA_SET_LZCNT: return __builtin_cpu_supports("lzcnt");
+	case ZYDIS_ISA_SET_MOVBE: return __builtin_cpu_supports("movbe");
+	case ZYDIS_ISA_SET_POPCNT: return __builtin_cpu_supports("popcnt");
+	case ZYDIS_ISA_SET_SSE42: return __builtin_cpu_supports("sse4.2");
+	default: return false;
+	}
+}
+
 static bool shift_by_cl(const struct tinsn *i)
 {
 	uint8_t op = i->z.opcode;
@@ -346,7 +364,7 @@ bool gen_int(struct tr *t, unsigned n)
 	ok = small(t, n, &done);
 	if (done)
 		return ok;
-	if (!plain(i->z.mnemonic) && !rax)
+	if ((!plain(i->z.mnemonic) && !rax) || !host_has(i))
 		return false;
 	slots_find(&s, i);
 	if (s.implicit && !s.mem && !rax && !cl && accumulator(t, n))
