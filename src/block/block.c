@@ -10,6 +10,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "block/driver.h"
+#include "block/qcow2.h"
 #include "loop/loop.h"
 
 enum { CHAIN_MAX = 200 };
@@ -174,9 +175,11 @@ int block_close_checked(struct block *b)
 	if (!b)
 		return 0;
 	block_drain(b);
-	int r = b->drv->flush(b);
-	if (!r && b->qcow2)
+	int r = 0;
+	if (!b->qcow2)
 		r = b->drv->flush(b);
+	for (int i = 0; !r && i < 2 && b->qcow2 && !b->read_only; i++)
+		r = q_flush(b->qcow2, true); /* with cache=unsafe the tables are written, not waited for */
 	block_free(b);
 	return r;
 }

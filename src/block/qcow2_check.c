@@ -16,6 +16,7 @@ struct check {
 	struct qbuild w;
 	unsigned fix;
 	bool rebuild;
+	uint64_t ref_errors;    /* corruptions that a new refcount structure does away with */
 	uint64_t next_host;     /* for fragmentation */
 };
 
@@ -159,6 +160,7 @@ static void walk_refs(struct check *k)
 		if (!q_is_aligned(q, off) || c >= k->w.n) {
 			say(k, "ERROR refcount block %u is %s", i, c >= k->w.n ? "outside image" : "not cluster aligned; refcount table entry corrupted");
 			k->c->corruptions++;
+			k->ref_errors++;
 			k->rebuild = true;
 			continue;
 		}
@@ -166,6 +168,7 @@ static void walk_refs(struct check *k)
 		if (k->w.refs[c] != 1) {
 			say(k, "ERROR refcount block %u refcount=%u", i, k->w.refs[c]);
 			k->c->corruptions++;
+			k->ref_errors++;
 			k->rebuild = true;
 		}
 	}
@@ -230,7 +233,7 @@ static int compare(struct check *k)
 		else if (leak)
 			k->c->leaks++;
 		else
-			k->c->corruptions++;
+			k->c->corruptions++, k->ref_errors++;
 		if (!leak && k->fix & CHECK_FIX_ERRORS && c / per >= q->reftable_size)
 			k->rebuild = true;
 		else if (!leak && !fix && k->fix & CHECK_FIX_ERRORS)
@@ -302,24 +305,34 @@ static void check_flags(struct check *k)
 	}
 }
 
+static void uncount(struct check *k, uint64_t off)
+{
+	uint64_t c = off >> k->q->h.cluster_bits;
+	if (c < k->w.n && k->w.refs[c])
+		k->w.refs[c]--;
+}
+
 /* New counts, made from what was reachable; the old refcount structure's own clusters become free. */
 static int rebuild(struct check *k, struct err *err)
 {
 	struct qcow2 *q = k->q;
 	for (uint64_t c = 0; c < k->w.n; c++)
 		k->w.taken[c] = k->w.refs[c] != 0;
-	for (uint32_t i = 0; i < q->h.reftable_clusters; i++)
-		k->w.refs[(q->h.reftable_off >> q->h.cluster_bits) + i]--;
+	/* What lay outside of the file was not counted as a whole. */
+	if (!range_bad(q->h.reftable_off >> q->h.cluster_bits, q->h.reftable_clusters, k->w.n))
+		for (uint32_t i = 0; i < q->h.reftable_clusters; i++)
+			uncount(k, q->h.reftable_off + (uint64_t)i * q->cs);
 	for (uint32_t i = 0; i < q->reftable_size; i++)
-		if (q->reftable[i] && q->reftable[i] >> q->h.cluster_bits < k->w.n && q_is_aligned(q, q->reftable[i]))
-			k->w.refs[q->reftable[i] >> q->h.cluster_bits]--;
+		if (q->reftable[i] && q_is_aligned(q, q->reftable[i]))
+			uncount(k, q->reftable[i]);
 	k->w.h = q->h;
 	say(k, "Rebuilding refcount structure");
 	int r = qbuild_commit(&k->w, err);
 	if (!r) {
-		k->c->corruptions_fixed += k->c->corruptions;
+		k->c->corruptions_fixed += k->ref_errors;
+		k->c->corruptions -= k->ref_errors;
 		k->c->leaks_fixed += k->c->leaks;
-		k->c->corruptions = k->c->leaks = 0;
+		k->c->leaks = 0;
 	}
 	return r;
 }

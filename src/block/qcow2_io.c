@@ -405,13 +405,12 @@ static int clear_clusters(struct qcow2 *q, uint64_t off, uint64_t end, enum clea
 {
 	struct qrange range;
 	int r = 0;
-	while (!r && off < end) { /* in steps, so that others get their turn and the dead are buried */
-		uint64_t stop = MIN(end, off + 1024ull * q->cs);
+	while (!r && off < end) { /* a table at a time, so that others get their turn and the dead are buried */
+		uint64_t span = (uint64_t)q->cs << q->l2_bits, stop = MIN(end, ALIGN_DOWN(off, span) + span);
 		qrange_lock(q, &range, off, stop - off, true);
 		pthread_mutex_lock(&q->lock);
 		r = q->broken;
 		for (; !r && off < stop; off += q->cs) {
-			uint64_t span = (uint64_t)q->cs << q->l2_bits;
 			bool no_table = !(q->l1[off / span] & OFFSET_MASK);
 			if (no_table && (how == CLEAR_HOLE || !q->b->backing || off >= q->b->backing->length))
 				off = MIN(stop, ALIGN_DOWN(off, span) + span) - q->cs;

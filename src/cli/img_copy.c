@@ -1,7 +1,7 @@
 /*
  * lodge img: verbs that move data: convert, compare, dd, bench.
  *
- * convert writes to a new file beside the target and renames it when everything is stable, so that an
+ * convert writes to a new file beside the target and renames it when everything is written, so that an
  * interrupted run leaves nothing under the final name (not with -n or a device). A few threads take the
  * source in order, piece by piece; compressing and reading run in parallel.
  */
@@ -278,7 +278,7 @@ static int convert(struct convert *v, struct convert_args *a)
 	v->sparse = (uint64_t)a->sparse;
 	if (!r && copy_all(v, v->compress ? MAX(a->threads, 2u) : a->threads))
 		r = img_fail("error while %s: %s", v->write_error ? "writing" : "reading", strerror(-v->error));
-	int c = v->dst ? block_sync_close(v->dst) : 0;
+	int c = block_close_checked(v->dst); /* waits for the disk unless the cache mode is unsafe, the default, as QEMU */
 	if (!r && c)
 		r = img_fail("%s: cannot write: %s", target, strerror(-c));
 	if (!r && final && rename(a->cr.file, final))
@@ -435,7 +435,7 @@ int img_compare(int argc, char **argv)
 		if (la != lb && !k.quiet)
 			puts("Warning: Image size mismatch!");
 		for (uint64_t off = 0, n; !r && off < size; off += n) {
-			n = MIN(size - off, (uint64_t)PIECE);
+			n = MIN(size - off, (uint64_t)PIECE / 8); /* both buffers stay in the processor's cache */
 			r = compare_some(&k, off, &n);
 			img_progress(k.progress, (double)off * 100.0 / (double)size);
 		}

@@ -65,6 +65,7 @@ static void usage(FILE *f)
 	      "  kvm-run   run a program with softkvm as its /dev/kvm    (lodge kvm-run -- COMMAND...)\n"
 	      "  kvm-info  what /dev/kvm is here and what softkvm offers (lodge kvm-info [--json])\n"
 	      "  img       make, check and convert disk images (lodge img --help)\n"
+	      "  io        read and write a disk image, for tests (lodge io -h)\n"
 	      "  version   print the version\n"
 	      "  help      this, or 'help VERB', 'help devices', 'help DEVICE', 'help man' (the manual page's source)\n", f);
 }
@@ -104,6 +105,8 @@ int main(int argc, char **argv)
 		return verb_vm(true, argc - 1, argv + 1);
 	if (ends_with(argv[0], "qemu-img"))
 		return img_main(argc, argv);
+	if (ends_with(argv[0], "qemu-io"))
+		return io_main(argc, argv);
 	if (argc < 2)
 		return usage(stderr), 2;
 
@@ -118,6 +121,8 @@ int main(int argc, char **argv)
 		return verb_kvm_info(argc - 2, argv + 2);
 	if (!strcmp(verb, "img"))
 		return img_main(argc - 1, argv + 1);
+	if (!strcmp(verb, "io"))
+		return io_main(argc - 1, argv + 1);
 	if (!strcmp(verb, "help") || !strcmp(verb, "--help") || !strcmp(verb, "-h"))
 		return verb_help(argc - 2, argv + 2);
 	if (!strcmp(verb, "version") || !strcmp(verb, "--version"))

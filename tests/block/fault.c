@@ -6,6 +6,8 @@
 
 #include "base/util.h"
 
+#define DISK_FULL (64ull << 20)
+
 struct event { uint64_t off, len; uint8_t *data; bool flush, truncate; };
 
 struct fault {
@@ -85,6 +87,8 @@ static int fault_write(struct block *b, uint64_t off, const struct iovec *iov, i
 {
 	struct fault *f = fault_of(b);
 	bool fail = fails(f);
+	if (range_bad(off, len, DISK_FULL))
+		return -ENOSPC; /* a sparse file would do; memory does not */
 	uint8_t *flat = malloc(len + 1), *p = flat;
 	for (int i = 0; i < n; i++) {
 		memcpy(p, iov[i].iov_base, iov[i].iov_len);
@@ -130,6 +134,8 @@ static int fault_truncate(struct block *b, uint64_t len)
 	struct fault *f = fault_of(b);
 	if (fails(f))
 		return f->error;
+	if (len > DISK_FULL)
+		return -ENOSPC;
 	if (len > f->len) {
 		put(&f->now, &f->len, &f->room, len, NULL, 0);
 		return 0;
