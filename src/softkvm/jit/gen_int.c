@@ -187,8 +187,8 @@ static bool host_has(const struct tinsn *i)
 		return true;
 	case ZYDIS_ISA_SET_BMI1: return __builtin_cpu_supports("bmi");
 	case ZYDIS_ISA_SET_BMI2: return __builtin_cpu_supports("bmi2");
-	case ZYDIS_ISA_SET_LZCNT: return __builtin_cpu_supports("lzcnt");
-	case ZYDIS_ISA_SET_MOVBE: return __builtin_cpu_supports("movbe");
+	case ZYDIS_ISA_SET_LZCNT: case ZYDIS_ISA_SET_MOVBE:     /* came before BMI2, and gcc and clang differ in naming them */
+		return __builtin_cpu_supports("bmi2");
 	case ZYDIS_ISA_SET_POPCNT: return __builtin_cpu_supports("popcnt");
 	case ZYDIS_ISA_SET_SSE42: return __builtin_cpu_supports("sse4.2");
 	default: return false;
