@@ -579,7 +579,7 @@ int img_bench(int argc, char **argv)
 		}
 	}
 	if (optind != argc - 1)
-		return img_usage(img_missing);
+		return img_usage("%s", img_missing);
 	if (!k.size || k.size > 1 << 30 || !depth)
 		return img_fail("Invalid buffer size specified");
 	k.step = k.step ? k.step : k.size;

@@ -217,7 +217,7 @@ int img_info(int argc, char **argv)
 			return 1;
 	}
 	if (optind != argc - 1)
-		return img_usage(img_missing);
+		return img_usage("%s", img_missing);
 	char *file = strdup(argv[optind]);
 	if (json && chain)
 		puts("[");
@@ -327,7 +327,7 @@ int img_map(int argc, char **argv)
 			return 1;
 	}
 	if (optind != argc - 1)
-		return img_usage(img_missing);
+		return img_usage("%s", img_missing);
 	struct block *b = img_open(argv[optind], &o);
 	if (!b)
 		return 1;
@@ -421,7 +421,7 @@ int img_check(int argc, char **argv)
 		}
 	}
 	if (optind != argc - 1)
-		return img_usage(img_missing);
+		return img_usage("%s", img_missing);
 	o.write = fix;
 	struct block *b = img_open(argv[optind], &o);
 	if (!b)
@@ -473,7 +473,7 @@ int img_snapshot(int argc, char **argv)
 		}
 	}
 	if (optind != argc - 1)
-		return img_usage(img_missing);
+		return img_usage("%s", img_missing);
 	o.write = action && action != 'l';
 	struct block *b = img_open(argv[optind], &o);
 	if (!b)

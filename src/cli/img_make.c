@@ -203,7 +203,7 @@ int img_amend(int argc, char **argv)
 	if (!options)
 		return img_usage("Must specify options (-o)");
 	if (optind != argc - 1)
-		return img_usage(img_missing);
+		return img_usage("%s", img_missing);
 	if (*options && keyvals_parse(&l, "-o", options, NULL, &err))
 		return img_fail("%s", err.msg);
 	struct block *b = img_open(argv[optind], &o);
@@ -284,7 +284,7 @@ int img_rebase(int argc, char **argv)
 		}
 	}
 	if (optind != argc - 1)
-		return img_usage(img_missing);
+		return img_usage("%s", img_missing);
 	if (!unsafe && !base)
 		return img_usage("Use backing file (-b) option or unsafe mode (-u)");
 	file = argv[optind];
@@ -384,7 +384,7 @@ int img_commit(int argc, char **argv)
 		}
 	}
 	if (optind != argc - 1)
-		return img_usage(img_missing);
+		return img_usage("%s", img_missing);
 	struct block *b = img_open(argv[optind], &o), *base = NULL;
 	if (!b)
 		return 1;

@@ -215,11 +215,11 @@ static void random_state(void)
 	start.rflags = rnd() & 0x8d5;
 	start.mxcsr = below(8) ? 0x1f80 : 0x1fa0;
 	for (unsigned n = 0; n < sizeof start.zmm / 8; n++)
-		((uint64_t *)start.zmm)[n] = below(2) ? rnd() : 0x3ff0000000000000 + (rnd() & 0xfffff00000000);
+		st_le64(start.zmm[0] + 8 * n, below(2) ? rnd() : 0x3ff0000000000000 + (rnd() & 0xfffff00000000));
 	for (unsigned n = 0; n < 32 && !__builtin_cpu_supports("avx512f"); n++)
 		memset(start.zmm[n] + 32, 0, 32);
 	for (unsigned n = 0; n < sizeof start.mem / 8; n++)
-		((uint64_t *)start.mem)[n] = below(4) ? value() : rnd();
+		st_le64(start.mem + 8 * n, below(4) ? value() : rnd());
 }
 
 static struct code code;
@@ -293,10 +293,10 @@ static unsigned differ(const struct result *a, const struct result *b, bool prin
 	for (unsigned r = 0; r < 32; r++)
 		for (unsigned k = 0; k < 8; k++)
 			DIFF(memcmp(&a->zmm[r][8 * k], &b->zmm[r][8 * k], 8), "  zmm%u[%u]: %" PRIx64 " %" PRIx64 "\n", r, k,
-			     ((const uint64_t *)a->zmm[r])[k], ((const uint64_t *)b->zmm[r])[k]);
+			     ld_le64(a->zmm[r] + 8 * k), ld_le64(b->zmm[r] + 8 * k));
 	for (unsigned k = 0; k < sizeof a->mem; k += 8)
-		DIFF(memcmp(a->mem + k, b->mem + k, 8), "  mem %x: %" PRIx64 " %" PRIx64 "\n", BASE + k, *(const uint64_t *)(a->mem + k),
-		     *(const uint64_t *)(b->mem + k));
+		DIFF(memcmp(a->mem + k, b->mem + k, 8), "  mem %x: %" PRIx64 " %" PRIx64 "\n", BASE + k, ld_le64(a->mem + k),
+		     ld_le64(b->mem + k));
 	return n;
 }
 
