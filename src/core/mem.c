@@ -115,7 +115,8 @@ static int map_slot(struct slot *s, bool huge, struct err *err)
 				     (unsigned long long)(size >> 20));
 	s->area = area;
 	uintptr_t host = ALIGN_UP((uintptr_t)area + PAGE, HUGE_SIZE) + (s->r.gpa & (HUGE_SIZE - 1));
-	void *p = mmap((void *)host, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, 0);
+	/* Huge pages are reserved now: without that a pool that is too small is a SIGBUS later. */
+	void *p = mmap((void *)host, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | (huge ? 0 : MAP_NORESERVE), fd, 0);
 	if (p == MAP_FAILED)
 		return err_set(err, -errno, "memory '%s': cannot map %llu MiB%s%s", s->name,
 			       (unsigned long long)(size >> 20), huge ? " of huge pages" : ": ",

@@ -126,6 +126,9 @@ with tempfile.TemporaryDirectory() as tmp:
     check(["JSON"], *qemu, "-kernel", k, "-blockdev", "{nonsense")
     check(["bogus"], *qemu, "-kernel", k, "-netdev", "user,id=n,bogus=1")
     check(["-monitor"], *qemu, "-kernel", k, "-monitor", "stdio")
+    with open("/proc/meminfo") as f:
+        if "HugePages_Free:        0" in f.read():
+            check(["huge pages", "nr_hugepages"], *run, "--kernel", k, "--hugepages")
     check(["unknown verb"], "frobnicate", status=2)
     check(["argument", "missing"], *run, "--kernel")
     with socket.socket() as s:
