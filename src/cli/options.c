@@ -35,9 +35,9 @@ static const struct option_def table[] = {
 	{ "no-reboot", NULL, BOTH, opt_no_reboot, "End instead of rebooting.", NULL },
 	{ "no-shutdown", NULL, CTX_QEMU, opt_no_shutdown, "Stop instead of ending when the guest powers off.", NULL },
 
-	{ "disk", "FILE[,KEY=VALUE...]", CTX_RUN, opt_disk, "A virtio disk: format=raw, readonly=on, serial=TEXT, cache=MODE, snapshot=on. May be repeated.", "Disks" },
-	{ "drive", "KEY=VALUE[,...]", BOTH, opt_drive, "A disk in QEMU's words: file=, format=raw, if=virtio|none, id=, cache=, readonly=, snapshot=, discard=, aio=, serial=.", NULL },
-	{ "blockdev", "KEY=VALUE[,...]|JSON", BOTH, opt_blockdev, "A block node: driver=raw|file|host_device, node-name=, filename= or file=NODE, read-only=, cache.direct=, discard=.", NULL },
+	{ "disk", "FILE[,KEY=VALUE...]", CTX_RUN, opt_disk, "A virtio disk: format=raw|qcow2, readonly=on, serial=TEXT, cache=MODE, snapshot=on. May be repeated.", "Disks" },
+	{ "drive", "KEY=VALUE[,...]", BOTH, opt_drive, "A disk in QEMU's words: file=, format=raw|qcow2, if=virtio|none, id=, cache=, readonly=, snapshot=, discard=, aio=, serial=.", NULL },
+	{ "blockdev", "KEY=VALUE[,...]|JSON", BOTH, opt_blockdev, "A block node: driver=raw|qcow2|file|host_device, node-name=, filename= or file=NODE, read-only=, cache.direct=, discard=.", NULL },
 	{ "hda", "FILE", CTX_QEMU, opt_hd, NULL, NULL },
 	{ "hdb", "FILE", CTX_QEMU, opt_hd, NULL, NULL },
 	{ "hdc", "FILE", CTX_QEMU, opt_hd, NULL, NULL },

@@ -30,7 +30,7 @@ extern const char *const virtio_on_off_auto[];
 
 #define VIRTIO_PCI_PROPS(type) \
 	{ "addr", PROP_PCI_ADDR, offsetof(type, vp.addr), (uint64_t)-1, .help = "slot[.function]" }, \
-	{ "bootindex", PROP_U32, offsetof(type, vp.bootindex), UINT32_MAX, .help = "boot order" }, \
+	{ "bootindex", PROP_U32, offsetof(type, vp.bootindex), UINT32_MAX, .help = "accepted and ignored: direct boot has no order" }, \
 	{ "vectors", PROP_U32, offsetof(type, vp.vectors), UINT32_MAX, .help = "MSI-X vectors, 0 for none" }, \
 	{ "disable-legacy", PROP_ENUM, offsetof(type, vp.disable_legacy), .dflt_str = "auto", \
 	  .values = virtio_on_off_auto, .help = "legacy is not offered: on or auto" }, \
