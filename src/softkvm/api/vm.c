@@ -53,7 +53,7 @@ static bool translate_default(void)
 {
 	const char *mode = getenv("LODGE_SOFT_MODE");
 
-	return mode && !strcmp(mode, "translate");
+	return !mode || strcmp(mode, "interp");
 }
 
 int vm_new(struct vm **out)
