@@ -256,6 +256,7 @@ static void qcow2_close(struct block *b)
 	free(q->dead);
 	free(q->meta);
 	free(q->comp_buf);
+	q_free_compressors(q);
 	free(q->backing);
 	free(q->backing_format);
 	free(q->data_file);

@@ -96,6 +96,9 @@ struct qcow2 {
 	pthread_mutex_t comp_lock;
 	uint64_t comp_entry;
 	uint8_t *comp_buf;
+	struct libdeflate_compressor *compressors[16]; /* idle; under comp_lock */
+	unsigned ncompressors;
+	struct libdeflate_decompressor *decompressor; /* idle; atomic */
 };
 
 /* --- big endian --- */
@@ -196,6 +199,7 @@ int q_start_writing(struct qcow2 *q);
 
 /* --- qcow2_compress.c --- */
 int q_inflate(struct qcow2 *q, uint64_t raw, uint64_t in_cluster, const struct iovec *iov, int n, uint64_t len);
+void q_free_compressors(struct qcow2 *q);
 int qcow2_write_compressed(struct block *b, uint64_t off, const void *buf, uint64_t len);
 
 /* --- qcow2_tables.c: new tables beside the old ones (R5) --- */

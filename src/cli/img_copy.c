@@ -17,7 +17,7 @@
 
 #include "cli/img.h"
 
-enum { PIECE = 2 << 20, THREADS_MAX = 16 };
+enum { PIECE = 2 << 20, COMPARE_PIECE = 512 << 10, THREADS_MAX = 16 };
 
 static bool all_zero(const uint8_t *p, uint64_t n)
 {
@@ -423,8 +423,8 @@ int img_compare(int argc, char **argv)
 		return img_usage("Expecting two image file names"), 2;
 	for (int i = 0; i < 2 && !r; i++) {
 		k.b[i] = img_open(argv[optind + i], &o[i]);
-		k.buf[i] = malloc(PIECE);
-		r = k.b[i] && k.buf[i] ? 0 : 2;
+		/* On a page: the kernel's copy is several times slower to anywhere else. */
+		r = !k.b[i] || posix_memalign((void **)&k.buf[i], 4096, COMPARE_PIECE) ? 2 : 0;
 	}
 	if (!r && k.strict && block_length(k.b[0]) != block_length(k.b[1])) {
 		if (!k.quiet)
@@ -435,7 +435,7 @@ int img_compare(int argc, char **argv)
 		if (la != lb && !k.quiet)
 			puts("Warning: Image size mismatch!");
 		for (uint64_t off = 0, n; !r && off < size; off += n) {
-			n = MIN(size - off, (uint64_t)PIECE / 8); /* both buffers stay in the processor's cache */
+			n = MIN(size - off, (uint64_t)COMPARE_PIECE);
 			r = compare_some(&k, off, &n);
 			img_progress(k.progress, (double)off * 100.0 / (double)size);
 		}

@@ -41,7 +41,8 @@ def make_raw(path, seed):
         for _ in range(24):
             n = rnd.choice((512, 4096, 65536, 200000))
             f.seek(rnd.randrange(0, SIZE - n) // 512 * 512)
-            f.write(rnd.choice((rnd.randbytes(n), bytes([rnd.randrange(1, 256)]) * n, bytes(n))))
+            f.write(rnd.choice((rnd.randbytes(n), bytes([rnd.randrange(1, 256)]) * n, bytes(n),
+                                (rnd.randbytes(20011) * 10)[:n])))  # repeats farther back than 4 KiB
         f.truncate(SIZE)
 
 
