@@ -37,6 +37,8 @@ struct block *block_new(const struct block_opts *o, struct loop *l, struct worke
 	pthread_mutex_init(&b->lock, NULL);
 	pthread_cond_init(&b->idle, NULL);
 	pthread_rwlock_init(&b->rmw, NULL);
+	pthread_mutex_init(&b->listener_lock, NULL);
+	b->waiting_tail = &b->waiting;
 	b->fd = -1;
 	b->size = 512;
 	b->loop = l;
@@ -65,6 +67,8 @@ void block_free(struct block *b)
 	pthread_mutex_destroy(&b->lock);
 	pthread_cond_destroy(&b->idle);
 	pthread_rwlock_destroy(&b->rmw);
+	pthread_mutex_destroy(&b->listener_lock);
+	throttle_group_unref(b->throttle);
 	free(b->id);
 	free(b->file);
 	free(b->owner);
@@ -165,6 +169,8 @@ int block_open(struct block **out, const struct block_opts *o, struct loop *l, s
 		top->child = b;
 		b = top;
 	}
+	if (o->throttle)
+		b->throttle = throttle_group_ref(o->throttle);
 	*out = b;
 	return 0;
 }
@@ -273,7 +279,7 @@ static void perform(struct block_req *r)
 }
 
 /* `r` may be gone after done(); the count keeps the block alive until then. */
-static void finish(struct block_req *r)
+void block_finish(struct block_req *r)
 {
 	struct block *b = r->blk;
 	r->done(r);
@@ -287,41 +293,174 @@ static void on_worker(void *opaque)
 {
 	struct block_req *r = opaque;
 	perform(r);
-	finish(r);
+	block_finish(r);
+}
+
+void block_by_worker(struct block_req *r)
+{
+	struct block *b = r->blk;
+	if (b->workers && !workers_submit(b->workers, on_worker, NULL, r))
+		return;
+	on_worker(r); /* no workers: slower, but it gets done */
+}
+
+void block_dispatch(struct block_req *r)
+{
+	struct block *b = r->blk;
+	bool look = b->detect_zeroes && r->op == BLOCK_WRITE;
+	if (r->flags & BLOCK_REQ_INLINE && !look && b->drv->fast(b, r))
+		block_finish(r);
+	else if (look || !b->drv->submit || !b->drv->submit(b, r))
+		block_by_worker(r);
+}
+
+bool block_submit_below(struct block *leaf, struct block_req *r)
+{
+	r->blk = leaf;
+	pthread_mutex_lock(&leaf->lock);
+	leaf->in_flight++;
+	pthread_mutex_unlock(&leaf->lock);
+	if (leaf->drv->submit && leaf->drv->submit(leaf, r))
+		return true;
+	pthread_mutex_lock(&leaf->lock);
+	if (!--leaf->in_flight)
+		pthread_cond_broadcast(&leaf->idle);
+	pthread_mutex_unlock(&leaf->lock);
+	return false;
+}
+
+/* True: it waits for the end of a resize. */
+static bool enter(struct block *b, struct block_req *r)
+{
+	pthread_mutex_lock(&b->lock);
+	bool held = b->held;
+	if (held) {
+		r->next = NULL;
+		*b->waiting_tail = r;
+		b->waiting_tail = &r->next;
+	} else {
+		b->in_flight++;
+	}
+	pthread_mutex_unlock(&b->lock);
+	return held;
+}
+
+static void start(struct block *b, struct block_req *r)
+{
+	r->ret = check_request(b, r);
+	if (r->ret || (r->op != BLOCK_FLUSH && !r->len))
+		block_finish(r);
+	else if (!b->throttle || throttle_admit(b->throttle, r))
+		block_dispatch(r);
 }
 
 void block_submit(struct block *b, struct block_req *r)
 {
 	r->blk = b;
-	pthread_mutex_lock(&b->lock);
-	b->in_flight++;
-	pthread_mutex_unlock(&b->lock);
-	r->ret = check_request(b, r);
-	if (r->ret || (r->op != BLOCK_FLUSH && !r->len)) {
-		finish(r);
-		return;
+	if (!enter(b, r))
+		start(b, r);
+}
+
+void block_unplug(struct block *b)
+{
+	for (; b; b = b->child) {
+		uring_kick(b);
+		if (b->qcow2 && b->qcow2->data != b->child)
+			uring_kick(b->qcow2->data);
 	}
-	bool now = r->flags & BLOCK_REQ_INLINE && !(b->detect_zeroes && r->op == BLOCK_WRITE) && b->drv->fast(b, r);
-	if (!now && b->workers && !workers_submit(b->workers, on_worker, NULL, r))
-		return;
-	if (!now)
-		perform(r); /* no workers: slower, but it gets done */
-	finish(r);
+}
+
+static void drain(struct block *b, bool held_too)
+{
+	if (b->throttle)
+		throttle_release(b->throttle, b);
+	block_unplug(b);
+	pthread_mutex_lock(&b->lock);
+	while (b->in_flight || (held_too && b->held))
+		pthread_cond_wait(&b->idle, &b->lock);
+	pthread_mutex_unlock(&b->lock);
 }
 
 void block_drain(struct block *b)
 {
+	drain(b, true);
+}
+
+int block_set_loop(struct block *b, struct loop *l, struct err *err)
+{
+	block_drain(b);
+	for (; b; b = b->child) {
+		int r = uring_move(b, l);
+		if (r)
+			return err_set_errno(err, r, "%s: cannot move to an I/O thread", b->file);
+		b->loop = l;
+	}
+	return 0;
+}
+
+/* --- while a guest uses it --- */
+
+void block_listen(struct block *b, const struct block_listener *l)
+{
+	pthread_mutex_lock(&b->listener_lock);
+	b->listener = l ? *l : (struct block_listener){ 0 };
+	pthread_mutex_unlock(&b->listener_lock);
+}
+
+static void hold(struct block *b)
+{
 	pthread_mutex_lock(&b->lock);
-	while (b->in_flight)
+	while (b->held) /* somebody else's turn */
 		pthread_cond_wait(&b->idle, &b->lock);
+	b->held = true;
 	pthread_mutex_unlock(&b->lock);
+	drain(b, false);
+}
+
+static void let_go(struct block *b)
+{
+	pthread_mutex_lock(&b->lock);
+	struct block_req *list = b->waiting, *next;
+	b->held = false;
+	b->waiting = NULL;
+	b->waiting_tail = &b->waiting;
+	for (struct block_req *r = list; r; r = r->next)
+		b->in_flight++;
+	pthread_cond_broadcast(&b->idle);
+	pthread_mutex_unlock(&b->lock);
+	for (; list; list = next) {
+		next = list->next;
+		start(b, list);
+	}
+	block_unplug(b);
+}
+
+int block_resize(struct block *b, uint64_t size, struct err *err)
+{
+	if (size % b->size || size > INT64_MAX)
+		return err_set(err, -EINVAL, "%s: the new size must be a multiple of %u", b->file, b->size);
+	hold(b);
+	int r = image_resize(b, size, PREALLOC_OFF, err);
+	let_go(b);
+	if (r)
+		return r;
+	pthread_mutex_lock(&b->listener_lock);
+	if (b->listener.resized)
+		b->listener.resized(b->listener.opaque);
+	pthread_mutex_unlock(&b->listener_lock);
+	return 0;
+}
+
+struct throttle_group *block_throttle(const struct block *b)
+{
+	return b->throttle;
 }
 
 /* --- facts --- */
 
 uint64_t block_length(const struct block *b)
 {
-	return b->length;
+	return __atomic_load_n(&b->length, __ATOMIC_RELAXED);
 }
 
 unsigned block_size(const struct block *b)

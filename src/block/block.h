@@ -19,9 +19,11 @@
 struct block;
 struct loop;
 struct workers;
+struct throttle_group;
 
 enum block_op { BLOCK_READ, BLOCK_WRITE, BLOCK_FLUSH, BLOCK_DISCARD, BLOCK_ZERO };
-enum { BLOCK_REQ_FUA = 1, BLOCK_REQ_MAY_UNMAP = 2, BLOCK_REQ_INLINE = 4 /* caller can wait for a short copy */ };
+enum { BLOCK_REQ_FUA = 1, BLOCK_REQ_MAY_UNMAP = 2, BLOCK_REQ_INLINE = 4 /* caller can wait for a short copy */,
+       BLOCK_REQ_MORE = 8 /* more follows at once, then block_unplug() */ };
 
 struct block_req {
 	enum block_op op;
@@ -36,6 +38,7 @@ struct block_req {
 	uint64_t priv[4];               /* the driver's */
 };
 
+enum block_aio { AIO_AUTO, AIO_THREADS, AIO_NATIVE, AIO_IO_URING };
 enum block_cache { CACHE_WRITEBACK, CACHE_NONE, CACHE_WRITETHROUGH, CACHE_DIRECTSYNC, CACHE_UNSAFE };
 
 struct block_opts {
@@ -44,6 +47,8 @@ struct block_opts {
 	const char *format;             /* "raw"; NULL probes */
 	bool read_only, snapshot;       /* snapshot: writes go to a temporary file that is gone at the end */
 	enum block_cache cache;
+	enum block_aio aio;
+	struct throttle_group *throttle; /* may be NULL; the block takes a reference */
 	bool discard_unmap, detect_zeroes;
 	/* For the image tools. */
 	bool shared;                    /* read whatever others do with the image; take no locks */
@@ -65,7 +70,11 @@ int block_sync_close(struct block *b);
 void block_unlock(struct block *b);
 
 void block_submit(struct block *b, struct block_req *r);
-/* Wait until no request is in flight. */
+/* After requests with BLOCK_REQ_MORE: nothing more follows. */
+void block_unplug(struct block *b);
+/* Complete requests on this loop's thread from now on. No request is in flight. */
+int block_set_loop(struct block *b, struct loop *l, struct err *err);
+/* Wait until no request is in flight. What limits held back goes at once. */
 void block_drain(struct block *b);
 
 uint64_t block_length(const struct block *b);           /* bytes, rounded up to 512 */
@@ -76,6 +85,13 @@ const char *block_id(const struct block *b);
 const char *block_name(const struct block *b);          /* file name, for messages */
 /* At most one device owns a back end: -EBUSY names the owner. */
 int block_attach(struct block *b, const char *owner, struct err *err);
+/* What the owner wants to know; any thread, no lock of the block layer held. */
+struct block_listener { void (*resized)(void *opaque); void *opaque; };
+void block_listen(struct block *b, const struct block_listener *l);     /* NULL: no more; waits for a call under way */
+/* While a guest uses it: waits for requests in flight, holds back new ones, tells the owner. Bytes, a multiple of block_size(). */
+int block_resize(struct block *b, uint64_t size, struct err *err);
+/* Limits at run time; NULL when there never were any. */
+struct throttle_group *block_throttle(const struct block *b);
 void block_detach(struct block *b);
 
 #endif

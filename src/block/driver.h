@@ -13,6 +13,7 @@
 
 #include "block/block.h"
 #include "block/image.h"
+#include "block/throttle.h"
 
 /*
  * An image format or protocol. Functions other than `fast` may block and run on workers, several at
@@ -29,6 +30,8 @@ struct block_driver {
 	int (*zero)(struct block *b, uint64_t off, uint64_t len, unsigned flags);
 	/* Answer now without waiting: true with r->ret set; false: not touched, or only rewritten the same later. */
 	bool (*fast)(struct block *b, struct block_req *r);
+	/* Start it without waiting: true: block_finish() or block_by_worker() follows; false: not touched. May be NULL. */
+	bool (*submit)(struct block *b, struct block_req *r);
 	/* This node only: an extent that starts at `off`, at most `len` long, of one kind. */
 	int (*map)(struct block *b, uint64_t off, uint64_t len, struct block_extent *e);
 	int (*resize)(struct block *b, uint64_t size, enum block_prealloc p, struct err *err);
@@ -58,7 +61,12 @@ struct block {
 	pthread_mutex_t lock;
 	pthread_cond_t idle;
 	unsigned in_flight;
+	bool held;                      /* new requests wait in `waiting` while the size changes */
+	struct block_req *waiting, **waiting_tail;
 	char *owner;
+	struct block_listener listener;
+	pthread_mutex_t listener_lock;
+	struct throttle_group *throttle;
 
 	/* raw */
 	int fd;
@@ -68,6 +76,8 @@ struct block {
 	bool no_discard, no_zero_range; /* atomic: the file system cannot */
 	int flush_error;                /* atomic: a failed fdatasync lost data that no later one can save */
 	pthread_rwlock_t rmw;           /* O_DIRECT: unaligned writes alone, aligned ones together */
+
+	struct uring *uring;            /* NULL: threads */
 
 	struct overlay *overlay;
 	struct qcow2 *qcow2;
@@ -88,6 +98,29 @@ int overlay_open(struct block *b, struct block *base, struct err *err);
 int qcow2_open(struct block *b, const struct block_opts *o, unsigned depth, struct err *err);
 /* A backing file, read-only; `depth` bounds the chain. */
 int block_open_backing(struct block **out, const struct block_opts *o, struct block *above, unsigned depth, struct err *err);
+
+/* --- block.c, for drivers and limits --- */
+/* A checked request on its way: now, asynchronously, or by a worker. */
+void block_dispatch(struct block_req *r);
+void block_by_worker(struct block_req *r);
+void block_finish(struct block_req *r);
+/* From a node above to a leaf, counted as its own; false: not taken. */
+bool block_submit_below(struct block *leaf, struct block_req *r);
+
+/* --- throttle.c --- */
+/* False: it waits, and block_dispatch() is called later. */
+bool throttle_admit(struct throttle_group *g, struct block_req *r);
+/* Dispatch at once what waits for this node. */
+void throttle_release(struct throttle_group *g, struct block *b);
+
+/* --- uring.c --- */
+int uring_open(struct block *b);
+void uring_close(struct block *b);
+int uring_move(struct block *b, struct loop *l);
+bool uring_submit(struct block *b, struct block_req *r);
+void uring_kick(struct block *b);
+int raw_flush_failed(struct block *b, int error);
+int raw_sync_flags(const struct block *b, unsigned flags);
 
 /* QEMU's byte-range locks on an image. -EAGAIN names what holds it. A backing file may have other readers only. */
 int lock_image(int fd, const char *file, bool write, struct err *err);

@@ -237,6 +237,7 @@ static void qcow2_close(struct block *b)
 	struct qcow2 *q = b->qcow2;
 	if (!q)
 		return;
+	block_drain(q->data); /* whoever finished the last request may still be on its way out */
 	if (!b->read_only && q->l1 && q->l2.hash && q->refs.hash) {
 		/* The first round frees what is dead, the second writes that. */
 		int r = q_flush(q, true);
@@ -348,5 +349,5 @@ static int driver_map(struct block *b, uint64_t off, uint64_t len, struct block_
 
 const struct block_driver block_qcow2 = {
 	.name = "qcow2", .read = driver_read, .write = driver_write, .flush = driver_flush, .discard = driver_discard,
-	.zero = driver_zero, .fast = q_fast, .map = driver_map, .resize = qcow2_resize, .close = qcow2_close,
+	.zero = driver_zero, .fast = q_fast, .submit = q_submit, .map = driver_map, .resize = qcow2_resize, .close = qcow2_close,
 };

@@ -194,6 +194,7 @@ int q_zero(struct qcow2 *q, uint64_t off, uint64_t len, bool may_unmap);
 int q_discard(struct qcow2 *q, uint64_t off, uint64_t len, bool make_holes);
 int q_read_locked(struct qcow2 *q, uint64_t off, const struct iovec *iov, int n, uint64_t len);
 bool q_fast(struct block *b, struct block_req *r);
+bool q_submit(struct block *b, struct block_req *r);
 /* First change of the guest's data: bitmaps that do not follow must not be believed. */
 int q_start_writing(struct qcow2 *q);
 

@@ -103,9 +103,9 @@ static int clean_tail(struct qcow2 *q, uint64_t old, uint64_t size)
 	if (q->b->backing && q->b->backing->length > old)
 		end = MAX(end, MIN(size, q->b->backing->length));
 	uint64_t len = q->b->length;
-	q->b->length = size; /* nobody else looks: requests are checked against it before they get here */
+	__atomic_store_n(&q->b->length, size, __ATOMIC_RELAXED); /* nobody else looks: requests are checked against it before they get here */
 	int r = end > old ? q_zero(q, old, end - old, false) : 0;
-	q->b->length = len;
+	__atomic_store_n(&q->b->length, len, __ATOMIC_RELAXED);
 	return r;
 }
 
@@ -119,7 +119,7 @@ static int set_size(struct qcow2 *q, uint64_t size)
 		r = q_write_head(q, &h);
 	if (!r) {
 		q->h = h;
-		q->b->length = ALIGN_DOWN(size, (uint64_t)512);
+		__atomic_store_n(&q->b->length, ALIGN_DOWN(size, (uint64_t)512), __ATOMIC_RELAXED);
 	}
 	pthread_mutex_unlock(&q->lock);
 	return r;

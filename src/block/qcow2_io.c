@@ -500,3 +500,52 @@ bool q_fast(struct block *b, struct block_req *r)
 	qrange_unlock(q, &range);
 	return ok;
 }
+
+/* --- without waiting: one run of data where it stands --- */
+
+struct q_op { struct block_req part, *whole; struct qcow2 *q; struct qrange range; };
+
+static void part_done(struct block_req *part)
+{
+	struct q_op *op = container_of(part, struct q_op, part);
+	struct block_req *whole = op->whole;
+	whole->ret = part->ret;
+	qrange_unlock(op->q, &op->range);
+	free(op);
+	block_finish(whole);
+}
+
+/* The range is held until the leaf is done with it, as q_read() and write_in_place() do. */
+bool q_submit(struct block *b, struct block_req *r)
+{
+	struct qcow2 *q = b->qcow2;
+	struct qrun run;
+	bool write = r->op == BLOCK_WRITE, ok;
+	if (!q->data->uring || (r->op != BLOCK_READ && !write) || (write && (r->flags & BLOCK_REQ_FUA || !block_write_cache(b))))
+		return false;
+	struct q_op *op = malloc(sizeof *op);
+	if (!op)
+		return false;
+	op->q = q;
+	op->whole = r;
+	if (!qrange_trylock(q, &op->range, r->off, r->len)) {
+		free(op);
+		return false;
+	}
+	ok = !pthread_mutex_trylock(&q->lock);
+	if (ok) {
+		ok = !q->broken && q->started_writing >= write && !q_lookup(q, r->off, r->len, &run, true) && run.len == r->len &&
+		     run.kind == Q_DATA && (!write || (run.copied && !check_target(q, run.host, run.len)));
+		pthread_mutex_unlock(&q->lock);
+	}
+	if (ok) {
+		op->part = (struct block_req){ .op = r->op, .off = run.host, .len = r->len, .iov = r->iov, .iovcnt = r->iovcnt,
+					       .flags = r->flags & BLOCK_REQ_MORE, .done = part_done };
+		ok = block_submit_below(q->data, &op->part);
+	}
+	if (!ok) {
+		qrange_unlock(q, &op->range);
+		free(op);
+	}
+	return ok;
+}

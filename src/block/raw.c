@@ -138,7 +138,7 @@ static int raw_read(struct block *b, uint64_t off, const struct iovec *iov, int 
 	return b->mem_align ? direct(b, false, off, iov, n, len, 0) : transfer(b, false, off, iov, n, len, 0);
 }
 
-static int sync_flags(const struct block *b, unsigned flags)
+int raw_sync_flags(const struct block *b, unsigned flags)
 {
 	if (b->cache == CACHE_UNSAFE)
 		return 0;
@@ -148,8 +148,18 @@ static int sync_flags(const struct block *b, unsigned flags)
 
 static int raw_write(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len, unsigned flags)
 {
-	int f = sync_flags(b, flags);
+	int f = raw_sync_flags(b, flags);
 	return b->mem_align ? direct(b, true, off, iov, n, len, f) : transfer(b, true, off, iov, n, len, f);
+}
+
+int raw_flush_failed(struct block *b, int r)
+{
+	if (r == -EINVAL || r == -EROFS)
+		return 0; /* a special file without a cache */
+	/* The kernel reports a lost write once and forgets it; the guest must not believe the next flush. */
+	__atomic_store_n(&b->flush_error, r, __ATOMIC_RELAXED);
+	log_error("%s: flush failed: %s; written data may be lost", b->file, strerror(-r));
+	return r;
 }
 
 static int raw_flush(struct block *b)
@@ -161,15 +171,8 @@ static int raw_flush(struct block *b)
 		return r;
 	if (!fdatasync(b->fd))
 		return 0;
-	r = -errno;
-	if (r == -EINVAL || r == -EROFS)
-		return 0; /* a special file without a cache */
-	/* The kernel reports a lost write once and forgets it; the guest must not believe the next flush. */
-	__atomic_store_n(&b->flush_error, r, __ATOMIC_RELAXED);
-	log_error("%s: flush failed: %s; written data may be lost", b->file, strerror(-r));
-	return r;
+	return raw_flush_failed(b, -errno);
 }
-
 static int punch(struct block *b, uint64_t off, uint64_t len)
 {
 	if (__atomic_load_n(&b->no_discard, __ATOMIC_RELAXED))
@@ -231,9 +234,23 @@ static int raw_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 		r = zero_range(b, off, len);
 	if (r == -EOPNOTSUPP)
 		return write_zeroes(b, off, len, flags);
-	if (!r && sync_flags(b, flags))
+	if (!r && raw_sync_flags(b, flags))
 		r = fdatasync(b->fd) ? -errno : 0;
 	return r;
+}
+
+/* What needs a bounce buffer, and what is done in several steps, is for workers. */
+static bool raw_submit(struct block *b, struct block_req *r)
+{
+	if (!b->uring || r->iovcnt > IOV_MAX)
+		return false;
+	if (r->op == BLOCK_FLUSH)
+		return b->cache != CACHE_UNSAFE && !b->read_only && !__atomic_load_n(&b->flush_error, __ATOMIC_RELAXED) && uring_submit(b, r);
+	if (r->op != BLOCK_READ && r->op != BLOCK_WRITE)
+		return false;
+	if (b->mem_align && (!is_aligned(b, r->off, r->iov, r->iovcnt, r->len) || (r->op == BLOCK_WRITE && b->mem_align > 512)))
+		return false; /* with large blocks a write takes `rmw` */
+	return uring_submit(b, r);
 }
 
 /* One attempt that does not wait. Partial success counts as none: the worker does the same again. */
@@ -246,7 +263,7 @@ static bool raw_fast(struct block *b, struct block_req *r)
 	}
 	if ((r->op != BLOCK_READ && !write) || b->mem_align || r->len > FAST_MAX || r->iovcnt > IOV_MAX)
 		return false;
-	if (write && sync_flags(b, r->flags))
+	if (write && raw_sync_flags(b, r->flags))
 		return false;
 	int flags = b->in_memory ? 0 : RWF_NOWAIT;
 	if (flags && __atomic_load_n(&b->no_nowait, __ATOMIC_RELAXED)) {
@@ -332,19 +349,20 @@ static int raw_resize(struct block *b, uint64_t size, enum block_prealloc p, str
 			log_warn("%s: cannot go back to the old size", b->file);
 		return err_set_errno(err, r, "%s: cannot resize", b->file);
 	}
-	b->length = ALIGN_UP(size, (uint64_t)512);
+	__atomic_store_n(&b->length, ALIGN_UP(size, (uint64_t)512), __ATOMIC_RELAXED);
 	return 0;
 }
 
 static void raw_close(struct block *b)
 {
+	uring_close(b);
 	if (b->fd >= 0)
 		close(b->fd);
 }
 
 const struct block_driver block_raw = {
 	.name = "raw", .read = raw_read, .write = raw_write, .flush = raw_flush, .discard = raw_discard,
-	.zero = raw_zero, .fast = raw_fast, .map = raw_map, .resize = raw_resize, .file_length = raw_file_length,
+	.zero = raw_zero, .fast = raw_fast, .submit = raw_submit, .map = raw_map, .resize = raw_resize, .file_length = raw_file_length,
 	.truncate = raw_truncate, .allocate = raw_allocate, .close = raw_close,
 };
 
@@ -424,6 +442,11 @@ int raw_open(struct block *b, const struct block_opts *o, struct err *err)
 		r = find_alignment(b, err);
 	if (!r && !o->shared)
 		r = lock_image(b->fd, b->file, write, err);
+	if (!r && b->loop && o->aio != AIO_THREADS) {
+		int u = uring_open(b);
+		if (u && o->aio == AIO_IO_URING)
+			log_warn("%s: aio=io_uring: the kernel refuses (%s); using threads", b->file, strerror(-u));
+	}
 	b->in_memory = !fstatfs(b->fd, &fs) && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 	return r;
 }

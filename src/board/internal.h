@@ -59,7 +59,7 @@ struct machine {
 	bool req_pending, req_posted;
 	enum machine_request req;
 	int req_status;
-	bool ended;
+	bool ended, stopped;            /* stopped: by MACHINE_STOP */
 };
 
 /* chips.c: the interrupt controllers below the KVM API, and vCPUs' state at reset. */

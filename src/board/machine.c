@@ -74,6 +74,35 @@ static void end(struct machine *m, int status)
 	loop_stop(m->cfg.loop, status);
 }
 
+/* vCPUs first: what they asked for is with the devices then. */
+static void stop(struct machine *m)
+{
+	vcpus_pause(m->vcpus);
+	if (m->stopped)
+		return;
+	m->stopped = true;
+	for (struct device *d = m->devices; d; d = d->next)
+		if (d->cls->pause)
+			d->cls->pause(d, true);
+	log_warn("the machine is stopped; SIGCONT continues it");
+}
+
+void machine_resume(struct machine *m)
+{
+	if (!m->stopped || m->ended)
+		return;
+	m->stopped = false;
+	for (struct device *d = m->devices; d; d = d->next)
+		if (d->cls->pause)
+			d->cls->pause(d, false);
+	vcpus_resume(m->vcpus);
+}
+
+bool machine_stopped(const struct machine *m)
+{
+	return m->stopped;
+}
+
 static void act(void *opaque)
 {
 	struct machine *m = opaque;
@@ -89,6 +118,8 @@ static void act(void *opaque)
 		return;
 	if (r == MACHINE_EXIT) {
 		end(m, status);
+	} else if (r == MACHINE_STOP) {
+		stop(m);
 	} else if (r == MACHINE_POWEROFF || m->cfg.no_reboot) {
 		if (m->cfg.no_shutdown)
 			vcpus_pause(m->vcpus);
@@ -101,7 +132,8 @@ static void act(void *opaque)
 			end(m, 1);
 			return;
 		}
-		vcpus_resume(m->vcpus);
+		if (!m->stopped)
+			vcpus_resume(m->vcpus);
 	}
 }
 

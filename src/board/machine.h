@@ -53,8 +53,12 @@ struct machine_config {
 int machine_create(struct machine **out, const struct machine_config *cfg, struct err *err);
 /* Start the vCPUs and run the loop until the machine ends; the process's exit status. */
 int machine_run(struct machine *m);
-/* Any thread. `status` is for MACHINE_EXIT (the debug exit device). */
+/* Any thread. `status` is for MACHINE_EXIT (the debug exit device). MACHINE_STOP stops vCPUs and devices (an I/O error whose
+   policy is to stop); machine_resume() goes on and tries again what failed. */
 void machine_request(struct machine *m, enum machine_request r, int status);
+/* On the loop's thread: go on after MACHINE_STOP; nothing when it runs. */
+void machine_resume(struct machine *m);
+bool machine_stopped(const struct machine *m);
 /* A virtual CPU by number; NULL past the last. */
 struct kvm_vcpu *machine_vcpu(struct machine *m, unsigned i);
 void machine_destroy(struct machine *m);

@@ -6,6 +6,8 @@
 
 #include "base/parse.h"
 #include "base/util.h"
+#include "block/throttle.h"
+#include "loop/loop.h"
 
 static void keep(struct backends *b, enum prop_type type, const char *id, void *p)
 {
@@ -23,24 +25,85 @@ static int open_disk(struct backends *b, const struct block_opts *bo, struct loo
 	return ret;
 }
 
-static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, struct workers *w, struct err *err)
+/* First, so that they end last. */
+static int start_iothreads(struct backends *b, struct vm_opts *o, struct err *err)
 {
 	int ret = 0;
 
+	for (unsigned i = 0; !ret && i < o->nobjects; i++) {
+		struct iothread *t;
+
+		if (strcmp(o->objects[i].type, "iothread"))
+			continue;
+		ret = iothread_create(&t, err);
+		if (!ret)
+			keep(b, PROP_IOTHREAD, o->objects[i].id, t);
+	}
+	return ret;
+}
+
+/* --- limits --- */
+
+static struct throttle_group *group_find(struct backends *b, const char *name)
+{
+	for (unsigned i = 0; name && i < b->ngroups; i++)
+		if (!strcmp(b->groups[i].name, name))
+			return b->groups[i].group;
+	return NULL;
+}
+
+/* As QEMU: disks of one group share limits, and the last one that gives any sets them. NULL with r 0: none. */
+static int group_for(struct backends *b, const char *name, const struct throttle_limits *l, struct loop *loop,
+		     struct throttle_group **out, struct err *err)
+{
+	struct throttle_group *g = group_find(b, name);
+
+	*out = g;
+	if (g && throttle_wanted(l))
+		throttle_group_set(g, l);
+	if (g || (!name && !throttle_wanted(l)))
+		return 0;
+	g = throttle_group_new(l, clock_host(loop));
+	if (!g)
+		return err_set(err, -ENOMEM, "out of memory");
+	vmopts_grow(&b->groups, &b->ngroups, sizeof *b->groups);
+	b->groups[b->ngroups - 1].name = name ? name : "";
+	b->groups[b->ngroups - 1].group = *out = g;
+	return 0;
+}
+
+static int node_group(struct backends *b, const char *name, struct block_opts *bo, struct err *err)
+{
+	bo->throttle = group_find(b, name);
+	return bo->throttle || !name ? 0 : err_set(err, -ENOENT, "-blockdev: throttle-group=%s: there is no such -object throttle-group", name);
+}
+
+static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, struct workers *w, struct err *err)
+{
+	struct throttle_group *g;
+	int ret = 0;
+
+	for (unsigned i = 0; !ret && i < o->nthrottles; i++)
+		ret = group_for(b, o->throttles[i].name, &o->throttles[i].limits, l, &g, err);
 	for (unsigned i = 0; !ret && i < o->ndrives; i++) {
 		struct block_opts bo = o->drives[i].b;
 
 		bo.id = o->drives[i].id;
 		bo.file = o->drives[i].file;
 		bo.snapshot |= o->snapshot;
-		ret = open_disk(b, &bo, l, w, err);
+		ret = group_for(b, o->drives[i].group, &o->drives[i].limits, l, &bo.throttle, err);
+		if (!ret)
+			ret = open_disk(b, &bo, l, w, err);
 	}
 	for (unsigned i = 0; !ret && i < o->nnodes; i++) {
 		struct block_opts bo;
+		const char *group = NULL;
 
 		if (node_is_child(o, keyvals_get(&o->nodes[i].opts, "node-name")))
 			continue;
-		ret = node_block_opts(o, &o->nodes[i], &bo, err);
+		ret = node_block_opts(o, &o->nodes[i], &bo, &group, err);
+		if (!ret)
+			ret = node_group(b, group, &bo, err);
 		if (!ret)
 			ret = open_disk(b, &bo, l, w, err);
 	}
@@ -51,7 +114,10 @@ int backends_open(struct backends *b, struct vm_opts *o, struct loop *l, struct 
 		  struct err *err)
 {
 	*b = (struct backends){ 0 };
-	int ret = open_disks(b, o, l, w, err);
+	int ret = start_iothreads(b, o, err);
+
+	if (!ret)
+		ret = open_disks(b, o, l, w, err);
 
 	for (unsigned i = 0; !ret && i < o->nnetdevs; i++) {
 		struct net_backend *n;
@@ -77,9 +143,14 @@ void backends_close(struct backends *b)
 			block_close(b->v[i].p);
 		else if (b->v[i].type == PROP_NETDEV)
 			net_close(b->v[i].p);
+		else if (b->v[i].type == PROP_IOTHREAD)
+			iothread_destroy(b->v[i].p);
 		else
 			chr_close(b->v[i].p);
 	}
+	for (unsigned i = 0; i < b->ngroups; i++)
+		throttle_group_unref(b->groups[i].group);
+	free(b->groups);
 	free(b->v);
 	*b = (struct backends){ 0 };
 }
@@ -100,7 +171,7 @@ static void *find(void *opaque, enum prop_type type, const char *id, struct err 
 	}
 	near = parse_nearest(id, names, n);
 	err_set(err, -ENOENT, "there is no %s with id '%s'%s%s%s",
-		type == PROP_DRIVE ? "drive" : type == PROP_NETDEV ? "netdev" : "chardev", id, near ? " (did you mean " : "",
+		type == PROP_DRIVE ? "drive" : type == PROP_NETDEV ? "netdev" : type == PROP_IOTHREAD ? "iothread" : "chardev", id, near ? " (did you mean " : "",
 		near ? near : "", near ? "?)" : "");
 	return NULL;
 }

@@ -10,6 +10,8 @@
 #include "net/net.h"
 
 struct backends {
+	struct { const char *name; struct throttle_group *group; } *groups;
+	unsigned ngroups;
 	struct backend { enum prop_type type; const char *id; void *p; } *v;
 	unsigned n;
 };
@@ -22,7 +24,10 @@ void backends_close(struct backends *b);
 struct backend_lookup backends_lookup(struct backends *b);
 
 /* nodes.c: what a -blockdev node means as a disk; -ENOTSUP names the driver or key. */
-int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, struct err *err);
+/* *group: the throttle group it is in, or NULL. */
+int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, const char **group, struct err *err);
+/* opt_block.c: aio=, NULL: not given. The cache mode is set. */
+int block_aio_key(const char *what, const char *v, struct block_opts *b, struct err *err);
 /* Is this node the child of another, so that no device uses it by itself? */
 bool node_is_child(struct vm_opts *o, const char *name);
 

@@ -45,8 +45,7 @@ static int usage_keys(struct keyvals *l, const char *prefix, struct block_opts *
 	    (ret = keyvals_bool(l, what, KEY("cache.no-flush"), &noflush, err)) ||
 	    (ret = keyvals_only(l, what, KEY("locking"), "auto|on", err)) ||
 	    (ret = keyvals_only(l, what, KEY("force-share"), "off", err)) ||
-	    (ret = keyvals_only(l, what, KEY("detect-zeroes"), "off", err)) ||
-	    (ret = keyvals_only(l, what, KEY("aio"), "threads", err)))
+	    (ret = keyvals_only(l, what, KEY("detect-zeroes"), "off", err)))
 		return ret;
 	if ((v = get(l, prefix, "discard", key))) {
 		if (strcmp(v, "unmap") && strcmp(v, "ignore"))
@@ -55,7 +54,7 @@ static int usage_keys(struct keyvals *l, const char *prefix, struct block_opts *
 	}
 	b->read_only = ro;
 	b->cache = noflush ? CACHE_UNSAFE : direct ? CACHE_NONE : CACHE_WRITEBACK;
-	return 0;
+	return block_aio_key(what, get(l, prefix, "aio", key), b, err);
 #undef KEY
 }
 
@@ -73,7 +72,26 @@ static int protocol(struct keyvals *l, const char *prefix, struct block_opts *b,
 	return usage_keys(l, prefix, b, err);
 }
 
-int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, struct err *err)
+/* driver=throttle: the node below, and in which group. */
+static int throttle_node(struct vm_opts *o, struct vm_node *n, struct block_opts *b, const char **group, struct err *err)
+{
+	struct keyvals *l = &n->opts;
+	const char *ref = keyvals_get(l, "file"), *name = keyvals_get(l, "throttle-group"), *below = NULL;
+	struct vm_node *child = ref ? node_find(o, ref) : NULL;
+
+	if (!name)
+		return err_set(err, -EINVAL, "-blockdev: throttle-group= is missing");
+	if (!child || child == n)
+		return err_set(err, -ENOENT, "-blockdev: driver=throttle: file=%s names no node", ref ? ref : "");
+	if (!strcmp(keyvals_get(&child->opts, "driver") ? keyvals_get(&child->opts, "driver") : "", "throttle"))
+		return err_set(err, -ENOTSUP, "-blockdev: a throttle node over another is not supported");
+	int ret = node_block_opts(o, child, b, &below, err);
+	b->id = keyvals_get(l, "node-name");
+	*group = name;
+	return ret ? ret : keyvals_end(l, "-blockdev", err);
+}
+
+int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, const char **group, struct err *err)
 {
 	struct keyvals *l = &n->opts;
 	const char *driver = keyvals_get(l, "driver"), *ref = keyvals_get(l, "file");
@@ -82,6 +100,8 @@ int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, 
 	*b = (struct block_opts){ .id = keyvals_get(l, "node-name"), .format = "raw", .snapshot = o->snapshot };
 	if (!driver)
 		return err_set(err, -EINVAL, "-blockdev: driver= is missing");
+	if (!strcmp(driver, "throttle"))
+		return throttle_node(o, n, b, group, err);
 	bool qcow2 = !strcmp(driver, "qcow2"), format = qcow2 || !strcmp(driver, "raw");
 	if (qcow2)
 		b->format = "qcow2";

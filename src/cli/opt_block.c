@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "base/util.h"
+#include "cli/backends.h"
 #include "cli/options.h"
 
 static int set_cache(struct block_opts *b, const char *what, const char *mode, struct err *err)
@@ -19,6 +20,22 @@ static int set_cache(struct block_opts *b, const char *what, const char *mode, s
 			return 0;
 		}
 	return err_set(err, -EINVAL, "%s: cache=%s is none of writeback, none, writethrough, directsync, unsafe", what, mode);
+}
+
+int block_aio_key(const char *what, const char *v, struct block_opts *b, struct err *err)
+{
+	static const char *const names[] = { [AIO_THREADS] = "threads", [AIO_NATIVE] = "native", [AIO_IO_URING] = "io_uring" };
+
+	if (!v)
+		return 0;
+	for (unsigned i = AIO_THREADS; i < ARRAY_SIZE(names); i++)
+		if (!strcmp(v, names[i]))
+			b->aio = (enum block_aio)i;
+	if (!b->aio)
+		return err_set(err, -EINVAL, "%s: aio=%s is none of threads, native, io_uring", what, v);
+	if (b->aio == AIO_NATIVE && b->cache != CACHE_NONE && b->cache != CACHE_DIRECTSYNC)
+		return err_set(err, -EINVAL, "%s: aio=native was specified, but it requires cache.direct=on (cache=none or directsync)", what);
+	return 0;
 }
 
 /* Keys that say how a file is used, shared by all three options. */
@@ -44,9 +61,13 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	    (ret = keyvals_bool(l, what, "read-only", &b->read_only, err)) ||
 	    (ret = keyvals_bool(l, what, "snapshot", &b->snapshot, err)) ||
 	    (ret = keyvals_only(l, what, "detect-zeroes", "off", err)) ||
-	    (ret = keyvals_only(l, what, "aio", "threads", err)) ||
+	    (ret = block_aio_key(what, keyvals_get(l, "aio"), b, err)) ||
+	    (ret = throttle_keys(l, what, "throttling.", &d->limits, err)) ||
 	    (ret = keyvals_only(l, what, "copy-on-read", "off", err)))
 		return ret;
+	d->group = keyvals_get(l, "throttling.group");
+	if (!d->group)
+		d->group = keyvals_get(l, "group");
 	return 0;
 }
 

@@ -81,7 +81,7 @@ int opt_object(struct vm_opts *o, const char *arg, struct err *err)
 		return ret;
 	const char *type = keyvals_get(l, "qom-type"), *id = keyvals_get(l, "id");
 	if (type && !strcmp(type, "help"))
-		return puts("rng-builtin\nrng-random\nmemory-backend-ram\nmemory-backend-memfd"), OPT_DONE;
+		return puts("iothread\nmemory-backend-memfd\nmemory-backend-ram\nrng-builtin\nrng-random\nthrottle-group"), OPT_DONE;
 	if (!type || !id)
 		return err_set(err, -EINVAL, "-object: %s is missing", type ? "id=" : "the type");
 	obj->type = vmopts_printf(o, "%s", type);
@@ -90,8 +90,11 @@ int opt_object(struct vm_opts *o, const char *arg, struct err *err)
 		ret = keyvals_only(l, "-object rng-random", "filename", "/dev/urandom|/dev/random", err);
 	else if (!strcmp(type, "memory-backend-ram") || !strcmp(type, "memory-backend-memfd"))
 		ret = check_memory_backend(o, l, err);
-	else if (strcmp(type, "rng-builtin"))
-		return err_set(err, -ENOTSUP, "-object: type '%s' is not supported (rng-builtin, rng-random, memory-backend-ram, memory-backend-memfd)", type);
+	else if (!strcmp(type, "throttle-group"))
+		ret = opt_throttle_group(o, obj, err);
+	else if (strcmp(type, "rng-builtin") && strcmp(type, "iothread"))
+		return err_set(err, -ENOTSUP, "-object: type '%s' is not supported (rng-builtin, rng-random, memory-backend-ram, memory-backend-memfd, "
+			       "iothread, throttle-group)", type);
 	return ret ? ret : keyvals_end(l, "-object", err);
 }
 

@@ -45,4 +45,8 @@ int help_device(const char *cls, struct err *err);
 void help_manual(void);                 /* the manual page, roff */
 void help_keys(void);
 
+/* opt_throttle.c: limits under `prefix` ("throttling.", with the old names; "x-"; "limits."), checked. */
+int throttle_keys(struct keyvals *l, const char *what, const char *prefix, struct throttle_limits *t, struct err *err);
+int opt_throttle_group(struct vm_opts *o, struct vm_object *obj, struct err *err);
+
 #endif

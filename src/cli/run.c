@@ -43,6 +43,11 @@ static void on_signal(void *opaque, int fd, unsigned events)
 
 	if (read(fd, &si, sizeof si) != sizeof si)
 		return;
+	if (si.ssi_signo == SIGCONT) {
+		if (s->machine)
+			machine_resume(s->machine);
+		return;
+	}
 	log_info("ending on signal %u (%s)", si.ssi_signo, strsignal((int)si.ssi_signo));
 	quit(s);
 }
@@ -56,6 +61,7 @@ static int signals_start(struct session *s, struct err *err)
 	sigaddset(&set, SIGINT);
 	sigaddset(&set, SIGTERM);
 	sigaddset(&set, SIGHUP);
+	sigaddset(&set, SIGCONT);       /* go on after an I/O error that stopped the machine */
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	signal(SIGPIPE, SIG_IGN);
 	s->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);

@@ -10,14 +10,18 @@
 
 #include "base/err.h"
 #include "block/block.h"
+#include "block/throttle.h"
 #include "board/machine.h"
 #include "cli/keyvals.h"
 
 struct vm_device { struct keyvals opts; };              /* "driver" is the class */
+struct vm_throttle { char *name; struct throttle_limits limits; };  /* -object throttle-group */
 struct vm_drive {
 	struct block_opts b;            /* strings owned by `text` */
 	struct keyvals text;
 	char *id, *file;
+	struct throttle_limits limits;
+	const char *group;              /* throttling.group */
 };
 struct vm_node { struct keyvals opts; };                /* -blockdev */
 struct vm_spec { char *id, *text; };                    /* -netdev, -chardev: text for the back end */
@@ -44,6 +48,7 @@ struct vm_opts {
 	VM_LIST(vm_spec, chardevs);
 	VM_LIST(vm_object, objects);
 	VM_LIST(vm_global, globals);
+	VM_LIST(vm_throttle, throttles);
 	bool serial_given, net_given;
 	unsigned auto_ids;
 	char **pool;                    /* strings that live as long as this */

@@ -126,7 +126,7 @@ static int set_backend(struct device *d, const struct prop *p, const char *value
 		       struct err *err)
 {
 	static const char *const option[] = { [PROP_DRIVE] = "-drive or -blockdev", [PROP_NETDEV] = "-netdev",
-					      [PROP_CHARDEV] = "-chardev" };
+					      [PROP_CHARDEV] = "-chardev", [PROP_IOTHREAD] = "-object iothread" };
 	char l[128];
 	struct err why = { 0 };
 	void *b = find && find->find ? find->find(find->opaque, p->type, value, &why) : NULL;
@@ -178,6 +178,7 @@ static int set_value(struct device *d, const struct prop *p, const char *value, 
 	case PROP_DRIVE:
 	case PROP_NETDEV:
 	case PROP_CHARDEV:
+	case PROP_IOTHREAD:
 		return set_backend(d, p, value, find, err);
 	case PROP_ENUM:
 		return set_enum(d, p, value, err);
@@ -211,6 +212,7 @@ static int set_default(struct device *d, const struct prop *p, struct err *err)
 	case PROP_DRIVE:
 	case PROP_NETDEV:
 	case PROP_CHARDEV:
+	case PROP_IOTHREAD:
 		*(void **)field(d, p) = NULL;
 		return 0;
 	}

@@ -24,6 +24,7 @@ enum prop_type {
 	PROP_DRIVE,     /* struct block *, by -drive/-blockdev id */
 	PROP_NETDEV,    /* struct net_backend *, by -netdev id */
 	PROP_CHARDEV,   /* struct chardev *, by -chardev id */
+	PROP_IOTHREAD,  /* struct iothread *, by -object iothread id */
 	PROP_ENUM,      /* int, index into `values` */
 };
 
@@ -44,7 +45,7 @@ struct workers;
 struct clock;
 struct pci_bus;
 
-enum machine_request { MACHINE_RESET, MACHINE_POWEROFF, MACHINE_EXIT };
+enum machine_request { MACHINE_STOP /* until machine_resume() */, MACHINE_RESET, MACHINE_POWEROFF, MACHINE_EXIT };
 
 /* What a device may use of its machine. */
 struct machine_env {

@@ -63,6 +63,12 @@ void timer_arm(struct timer *t, uint64_t deadline_ns);
 /* As loop_unwatch(): after return the callback neither runs nor will run. */
 void timer_stop(struct timer *t);
 
+/* A loop that a thread of its own runs (-object iothread). Nothing may be left on it when it is destroyed. */
+struct iothread;
+int iothread_create(struct iothread **out, struct err *err);
+struct loop *iothread_loop(struct iothread *t);
+void iothread_destroy(struct iothread *t);
+
 /* Workers: blocking work off the vCPU and loop threads. `done` (may be NULL) runs on `l`'s thread. */
 struct workers;
 int workers_create(struct workers **out, struct loop *l, unsigned max_threads, struct err *err);

@@ -19,7 +19,8 @@
 #include "virtio/virtio.h"
 
 #define BATCH 32
-#define INLINE_MAX (64 * 1024)          /* longer requests are worth another thread's time */
+#define INLINE_MAX (256 * 1024)         /* a batch with more in it is worth another thread's time */
+#define INLINE_REQUESTS 8               /* with an I/O thread: what one kick does by itself */
 #define WZ_MAX_SECTORS (1u << 22)       /* 2 GiB a request */
 
 struct blk;
@@ -40,6 +41,7 @@ struct blk {
 	struct virtio_pci vp;
 	struct blk_queue *bq;
 	struct blk_request *pool;
+	struct blk_request *failed, **failed_tail;      /* the policy is to stop: done again when the machine goes on */
 	uint32_t in_flight;             /* atomic: popped and not yet out of done() */
 	unsigned blk_size;
 	bool attached;
@@ -47,12 +49,18 @@ struct blk {
 	uint64_t n_inline, n_later;
 	/* properties */
 	struct block *drive;
-	char *serial, *werror, *rerror;
+	char *serial;
+	int werror, rerror;
+	struct iothread *iothread;
 	uint32_t num_queues, queue_size;
 	uint64_t lbs, pbs;
 	int write_cache;                /* auto, on, off */
 	bool discard, write_zeroes;
 };
+
+enum policy { POLICY_AUTO, POLICY_REPORT, POLICY_IGNORE, POLICY_STOP, POLICY_ENOSPC };
+static const char *const werror_names[] = { "auto", "report", "ignore", "stop", "enospc", NULL };
+static const char *const rerror_names[] = { "auto", "report", "ignore", "stop", NULL };
 
 static struct blk *blk_of(struct virtio_dev *v)
 {
@@ -92,6 +100,40 @@ static void request_finish(struct blk *d, struct blk_request *r)
 	request_put(d, r);
 }
 
+/* What -drive werror= and rerror= say about a failure of the back end; auto is enospc for writes, report for reads. */
+static enum policy policy(const struct blk *d, const struct blk_request *r)
+{
+	enum policy p = r->io.op == BLOCK_READ ? d->rerror : d->werror;
+
+	if (p == POLICY_AUTO)
+		p = r->io.op == BLOCK_READ ? POLICY_REPORT : POLICY_ENOSPC;
+	if (p == POLICY_ENOSPC)
+		p = r->io.ret == -ENOSPC ? POLICY_STOP : POLICY_REPORT;
+	return p;
+}
+
+/* Lock held: the back end answered. */
+static void request_complete(struct blk *d, struct blk_request *r)
+{
+	struct virtio_dev *v = &d->vp.v;
+	enum policy p = r->io.ret && r->io.ret != -ENOTSUP ? policy(d, r) : POLICY_REPORT;
+
+	if (p == POLICY_IGNORE)
+		r->io.ret = 0;
+	if (p != POLICY_STOP) {
+		request_finish(d, r);
+		return;
+	}
+	log_error("%s: %s of %llu bytes at %llu: %s; the machine stops", block_name(d->drive),
+		  r->io.op == BLOCK_READ ? "read" : r->io.op == BLOCK_FLUSH ? "flush" : "write",
+		  (unsigned long long)r->io.len, (unsigned long long)r->io.off, strerror(-r->io.ret));
+	r->next = NULL;
+	*d->failed_tail = r;
+	d->failed_tail = &r->next;
+	if (v->env->request)
+		v->env->request(v->env->opaque, MACHINE_STOP, 0);
+}
+
 /* Any thread, no lock held. */
 static void request_done(struct block_req *io)
 {
@@ -108,7 +150,7 @@ static void request_done(struct block_req *io)
 	}
 	pthread_mutex_lock(&d->vp.v.lock);
 	d->n_later++;
-	request_finish(d, r);
+	request_complete(d, r);
 	virtq_flush(virtio_vq(&d->vp.v, qi));
 	virtio_notify(&d->vp.v, qi);
 	pthread_mutex_unlock(&d->vp.v.lock);
@@ -218,13 +260,13 @@ static int request_prepare(struct blk *d, struct blk_request *r)
 	return ret != 0;
 }
 
-/* Pop up to BATCH requests: a list of those for the block layer; the others are answered here. */
-static struct blk_request *batch_pop(struct blk *d, unsigned qi, unsigned *popped)
+/* Pop up to `batch` requests: a list of those for the block layer; the others are answered here. */
+static struct blk_request *batch_pop(struct blk *d, unsigned qi, unsigned batch, unsigned *popped)
 {
 	struct blk_request *head = NULL, **tail = &head, *r;
 	struct virtio_dev *v = &d->vp.v;
 
-	while (*popped < BATCH && (r = request_get(d))) {
+	while (*popped < batch && (r = request_get(d))) {
 		int ret;
 
 		r->qi = qi;
@@ -251,14 +293,30 @@ static struct blk_request *batch_pop(struct blk *d, unsigned qi, unsigned *poppe
 	return head;
 }
 
-/* Lock dropped in the middle. A single short request may be worth doing right here. */
+/* A few short requests are done right here when the back end has the data; a long list goes out at once. */
+static void batch_flags(struct blk_request *list)
+{
+	uint64_t total = 0;
+	unsigned n = 0;
+
+	for (struct blk_request *r = list; r; r = r->next, n++)
+		total += r->io.len;
+	for (struct blk_request *r = list; r; r = r->next) {
+		if (total <= INLINE_MAX && r->io.op != BLOCK_FLUSH)
+			r->io.flags |= BLOCK_REQ_INLINE;
+		if (n > 1)
+			r->io.flags |= BLOCK_REQ_MORE;
+	}
+}
+
+/* Lock dropped in the middle. */
 static void batch_submit(struct blk *d, unsigned qi, struct blk_request *list)
 {
 	struct blk_queue *bq = &d->bq[qi];
 	struct blk_request *next;
+	bool many = list->next;
 
-	if (list && !list->next && list->io.len <= INLINE_MAX && list->io.op != BLOCK_FLUSH)
-		list->io.flags |= BLOCK_REQ_INLINE;
+	batch_flags(list);
 	bq->inline_done = NULL;
 	__atomic_store_n(&bq->submitter, pthread_self(), __ATOMIC_RELAXED);
 	__atomic_store_n(&bq->submitting, true, __ATOMIC_RELEASE);
@@ -267,12 +325,14 @@ static void batch_submit(struct blk *d, unsigned qi, struct blk_request *list)
 		next = list->next;
 		block_submit(d->drive, &list->io);
 	}
+	if (many)
+		block_unplug(d->drive);
 	__atomic_store_n(&bq->submitting, false, __ATOMIC_RELEASE);
 	pthread_mutex_lock(&d->vp.v.lock);
 	for (struct blk_request *r = bq->inline_done; r; r = next) {
 		next = r->next;
 		d->n_inline++;
-		request_finish(d, r);
+		request_complete(d, r);
 		__atomic_sub_fetch(&d->in_flight, 1, __ATOMIC_RELEASE);
 	}
 	bq->inline_done = NULL;
@@ -282,13 +342,14 @@ static void blk_kick(struct virtio_dev *v, unsigned qi)
 {
 	struct blk *d = blk_of(v);
 	struct virtq *q = virtio_vq(v, qi);
-	unsigned total = 0;
+	bool hand_over = d->iothread && !loop_on_thread(iothread_loop(d->iothread));
+	unsigned total = 0, budget = hand_over ? INLINE_REQUESTS : VIRTIO_BUDGET, batch = MIN(budget, BATCH);
 
 	do {
 		virtq_want_kicks(q, false);
-		for (unsigned popped = BATCH; popped == BATCH && total < VIRTIO_BUDGET; total += popped) {
+		for (unsigned popped = batch; popped == batch && total < budget; total += popped) {
 			popped = 0;
-			struct blk_request *list = batch_pop(d, qi, &popped);
+			struct blk_request *list = batch_pop(d, qi, batch, &popped);
 
 			if (list)
 				batch_submit(d, qi, list);
@@ -297,7 +358,7 @@ static void blk_kick(struct virtio_dev *v, unsigned qi)
 				virtio_notify(v, qi);
 			}
 		}
-		if (total >= VIRTIO_BUDGET) {
+		if (total >= budget && !virtq_empty(q)) {
 			virtio_defer(v, qi);
 			return;
 		}
@@ -315,6 +376,61 @@ static void blk_drain(struct virtio_dev *v)
 		sched_yield();
 	}
 	pthread_mutex_lock(&v->lock);
+}
+
+/* Chains of this queue are not answered any more. */
+static void blk_forget(struct virtio_dev *v, unsigned qi)
+{
+	struct blk *d = blk_of(v);
+	struct blk_request **p = &d->failed, *r;
+
+	while ((r = *p)) {
+		if (qi != VIRTIO_MAX_QUEUES && r->qi != qi) {
+			p = &r->next;
+			continue;
+		}
+		*p = r->next;
+		request_put(d, r);
+	}
+	d->failed_tail = p;
+}
+
+/* The machine goes on: what failed is tried again, before anything new. */
+static void blk_retry(struct blk *d)
+{
+	struct blk_request *list, *next;
+
+	pthread_mutex_lock(&d->vp.v.lock);
+	list = d->failed;
+	d->failed = NULL;
+	d->failed_tail = &d->failed;
+	for (struct blk_request *r = list; r; r = r->next)
+		__atomic_add_fetch(&d->in_flight, 1, __ATOMIC_RELAXED);
+	pthread_mutex_unlock(&d->vp.v.lock);
+	for (; list; list = next) {
+		next = list->next;
+		list->io.flags &= ~(unsigned)(BLOCK_REQ_MORE | BLOCK_REQ_INLINE);
+		block_submit(d->drive, &list->io);
+	}
+}
+
+static void blk_pause(struct device *dev, bool paused)
+{
+	if (!paused)
+		blk_retry(container_of(dev, struct blk, vp.dev));
+	virtio_pci_dev_pause(dev, paused);
+}
+
+/* The image has another size; on any thread. */
+static void blk_resized(void *opaque)
+{
+	struct blk *d = opaque;
+	uint64_t sectors = block_length(d->drive) >> 9;
+
+	pthread_mutex_lock(&d->vp.v.lock);
+	memcpy(d->vp.v.config + offsetof(struct virtio_blk_config, capacity), &sectors, sizeof(sectors));
+	virtio_config_changed(&d->vp.v);
+	pthread_mutex_unlock(&d->vp.v.lock);
 }
 
 static bool cached(const struct blk *d)
@@ -343,7 +459,7 @@ static void blk_config_write(struct virtio_dev *v, unsigned off, const uint8_t *
 
 static const struct virtio_ops blk_ops = {
 	.kick = blk_kick, .drain = blk_drain, .reset = blk_reset, .features = blk_features,
-	.config_write = blk_config_write,
+	.config_write = blk_config_write, .forget = blk_forget,
 };
 
 static void fill_config(struct blk *d)
@@ -371,17 +487,9 @@ static bool pow2_between(uint32_t v, uint32_t lo, uint32_t hi)
 	return v >= lo && v <= hi && !(v & (v - 1));
 }
 
-static int check_policy(const char *name, const char *prop, const char *val, struct err *err)
-{
-	if (!val || !strcmp(val, "report") || !strcmp(val, "auto"))
-		return 0;
-	return err_set(err, -ENOTSUP, "%s: %s=%s is not supported, only report", name, prop, val);
-}
-
 static int blk_check(struct blk *d, struct err *err)
 {
 	const char *n = d->vp.dev.cls->name;
-	int r;
 
 	if (!d->drive)
 		return err_set(err, -EINVAL, "%s: drive property not set", n);
@@ -395,8 +503,7 @@ static int blk_check(struct blk *d, struct err *err)
 	if (d->blk_size < block_size(d->drive))
 		return err_set(err, -EINVAL, "%s: logical_block_size=%u, but %s needs %u", n, d->blk_size,
 			       block_name(d->drive), block_size(d->drive));
-	r = check_policy(n, "werror", d->werror, err);
-	return r ? r : check_policy(n, "rerror", d->rerror, err);
+	return 0;
 }
 
 static uint64_t blk_host_features(const struct blk *d)
@@ -414,8 +521,12 @@ static void blk_free(struct blk *d)
 {
 	struct blk_request *r;
 
-	if (d->attached)
+	if (d->attached) {
+		block_listen(d->drive, NULL);
+		if (d->iothread)
+			block_set_loop(d->drive, d->vp.dev.env->loop, NULL);
 		block_detach(d->drive);
+	}
 	d->attached = false;
 	while ((r = d->pool)) {
 		d->pool = r->next;
@@ -443,7 +554,13 @@ static int blk_create(struct device *dev, struct err *err)
 	r = d->bq ? block_attach(d->drive, dev->id ? dev->id : dev->cls->name, err)
 		  : err_set(err, -ENOMEM, "%s: no memory", dev->cls->name);
 	d->attached = !r;
+	d->failed_tail = &d->failed;
+	if (!r && d->iothread) {
+		virtio_dev_use_loop(&d->vp.v, iothread_loop(d->iothread));
+		r = block_set_loop(d->drive, iothread_loop(d->iothread), err);
+	}
 	if (!r) {
+		block_listen(d->drive, &(struct block_listener){ blk_resized, d });
 		fill_config(d);
 		r = virtio_pci_plug(&d->vp, err);
 	}
@@ -473,13 +590,16 @@ static const struct prop blk_props[] = {
 	  .help = "offer a volatile write cache" },
 	{ "discard", PROP_BOOL, offsetof(struct blk, discard), 1, .help = "offer discard" },
 	{ "write-zeroes", PROP_BOOL, offsetof(struct blk, write_zeroes), 1, .help = "offer write zeroes" },
-	{ "werror", PROP_STR, offsetof(struct blk, werror), .help = "report" },
-	{ "rerror", PROP_STR, offsetof(struct blk, rerror), .help = "report" },
+	{ "werror", PROP_ENUM, offsetof(struct blk, werror), .dflt_str = "auto", .values = werror_names,
+	  .help = "on a write error: report, ignore, stop, or enospc (auto): stop when the disk is full, else report" },
+	{ "rerror", PROP_ENUM, offsetof(struct blk, rerror), .dflt_str = "auto", .values = rerror_names,
+	  .help = "on a read error: report (auto), ignore or stop" },
+	{ "iothread", PROP_IOTHREAD, offsetof(struct blk, iothread), .help = "id of an -object iothread that serves deep queues and completions" },
 	{ NULL }
 };
 
 const struct device_class virtio_blk_pci_class = {
 	.name = "virtio-blk-pci", .aliases = (const char *const[]){ "virtio-blk", NULL },
 	.desc = "virtio disk", .bus = "PCI", .props = blk_props, .size = sizeof(struct blk),
-	.create = blk_create, .destroy = blk_destroy, .reset = virtio_pci_dev_reset, .pause = virtio_pci_dev_pause,
+	.create = blk_create, .destroy = blk_destroy, .reset = virtio_pci_dev_reset, .pause = blk_pause,
 };

@@ -63,7 +63,13 @@ void virtio_defer(struct virtio_dev *v, unsigned qi)
 {
 	v->n.deferred++;
 	v->vq[qi].deferred = true;
-	timer_arm(&v->defer, clock_now(v->env->clock));
+	timer_arm(&v->defer, clock_now(v->defer.clock));
+}
+
+void virtio_dev_use_loop(struct virtio_dev *v, struct loop *l)
+{
+	timer_stop(&v->defer);
+	timer_init(&v->defer, clock_host(l), defer_fn, v);
 }
 
 static void defer_fn(void *opaque)

@@ -84,6 +84,9 @@ int virtio_dev_init(struct virtio_dev *v, struct machine_env *env, const struct 
 /* After the transport let go and the back end is detached. */
 void virtio_dev_destroy(struct virtio_dev *v);
 
+/* Where deferred work is done; before the device is plugged. */
+void virtio_dev_use_loop(struct virtio_dev *v, struct loop *l);
+
 /* For transports; lock held. */
 void virtio_set_status(struct virtio_dev *v, uint8_t val);
 void virtio_set_features(struct virtio_dev *v, uint64_t f);

@@ -1,8 +1,10 @@
 /* The devices through their PCI BARs: block against a plain file, net, console, entropy. */
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -13,6 +15,12 @@
 #include "virtio/serial.h"
 #include "virtio/virtio.h"
 #include "vt.h"
+
+static struct iothread *iothread_for_test;
+static void *find_drive_or_thread(void *opaque, enum prop_type type, const char *id, struct err *err)
+{
+	return type == PROP_IOTHREAD ? (void *)iothread_for_test : opaque;
+}
 
 static void *find_ptr(void *opaque, enum prop_type type, const char *id, struct err *err) { return opaque; }
 
@@ -250,6 +258,140 @@ static void test_blk_reset(void **st)
 		}
 	}
 	disk_stop(&d);
+}
+
+/* A write fails while the policy is to stop: the guest hears nothing, the machine is asked to stop, and going on writes it. */
+static int stops;
+static void on_request(void *opaque, enum machine_request r, int status) { stops += r == MACHINE_STOP; }
+
+static void limit_files(rlim_t bytes)
+{
+	struct rlimit l;
+
+	getrlimit(RLIMIT_FSIZE, &l);
+	l.rlim_cur = bytes;
+	assert_int_equal(setrlimit(RLIMIT_FSIZE, &l), 0);
+}
+
+static void wait_stop(struct disk *d)
+{
+	pthread_mutex_t *lock = &((struct virtio_pci *)d->t.dev)->v.lock;
+
+	for (unsigned spin = 0; spin < 100000; spin++) {
+		pthread_mutex_lock(lock);
+		bool stopped = stops;
+		pthread_mutex_unlock(lock);
+		if (stopped)
+			return;
+		usleep(100);
+	}
+	fail();
+}
+
+static void test_blk_werror(void **st)
+{
+	static const char *const props[] = { "werror", "stop", NULL }, *const ignore[] = { "werror", "ignore", NULL };
+	struct disk d;
+	uint16_t id;
+	uint32_t len;
+
+	signal(SIGXFSZ, SIG_IGN);
+	disk_start(&d, props, 0, false);
+	d.t.env.request = on_request;
+	stops = 0;
+	limit_files(DISK / 2);
+	memset(blk_data(&d, 0), 0x77, 4096);
+	blk_add(&d, 0, VIRTIO_BLK_T_OUT, DISK / 512 - 8, 4096, false);
+	vq_kick(&d.q);
+	wait_stop(&d);
+	d.t.dev->cls->pause(d.t.dev, true);
+	assert_false(vq_used(&d.q, &id, &len));
+	/* Still failing: it stops again. */
+	stops = 0;
+	d.t.dev->cls->pause(d.t.dev, false);
+	wait_stop(&d);
+	d.t.dev->cls->pause(d.t.dev, true);
+	assert_false(vq_used(&d.q, &id, &len));
+	limit_files(RLIM_INFINITY);
+	d.t.dev->cls->pause(d.t.dev, false);
+	wait_used(&d, 1);
+	assert_int_equal(blk_status(&d, 0), 0);
+	memset(blk_data(&d, 0), 0, 4096);
+	assert_int_equal(blk_one(&d, VIRTIO_BLK_T_IN, DISK / 512 - 8, 4096), 0);
+	assert_int_equal(blk_data(&d, 0)[4095], 0x77);
+	/* A reset forgets what was kept. */
+	limit_files(DISK / 2);
+	stops = 0;
+	blk_add(&d, 0, VIRTIO_BLK_T_OUT, DISK / 512 - 8, 4096, false);
+	vq_kick(&d.q);
+	wait_stop(&d);
+	d.t.dev->cls->reset(d.t.dev);
+	d.t.dev->cls->pause(d.t.dev, false);
+	disk_stop(&d);
+	/* Without a policy the guest sees the error; with ignore it does not. */
+	limit_files(RLIM_INFINITY);
+	disk_start(&d, NULL, 0, false);
+	limit_files(DISK / 2);
+	assert_int_equal(blk_one(&d, VIRTIO_BLK_T_OUT, DISK / 512 - 8, 4096), VIRTIO_BLK_S_IOERR);
+	disk_stop(&d);
+	limit_files(RLIM_INFINITY);
+	disk_start(&d, ignore, 0, false);
+	limit_files(DISK / 2);
+	assert_int_equal(blk_one(&d, VIRTIO_BLK_T_OUT, DISK / 512 - 8, 4096), 0);
+	disk_stop(&d);
+	limit_files(RLIM_INFINITY);
+}
+
+/* The image grows while the guest has it. */
+static void test_blk_resize(void **st)
+{
+	struct disk d;
+
+	disk_start(&d, NULL, 0, false);
+	vt_wr(&d.t, 16, 1, 2);          /* configuration changes: vector 1 */
+	unsigned before = __atomic_load_n(&d.t.msi[1], __ATOMIC_RELAXED);
+	uint8_t generation = vt_rd(&d.t, 21, 1);
+	assert_int_equal(block_resize(d.blk, DISK * 2, NULL), 0);
+	assert_int_equal(vt_rd(&d.t, 0x2000, 8), DISK * 2 / 512);
+	assert_true(vt_rd(&d.t, 21, 1) != generation);
+	assert_int_equal(__atomic_load_n(&d.t.msi[1], __ATOMIC_RELAXED), before + 1);
+	assert_int_equal(blk_one(&d, VIRTIO_BLK_T_OUT, DISK * 2 / 512 - 8, 4096), 0);
+	disk_stop(&d);
+}
+
+/* An I/O thread: the kick does a few, the thread the rest; pausing and resetting wait for both. */
+static void test_blk_iothread(void **st)
+{
+	struct iothread *io;
+	struct disk d;
+
+	assert_int_equal(iothread_create(&io, NULL), 0);
+	disk_start(&d, NULL, 0, false);
+	device_free(d.t.dev);
+	d.t.dev = NULL;
+	d.t.pci = NULL;
+	d.t.heap = 0x10000;
+	iothread_for_test = io;
+	struct backend_lookup find = { find_drive_or_thread, d.blk };
+	assert_int_equal(vt_device(&d.t, &virtio_blk_pci_class, NULL, NULL, &find, (const char *const[]){ "iothread", "x", NULL }), 0);
+	vt_map(&d.t);
+	assert_true(vt_negotiate(&d.t, 0));
+	vt_msix(&d.t, 2);
+	vq_setup(&d.q, &d.t, 0, 64 * 4, false, false);
+	vt_driver_ok(&d.t);
+	d.buf = vt_alloc(&d.t, 66 * SLOT);
+	for (unsigned r = 0; r < 60; r++) {
+		for (unsigned i = 0; i < 40; i++)
+			blk_add(&d, i, i % 2, i * 100, 4096, false);
+		vq_kick(&d.q);
+		if (r % 7 == 0) {
+			d.t.dev->cls->pause(d.t.dev, true);
+			d.t.dev->cls->pause(d.t.dev, false);
+		}
+		wait_used(&d, 40);
+	}
+	disk_stop(&d);
+	iothread_destroy(io);
 }
 
 /* Two vCPUs, a queue each, while the machine stops and goes. */
@@ -529,7 +671,8 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_blk), cmocka_unit_test(test_blk_ro), cmocka_unit_test(test_blk_model),
-		cmocka_unit_test(test_blk_reset), cmocka_unit_test(test_blk_threads),
+		cmocka_unit_test(test_blk_reset), cmocka_unit_test(test_blk_werror), cmocka_unit_test(test_blk_resize),
+		cmocka_unit_test(test_blk_iothread), cmocka_unit_test(test_blk_threads),
 		cmocka_unit_test(test_net), cmocka_unit_test(test_rng_limit),
 		cmocka_unit_test(test_props), cmocka_unit_test(test_console),
 	};

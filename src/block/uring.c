@@ -1,0 +1,222 @@
+/*
+ * io_uring for leaves: reads, writes and flushes that wait nowhere.
+ *
+ * A ring a leaf. Submitters share the submission side under `sq`; whoever finds completions takes them, one thread at a time
+ * (`cq`): the submitter, for what the kernel answered at once, or the loop, woken through an eventfd. Requests submitted
+ * between uring_plug() ... uring_kick() enter the kernel with one system call.
+ *
+ * A transfer that ends short or is refused for a reason that a plain system call does not have is done again by a worker.
+ */
+#include <errno.h>
+#include <liburing.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "block/driver.h"
+#include "loop/loop.h"
+
+enum { ENTRIES = 256, REAP = 32 };
+
+struct uring {
+	struct io_uring ring;
+	struct block *b;
+	pthread_mutex_t sq, cq;
+	int efd;
+	struct loop *loop;
+	struct loop_watch *watch;
+	unsigned in_kernel;             /* atomic: never more than the completion queue holds */
+	unsigned order;                 /* atomic: says in C what the kernel's rings order anyway, request before completion */
+};
+
+/* --- completions --- */
+
+static void complete(struct uring *u, struct block_req *r, int res)
+{
+	if (r->op == BLOCK_FLUSH) {
+		r->ret = res < 0 ? raw_flush_failed(u->b, res) : 0;
+	} else if (res >= 0 && (uint64_t)res == r->len) {
+		r->ret = 0;
+	} else if (res >= 0 || res == -EAGAIN || res == -EINTR || res == -EOPNOTSUPP || res == -ECANCELED) {
+		block_by_worker(r); /* short: the end of the file, or of the disk */
+		return;
+	} else {
+		r->ret = res;
+	}
+	block_finish(r);
+}
+
+static unsigned reap_some(struct uring *u)
+{
+	struct { struct block_req *r; int res; } got[REAP];
+	struct io_uring_cqe *cqe;
+	unsigned n = 0;
+	if (pthread_mutex_trylock(&u->cq))
+		return 0; /* somebody is at it */
+	while (n < REAP && !io_uring_peek_cqe(&u->ring, &cqe)) {
+		got[n].r = io_uring_cqe_get_data(cqe);
+		got[n++].res = cqe->res;
+		io_uring_cqe_seen(&u->ring, cqe);
+	}
+	pthread_mutex_unlock(&u->cq);
+	__atomic_load_n(&u->order, __ATOMIC_ACQUIRE);
+	__atomic_sub_fetch(&u->in_kernel, n, __ATOMIC_RELEASE);
+	for (unsigned i = 0; i < n; i++)
+		complete(u, got[i].r, got[i].res);
+	return n;
+}
+
+/* All of them: whoever was told of a completion may not leave one behind. */
+static void reap(struct uring *u)
+{
+	while (reap_some(u) == REAP)
+		;
+}
+
+/* What another thread left while this one had the lock is announced by the eventfd: the counter is read before looking. */
+static void on_event(void *opaque, int fd, unsigned events)
+{
+	struct uring *u = opaque;
+	uint64_t v;
+	if (read(fd, &v, sizeof v) < 0 && errno != EAGAIN)
+		log_warn("%s: eventfd: %s", u->b->file, strerror(errno));
+	pthread_mutex_lock(&u->cq); /* wait for a submitter that may have looked too early */
+	pthread_mutex_unlock(&u->cq);
+	reap(u);
+}
+
+/* --- submission --- */
+
+static void prepare(struct block *b, struct io_uring_sqe *sqe, struct block_req *r)
+{
+	switch (r->op) {
+	case BLOCK_READ:
+		io_uring_prep_readv(sqe, b->fd, r->iov, (unsigned)r->iovcnt, r->off);
+		break;
+	case BLOCK_WRITE:
+		io_uring_prep_writev(sqe, b->fd, r->iov, (unsigned)r->iovcnt, r->off);
+		sqe->rw_flags = raw_sync_flags(b, r->flags);
+		break;
+	default:
+		io_uring_prep_fsync(sqe, b->fd, IORING_FSYNC_DATASYNC);
+		break;
+	}
+	io_uring_sqe_set_data(sqe, r);
+	__atomic_add_fetch(&b->uring->order, 1, __ATOMIC_RELEASE);
+}
+
+static int enter(struct uring *u)
+{
+	int r;
+	do
+		r = io_uring_submit(&u->ring);
+	while (r == -EINTR);
+	return r;
+}
+
+bool uring_submit(struct block *b, struct block_req *r)
+{
+	struct uring *u = b->uring;
+	struct io_uring_sqe *sqe;
+	bool more = r->flags & BLOCK_REQ_MORE;
+	if (!u)
+		return false;
+	if (__atomic_add_fetch(&u->in_kernel, 1, __ATOMIC_ACQ_REL) > ENTRIES) {
+		__atomic_sub_fetch(&u->in_kernel, 1, __ATOMIC_RELEASE);
+		return false;
+	}
+	pthread_mutex_lock(&u->sq);
+	sqe = io_uring_get_sqe(&u->ring);
+	if (sqe)
+		prepare(b, sqe, r);
+	else
+		__atomic_sub_fetch(&u->in_kernel, 1, __ATOMIC_RELEASE);
+	/* What the kernel does not take now stays in the ring for the next time; the loop kicks it again. */
+	if (sqe && !more && enter(u) < 0)
+		eventfd_write(u->efd, 1);
+	pthread_mutex_unlock(&u->sq);
+	if (sqe && !more)
+		reap(u);
+	return sqe != NULL;
+}
+
+void uring_kick(struct block *b)
+{
+	struct uring *u = b->uring;
+	if (!u)
+		return;
+	pthread_mutex_lock(&u->sq);
+	bool any = io_uring_sq_ready(&u->ring);
+	if (any && enter(u) < 0)
+		eventfd_write(u->efd, 1);
+	pthread_mutex_unlock(&u->sq);
+	if (any)
+		reap(u);
+}
+
+/* --- life --- */
+
+static void on_loop(void *opaque, int fd, unsigned events)
+{
+	struct uring *u = opaque;
+	on_event(u, fd, events);
+	uring_kick(u->b); /* nothing is there, unless the kernel refused before */
+}
+
+int uring_move(struct block *b, struct loop *l)
+{
+	struct uring *u = b->uring;
+	struct loop_watch *old = u ? u->watch : NULL;
+	if (!u || u->loop == l)
+		return 0;
+	struct loop_watch *w = loop_watch_fd(l, u->efd, LOOP_IN, on_loop, u);
+	if (!w)
+		return -ENOMEM;
+	if (old)
+		loop_unwatch(old);
+	u->watch = w;
+	u->loop = l;
+	return 0;
+}
+
+int uring_open(struct block *b)
+{
+	struct uring *u = calloc(1, sizeof *u);
+	if (!u)
+		return -ENOMEM;
+	u->b = b;
+	u->efd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	int r = u->efd < 0 ? -errno : io_uring_queue_init(ENTRIES, &u->ring, 0);
+	if (r) {
+		if (u->efd >= 0)
+			close(u->efd);
+		free(u);
+		return r;
+	}
+	pthread_mutex_init(&u->sq, NULL);
+	pthread_mutex_init(&u->cq, NULL);
+	b->uring = u;
+	r = io_uring_register_eventfd(&u->ring, u->efd);
+	if (!r)
+		r = uring_move(b, b->loop);
+	if (r)
+		uring_close(b);
+	return r;
+}
+
+void uring_close(struct block *b)
+{
+	struct uring *u = b->uring;
+	if (!u)
+		return;
+	if (u->watch)
+		loop_unwatch(u->watch);
+	io_uring_queue_exit(&u->ring);
+	close(u->efd);
+	pthread_mutex_destroy(&u->sq);
+	pthread_mutex_destroy(&u->cq);
+	free(u);
+	b->uring = NULL;
+}

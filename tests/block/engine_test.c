@@ -1,0 +1,306 @@
+/* The engine on top of leaves: io_uring beside threads, limits against a stepped clock, resizing under load. */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include <cmocka.h>
+
+#include "base/util.h"
+#include "block/block.h"
+#include "block/image.h"
+#include "block/throttle.h"
+#include "loop/loop.h"
+
+enum { SIZE = 8 << 20, DEPTH = 24 };
+static char path[] = "/var/tmp/block-engine-XXXXXX";
+
+struct bed { struct loop *loop; struct workers *workers; pthread_t thread; struct block *b; };
+
+static void *run_loop(void *l) { loop_run(l); return NULL; }
+
+static void bed_open(struct bed *t, struct block_opts o, bool qcow2)
+{
+	struct err err = { 0 };
+	struct image_create c;
+	image_create_init(&c);
+	c.file = path;
+	c.format = qcow2 ? "qcow2" : "raw";
+	c.size = SIZE;
+	assert_int_equal(image_create(&c, &err), 0);
+	o.file = path;
+	o.format = c.format;
+	assert_int_equal(loop_create(&t->loop, NULL), 0);
+	assert_int_equal(workers_create(&t->workers, t->loop, 3, NULL), 0);
+	pthread_create(&t->thread, NULL, run_loop, t->loop);
+	if (block_open(&t->b, &o, t->loop, t->workers, &err))
+		fail_msg("%s", err.msg);
+}
+
+static void bed_close(struct bed *t)
+{
+	block_close(t->b);
+	workers_destroy(t->workers);
+	loop_stop(t->loop, 0);
+	pthread_join(t->thread, NULL);
+	loop_destroy(t->loop);
+}
+
+/* --- many requests at once, each in its own piece of the disk, against an array --- */
+
+struct slot { struct block_req r; struct iovec v[2]; uint8_t *buf; uint64_t off; uint8_t fill; pthread_mutex_t *lock; pthread_cond_t *cond; bool busy; };
+
+static void slot_done(struct block_req *r)
+{
+	struct slot *s = container_of(r, struct slot, r);
+	pthread_mutex_lock(s->lock);
+	s->busy = false;
+	pthread_cond_signal(s->cond);
+	pthread_mutex_unlock(s->lock);
+}
+
+static void slot_check(struct slot *s, uint8_t *model)
+{
+	assert_int_equal(s->r.ret, 0);
+	if (s->r.op == BLOCK_READ)
+		assert_memory_equal(s->buf, model + s->off, s->r.len);
+	else if (s->r.op == BLOCK_WRITE)
+		memset(model + s->off, s->fill, s->r.len);
+	s->r.op = BLOCK_FLUSH;
+}
+
+static void slot_start(struct bed *t, struct slot *s, unsigned i, uint8_t *model, bool more)
+{
+	uint64_t piece = SIZE / DEPTH / 4096 * 4096, len = 512 * (1 + (uint64_t)rand() % 64);
+	s->off = i * piece + (uint64_t)rand() % ((piece - len) / 512) * 512;
+	s->fill = (uint8_t)rand();
+	enum block_op op = rand() % 9 ? rand() % 2 ? BLOCK_READ : BLOCK_WRITE : BLOCK_FLUSH;
+	memset(s->buf, s->fill, len);
+	uint64_t cut = len > 512 && rand() % 2 ? 512 : len;
+	s->v[0] = (struct iovec){ s->buf, cut };
+	s->v[1] = (struct iovec){ s->buf + cut, len - cut };
+	s->r = (struct block_req){ .op = op, .off = s->off, .len = op == BLOCK_FLUSH ? 0 : len, .iov = s->v, .iovcnt = cut == len ? 1 : 2, .done = slot_done,
+				   .flags = (rand() % 3 ? 0 : BLOCK_REQ_INLINE) | (rand() % 9 ? 0 : BLOCK_REQ_FUA) | (more ? BLOCK_REQ_MORE : 0) };
+	s->busy = true;
+	block_submit(t->b, &s->r);
+}
+
+static void deep(struct bed *t, unsigned rounds)
+{
+	static uint8_t model[SIZE];
+	struct slot s[DEPTH] = { 0 };
+	pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+	pthread_cond_t cond = PTHREAD_COND_INITIALIZER;
+	memset(model, 0, SIZE);
+	for (unsigned i = 0; i < DEPTH; i++) {
+		assert_int_equal(posix_memalign((void **)&s[i].buf, 4096, 64 * 512), 0);
+		s[i].lock = &lock;
+		s[i].cond = &cond;
+		s[i].r.op = BLOCK_FLUSH;
+	}
+	for (unsigned k = 0; k < rounds; k++) {
+		bool more = rand() % 2;
+		for (unsigned i = 0; i < DEPTH; i++) {
+			pthread_mutex_lock(&lock);
+			bool busy = s[i].busy;
+			pthread_mutex_unlock(&lock);
+			if (busy)
+				continue;
+			slot_check(&s[i], model);
+			slot_start(t, &s[i], i, model, more);
+		}
+		block_unplug(t->b);
+		pthread_mutex_lock(&lock);
+		for (bool idle = false; !idle;) {
+			for (unsigned i = 0; i < DEPTH; i++)
+				idle |= !s[i].busy;
+			if (!idle)
+				pthread_cond_wait(&cond, &lock);
+		}
+		pthread_mutex_unlock(&lock);
+	}
+	block_drain(t->b);
+	for (unsigned i = 0; i < DEPTH; i++)
+		slot_check(&s[i], model);
+	uint8_t *all = malloc(SIZE);
+	assert_int_equal(image_read(t->b, 0, all, SIZE), 0);
+	assert_memory_equal(all, model, SIZE);
+	free(all);
+	for (unsigned i = 0; i < DEPTH; i++)
+		free(s[i].buf);
+}
+
+static void test_deep(void **state)
+{
+	srand(11);
+	for (int aio = AIO_AUTO; aio <= AIO_IO_URING; aio++) {
+		for (int variant = 0; variant < 6; variant++) {
+			struct bed t;
+			bed_open(&t, (struct block_opts){ .aio = (enum block_aio)aio, .cache = variant % 3 == 0 ? CACHE_WRITEBACK : variant % 3 == 1 ? CACHE_NONE : CACHE_WRITETHROUGH },
+				 variant >= 3);
+			deep(&t, 60);
+			bed_close(&t);
+		}
+	}
+}
+
+/* The completions move to another loop and back. */
+static void test_move(void **state)
+{
+	struct iothread *io;
+	struct bed t;
+	assert_int_equal(iothread_create(&io, NULL), 0);
+	bed_open(&t, (struct block_opts){ .cache = CACHE_NONE }, false);
+	assert_int_equal(block_set_loop(t.b, iothread_loop(io), NULL), 0);
+	deep(&t, 40);
+	assert_int_equal(block_set_loop(t.b, t.loop, NULL), 0);
+	bed_close(&t);
+	iothread_destroy(io);
+}
+
+/* --- limits --- */
+
+static unsigned n_done;
+static void count_done(struct block_req *r) { assert_int_equal(r->ret, 0); n_done++; }
+
+static unsigned done_after(struct clock *c, uint64_t ns) { clock_step(c, ns); return n_done; }
+
+static void throttled(const struct throttle_limits *l, struct block_req *r, unsigned n, struct block **b, struct clock **c,
+		      struct throttle_group **g)
+{
+	struct err err = { 0 };
+	static uint8_t buf[65536];
+	static struct iovec v;
+	n_done = 0;
+	*c = clock_stepped_create();
+	assert_int_equal(throttle_check(l, &err), 0);
+	*g = throttle_group_new(l, *c);
+	struct block_opts o = { .file = path, .format = "raw", .throttle = *g };
+	assert_int_equal(block_open(b, &o, NULL, NULL, &err), 0);
+	for (unsigned i = 0; i < n; i++) {
+		v = (struct iovec){ buf, 65536 };
+		r[i] = (struct block_req){ .op = i % 2 ? BLOCK_READ : BLOCK_WRITE, .len = 65536, .iov = &v, .iovcnt = 1, .done = count_done };
+		block_submit(*b, &r[i]);
+	}
+}
+
+static void throttled_end(struct block *b, struct clock *c, struct throttle_group *g)
+{
+	block_close(b);
+	throttle_group_unref(g);
+	clock_stepped_destroy(c);
+}
+
+#define SEC 1000000000ull
+
+static void test_limits(void **state)
+{
+	struct throttle_limits l = { .b[THROTTLE_IOPS_TOTAL].avg = 100 };
+	struct block_req r[200];
+	struct throttle_group *g;
+	struct clock *c;
+	struct block *b;
+	struct bed t;
+	bed_open(&t, (struct block_opts){ 0 }, false);
+	bed_close(&t);
+
+	/* Ten operations fit the bucket of a tenth of a second, one more brims it over; then a hundred a second. */
+	throttled(&l, r, 200, &b, &c, &g);
+	assert_int_equal(n_done, 11);
+	assert_in_range(done_after(c, SEC / 2), 60, 62);
+	assert_in_range(done_after(c, SEC / 2), 110, 112);
+	/* Draining does not wait for the rest. */
+	block_drain(b);
+	assert_int_equal(n_done, 200);
+	throttled_end(b, c, g);
+
+	/* Bytes, one direction: the others pass. */
+	l = (struct throttle_limits){ .b[THROTTLE_BPS_WRITE].avg = 65536 * 10 };
+	throttled(&l, r, 40, &b, &c, &g);
+	assert_in_range(n_done, 21, 22);
+	assert_in_range(done_after(c, SEC), 31, 32);
+	throttled_end(b, c, g);
+
+	/* A burst: 50 a second for two seconds, then 10 a second. */
+	l = (struct throttle_limits){ .b[THROTTLE_IOPS_TOTAL] = { 10, 50, 2 } };
+	throttled(&l, r, 200, &b, &c, &g);
+	assert_in_range(n_done, 1, 7);
+	unsigned two = 0;
+	for (int i = 0; i < 200; i++)
+		two = done_after(c, SEC / 100);
+	assert_in_range(two, 95, 108);
+	for (int i = 0; i < 300; i++)
+		clock_step(c, SEC / 100);
+	assert_in_range(n_done - two, 25, 55);
+	/* Other limits at run time. */
+	throttle_group_set(g, &(struct throttle_limits){ 0 });
+	clock_step(c, SEC / 1000);
+	assert_int_equal(n_done, 200);
+	throttled_end(b, c, g);
+}
+
+static void test_limits_refused(void **state)
+{
+	struct err err = { 0 };
+	struct throttle_limits l = { .b[THROTTLE_BPS_TOTAL].avg = 1, .b[THROTTLE_BPS_READ].avg = 1 };
+	assert_int_equal(throttle_check(&l, &err), -EINVAL);
+	l = (struct throttle_limits){ .b[THROTTLE_BPS_TOTAL].max = 5 };
+	assert_int_equal(throttle_check(&l, &err), -EINVAL);
+	l = (struct throttle_limits){ .b[THROTTLE_BPS_TOTAL] = { 10, 5, 0 } };
+	assert_int_equal(throttle_check(&l, &err), -EINVAL);
+	l = (struct throttle_limits){ .b[THROTTLE_BPS_TOTAL] = { 10, 0, 5 } };
+	assert_int_equal(throttle_check(&l, &err), -EINVAL);
+	l = (struct throttle_limits){ .op_size = 4096 };
+	assert_int_equal(throttle_check(&l, &err), -EINVAL);
+}
+
+/* --- resizing --- */
+
+static uint64_t seen;
+static void on_resized(void *opaque) { seen = block_length(opaque); }
+
+static void *resizer(void *opaque)
+{
+	for (unsigned i = 0; i < 20; i++)
+		if (block_resize(opaque, SIZE + (i % 5) * 65536, NULL))
+			return opaque;
+	return NULL;
+}
+
+static void test_resize(void **state)
+{
+	for (int qcow2 = 0; qcow2 < 2; qcow2++) {
+		struct bed t;
+		pthread_t th;
+		void *bad;
+		bed_open(&t, (struct block_opts){ 0 }, qcow2);
+		block_listen(t.b, &(struct block_listener){ on_resized, t.b });
+		pthread_create(&th, NULL, resizer, t.b);
+		deep(&t, 60);
+		pthread_join(th, &bad);
+		assert_null(bad);
+		assert_int_equal(seen, SIZE + 4 * 65536);
+		assert_int_equal(block_length(t.b), seen);
+		assert_int_equal(block_resize(t.b, 1000, NULL), -EINVAL);
+		block_listen(t.b, NULL);
+		bed_close(&t);
+	}
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_deep), cmocka_unit_test(test_move), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
+		cmocka_unit_test(test_resize),
+	};
+	close(mkstemp(path));
+	int r = cmocka_run_group_tests(tests, NULL, NULL);
+	unlink(path);
+	return r;
+}
