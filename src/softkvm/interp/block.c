@@ -283,8 +283,10 @@ static void finish_insns(struct block *b, const struct build *s)
 							.second = s->page[1] };
 }
 
-static struct block *block_finish(struct cpu *c, const struct build *s)
+static struct block *block_finish(struct cpu *c, struct build *s)
 {
+	if (s->insn[s->n - 1].flags & IF_NOT_LAST)
+		s->insn[s->n - 1].flags |= IF_END;
 	struct block_cache *bc = c->blocks;
 	struct block *b = s->keep ? block_alloc(c, built_size(s)) : bc->scratch;
 	unsigned h = hash_index(s->gpa, s->mode);
@@ -378,7 +380,7 @@ static const struct insn no_insn = { .fn = op_ud, .flags = IF_END, .base = R_ZER
 struct block *block_get(struct cpu *c, uint32_t mode)
 {
 	struct block_cache *bc = c->blocks;
-	uint64_t stamp = (uint64_t)bc->gen[!!(mode & BM_USER)] << 32 | mode | (1u << 31);
+	uint64_t stamp = block_stamp(c, mode);
 	uint64_t lin = c->rip;
 	struct block_fast *e;
 	struct block *b;

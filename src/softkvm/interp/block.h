@@ -17,8 +17,11 @@
 #ifndef SOFTKVM_INTERP_BLOCK_H
 #define SOFTKVM_INTERP_BLOCK_H
 
+#include <stdatomic.h>
+
 #include "softkvm/cpu.h"
 #include "softkvm/insn.h"
+#include "softkvm/vm.h"
 
 #define BLOCK_MAX_INSNS 64
 #define BLOCK_MAX_BYTES 512
@@ -118,6 +121,36 @@ void block_flush(struct cpu *c);
 /* Do not follow links made before this point: all, or those at CPL 3 (`user`), or those below. */
 void block_new_generation(struct cpu *c);
 void block_new_generation_of(struct cpu *c, unsigned user);
+
+/* The loop has something to look at before the next block. */
+static inline bool block_boundary_due(const struct cpu *c)
+{
+	return atomic_load_explicit(&c->requests, memory_order_relaxed) || c->budget <= 0 || c->trap_db || c->halted ||
+	       c->ev.valid || c->one_insn;
+}
+
+/* Linear lookups and links die when the MMU says that a fetch may give something else, and where code may have changed unseen. */
+static inline void block_check_generation(struct cpu *c)
+{
+	struct block_cache *bc = c->blocks;
+	uint32_t epoch = c->vm ? atomic_load_explicit(&c->vm->code_epoch, memory_order_relaxed) : 0;
+
+	if (unlikely(bc->seen_epoch != epoch)) {
+		bc->seen_epoch = epoch;
+		block_new_generation(c);
+	}
+	for (unsigned user = 0; user < 2; user++)
+		if (unlikely(bc->seen_fetch_gen[user] != c->fetch_gen[user])) {
+			bc->seen_fetch_gen[user] = c->fetch_gen[user];
+			block_new_generation_of(c, user);
+		}
+}
+
+/* code_stamp of this mode now. */
+static inline uint64_t block_stamp(const struct cpu *c, uint32_t mode)
+{
+	return (uint64_t)c->blocks->gen[!!(mode & BM_USER)] << 32 | mode | (1u << 31);
+}
 
 /* decode.c: decode one instruction from `bytes` of which `avail` (<= 15) can be had. */
 enum decode_result { DEC_OK, DEC_MORE /* needs bytes beyond avail */ };

@@ -237,28 +237,6 @@ static enum run_result boundary(struct cpu *c)
 	return c->halted ? RUN_HALTED : GO_ON;
 }
 
-static inline bool needs_boundary(struct cpu *c)
-{
-	return atomic_load_explicit(&c->requests, memory_order_relaxed) || c->budget <= 0 || c->trap_db || c->halted ||
-	       c->ev.valid || c->one_insn;
-}
-
-static inline void check_generation(struct cpu *c)
-{
-	struct block_cache *bc = c->blocks;
-	uint32_t epoch = c->vm ? atomic_load_explicit(&c->vm->code_epoch, memory_order_relaxed) : 0;
-
-	if (unlikely(bc->seen_epoch != epoch)) {
-		bc->seen_epoch = epoch;
-		block_new_generation(c);
-	}
-	for (unsigned user = 0; user < 2; user++)
-		if (unlikely(bc->seen_fetch_gen[user] != c->fetch_gen[user])) {
-			bc->seen_fetch_gen[user] = c->fetch_gen[user];
-			block_new_generation_of(c, user);
-		}
-}
-
 /* -- the loop ---------------------------------------------------------------------------------- */
 static inline void block_enter(struct cpu *c, struct block *b)
 {
@@ -302,7 +280,7 @@ static enum run_result run_one(struct cpu *c)
 	struct block *b;
 	uint32_t mode;
 
-	check_generation(c);
+	block_check_generation(c);
 	if (unlikely(step)) {
 		if (c->code_bp && !mmio_pending(c) && check_code_bp(c, &r))
 			return r;
@@ -332,7 +310,7 @@ static enum run_result engine_loop(struct cpu *c)
 	enum run_result r;
 
 	for (;;) {
-		if (unlikely(needs_boundary(c)) && (r = boundary(c)) != GO_ON)
+		if (unlikely(block_boundary_due(c)) && (r = boundary(c)) != GO_ON)
 			return r;
 		if ((r = run_one(c)) != GO_ON)
 			return r;

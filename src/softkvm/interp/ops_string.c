@@ -2,7 +2,7 @@
  * MOVS STOS LODS CMPS SCAS with their repeat prefixes.
  *
  * A repeated instruction works in runs: as many elements as lie in one page on each side are moved by the
- * host when both sides are plain RAM and the direction is up; everything else goes element by element. It stops
+ * host when both sides are plain RAM; everything else goes element by element. It stops
  * at a page, after a bounded number of elements, after MMIO and in single-step mode, leaves RCX, RSI and RDI as
  * the architecture has them there, and is executed again from its start, so interrupts come in between.
  */
@@ -100,76 +100,131 @@ static void element(struct cpu *c, const struct insn *i, enum str op, unsigned s
 }
 
 /* -- runs -------------------------------------------------------------------------------------- */
-/* Elements up to the end of the page of `lin`, and of the register's range. */
-static u64 room(u64 lin, u64 reg, u64 mask, unsigned size)
+/* Elements in the direction of `down` inside the page of `lin` and before the register wraps; 0: not even one. */
+static u64 room(u64 lin, u64 reg, u64 mask, unsigned size, bool down)
 {
-	u64 n = (4096 - (lin & 4095)) / size, wrap = mask - reg;
+	u64 in_page = lin & 4095;
 
-	return MIN(n, wrap / size);
+	if (in_page + size > 4096 || mask - reg < size - 1)
+		return 0;
+	return down ? MIN(in_page, reg) / size + 1 : MIN((4096 - in_page) / size, (mask - reg) / size);
 }
 
-static void fill(void *d, u64 v, u64 n, unsigned size)
+/* The host's own string instruction; `down`: with the direction flag set. */
+#define HOST_REP(insn) do {                                                     \
+		if (down)                                                       \
+			__asm__ volatile("std\n\trep " insn "\n\tcld" : "+D"(d), "+S"(s), "+c"(n) : "a"(v) : "memory", "cc"); \
+		else                                                            \
+			__asm__ volatile("rep " insn : "+D"(d), "+S"(s), "+c"(n) : "a"(v) : "memory"); \
+	} while (0)
+
+static void fill(void *d, u64 v, u64 n, unsigned size, bool down)
 {
+	void *s = NULL;
+
 	if (size == 1)
-		__asm__ volatile("rep stosb" : "+D"(d), "+c"(n) : "a"(v) : "memory");
+		HOST_REP("stosb");
 	else if (size == 2)
-		__asm__ volatile("rep stosw" : "+D"(d), "+c"(n) : "a"(v) : "memory");
+		HOST_REP("stosw");
 	else if (size == 4)
-		__asm__ volatile("rep stosl" : "+D"(d), "+c"(n) : "a"(v) : "memory");
+		HOST_REP("stosl");
 	else
-		__asm__ volatile("rep stosq" : "+D"(d), "+c"(n) : "a"(v) : "memory");
+		HOST_REP("stosq");
 }
 
-/* Element by element in ascending order, as overlapping operands demand. */
-static void copy(void *d, const void *s, u64 n, unsigned size)
+/* Element by element in order, as overlapping operands demand. */
+static void copy(void *d, const void *s, u64 n, unsigned size, bool down)
 {
-	if ((uintptr_t)d - (uintptr_t)s >= n * size) {
+	u64 v = 0;
+
+	if (!down && (uintptr_t)d - (uintptr_t)s >= n * size) {
 		ram_copy(d, s, n * size);       /* no element is read after it was written */
 		return;
 	}
 	if (size == 1)
-		__asm__ volatile("rep movsb" : "+D"(d), "+S"(s), "+c"(n) : : "memory");
+		HOST_REP("movsb");
 	else if (size == 2)
-		__asm__ volatile("rep movsw" : "+D"(d), "+S"(s), "+c"(n) : : "memory");
+		HOST_REP("movsw");
 	else if (size == 4)
-		__asm__ volatile("rep movsl" : "+D"(d), "+S"(s), "+c"(n) : : "memory");
+		HOST_REP("movsl");
 	else
-		__asm__ volatile("rep movsq" : "+D"(d), "+S"(s), "+c"(n) : : "memory");
+		HOST_REP("movsq");
 }
 
-/* A run of MOVS or STOS on plain RAM going up: elements done, 0 when it must be done one by one. */
+/* CMPS (v unused) or SCAS (s unused) over up to n elements: elements done; flags of the last. */
+#define HOST_SCAN(insn) do {                                                    \
+		if (down)                                                       \
+			__asm__ volatile("std\n\t" insn "\n\tcld" FLAGS_OUT : "+D"(d), "+S"(s), "+c"(left), "+a"(v) : : "memory", "cc"); \
+		else                                                            \
+			__asm__ volatile(insn FLAGS_OUT : "+D"(d), "+S"(s), "+c"(left), "+a"(v) : : "memory", "cc"); \
+	} while (0)
+#define SCAN_SIZES(prefix, op) do {                                             \
+		if (size == 1)                                                  \
+			HOST_SCAN(prefix " " op "b");                           \
+		else if (size == 2)                                             \
+			HOST_SCAN(prefix " " op "w");                           \
+		else if (size == 4)                                             \
+			HOST_SCAN(prefix " " op "l");                           \
+		else                                                            \
+			HOST_SCAN(prefix " " op "q");                           \
+	} while (0)
+
+static u64 scan(struct cpu *c, const struct insn *i, enum str op, const void *d, const void *s, u64 n, unsigned size, bool down)
+{
+	u64 left = n, v = c->gpr[R_RAX];
+
+	if (op == S_CMPS && (i->flags & IF_REPNE))
+		SCAN_SIZES("repne", "cmps");
+	else if (op == S_CMPS)
+		SCAN_SIZES("repe", "cmps");
+	else if (i->flags & IF_REPNE)
+		SCAN_SIZES("repne", "scas");
+	else
+		SCAN_SIZES("repe", "scas");
+	c->aflags = (u16)v;
+	return n - left;
+}
+
+/* Limits of a whole run outside 64-bit code; an offence is raised by the element that commits it. */
+static bool inside(const struct seg *s, u64 off, u64 len)
+{
+	return off + len - 1 <= s->limit && !(s->s && !(s->type & 8) && (s->type & 4));
+}
+
+/* A run on plain RAM: elements done, 0 when they must be done one by one. */
 static u64 bulk(struct cpu *c, const struct insn *i, enum str op, unsigned size, u64 count)
 {
-	u64 mask = mask_of(i), n, dl, sl = 0;
+	bool down = c->eflags & FL_DF, reads = op == S_MOVS || op == S_CMPS;
+	enum access acc = op == S_MOVS || op == S_STOS ? ACC_WRITE : ACC_READ;
+	u64 mask = mask_of(i), n, dl, sl = 0, back, di = c->gpr[R_RDI] & mask, si = c->gpr[R_RSI] & mask;
 	void *d, *s = NULL;
 
-	if ((c->eflags & FL_DF) || count < 2)
+	if (op == S_LODS || count < 2)
 		return 0;
-	dl = dst_lin(c, i, size, ACC_WRITE);
-	n = MIN(count, room(dl, c->gpr[R_RDI] & mask, mask, size));
-	if (op == S_MOVS) {
+	dl = dst_lin(c, i, size, acc);
+	n = MIN(count, room(dl, di, mask, size, down));
+	if (reads) {
 		sl = src_lin(c, i, size);
-		n = MIN(n, room(sl, c->gpr[R_RSI] & mask, mask, size));
+		n = MIN(n, room(sl, si, mask, size, down));
 	}
 	if (n < 2)
 		return 0;
-	if (!c->flat) { /* limits of the whole run; an offence is raised by the element that commits it */
-		const struct seg *es = &c->seg[SEG_ES], *ss = &c->seg[i->seg];
-
-		if ((c->gpr[R_RDI] & mask) + n * size - 1 > es->limit || (es->s && !(es->type & 8) && (es->type & 4)) ||
-		    (op == S_MOVS && ((c->gpr[R_RSI] & mask) + n * size - 1 > ss->limit ||
-				      (ss->s && !(ss->type & 8) && (ss->type & 4)))))
-			return 0;
-	}
-	d = mem_host(c, dl, (unsigned)(n * size), ACC_WRITE);
-	if (op == S_MOVS && d)
-		s = mem_host(c, sl, (unsigned)(n * size), ACC_READ);
-	if (!d || (op == S_MOVS && !s))
+	back = down ? (n - 1) * size : 0;
+	if (!c->flat && !(inside(&c->seg[SEG_ES], di - back, n * size) && (!reads || inside(&c->seg[i->seg], si - back, n * size))))
 		return 0;
+	d = mem_host(c, dl - back, (unsigned)(n * size), acc);
+	if (reads && d)
+		s = mem_host(c, sl - back, (unsigned)(n * size), ACC_READ);
+	if (!d || (reads && !s))
+		return 0;
+	d = (char *)d + back;
+	s = reads ? (char *)s + back : NULL;
 	if (op == S_MOVS)
-		copy(d, s, n, size);
+		copy(d, s, n, size, down);
+	else if (op == S_STOS)
+		fill(d, c->gpr[R_RAX], n, size, down);
 	else
-		fill(d, c->gpr[R_RAX], n, size);
+		n = scan(c, i, op, d, s, n, size, down);
 	return n;
 }
 
@@ -185,7 +240,34 @@ static bool ended(const struct cpu *c, const struct insn *i, enum str op)
 
 static bool may_bulk(const struct cpu *c, enum str op)
 {
-	return (op == S_MOVS || op == S_STOS) && !c->data_bp && !c->one_insn && !c->blocks->stepping;
+	return op != S_LODS && !c->data_bp && !c->one_insn && !c->blocks->stepping;
+}
+
+/* Most are short: upwards, in one page on each side, which the TLB knows. */
+static bool quick(struct cpu *c, const struct insn *i, enum str op, unsigned size)
+{
+	u64 n = c->gpr[R_RCX], len = n * size;
+	void *d, *s;
+
+	if (!c->flat || (i->flags & (IF_A32 | IF_A16)) || (c->eflags & FL_DF) || i->seg == SEG_FS || i->seg == SEG_GS ||
+	    n - 1 >= 4096 / size || c->data_bp || c->blocks->stepping)
+		return false;
+	d = tlb_hit_w(c, c->gpr[R_RDI], (unsigned)len);
+	if (!d)
+		return false;
+	if (op == S_MOVS) {
+		s = tlb_hit_r(c, c->gpr[R_RSI], (unsigned)len);
+		if (!s)
+			return false;
+		copy(d, s, n, size, false);
+		c->gpr[R_RSI] += len;
+	} else {
+		fill(d, c->gpr[R_RAX], n, size, false);
+	}
+	c->gpr[R_RDI] += len;
+	c->gpr[R_RCX] = 0;
+	c->budget -= (int32_t)(len / 64);
+	return true;
 }
 
 /* True when all elements are done and nothing but the next block is to be looked at. */
@@ -199,9 +281,11 @@ static bool repeat(struct cpu *c, const struct insn *i, enum str op, unsigned si
 		u64 n = may_bulk(c, op) ? bulk(c, i, op, size, count) : 0;
 
 		if (n) {
-			if (op == S_MOVS)
-				add_reg(c, i, R_RSI, n * size);
-			add_reg(c, i, R_RDI, n * size);
+			u64 delta = c->eflags & FL_DF ? -(n * size) : n * size;
+
+			if (op == S_MOVS || op == S_CMPS)
+				add_reg(c, i, R_RSI, delta);
+			add_reg(c, i, R_RDI, delta);
 			bytes += n * size;
 		} else {
 			element(c, i, op, size);
@@ -213,7 +297,7 @@ static bool repeat(struct cpu *c, const struct insn *i, enum str op, unsigned si
 		if (count && ended(c, i, op))
 			break;
 		if (count && (bytes >= RUN_BYTES || slow >= RUN_SLOW || mmio_pending(c) || c->blocks->stepping ||
-			      c->trap_db || c->block_end != i + 1 || atomic_load_explicit(&c->requests, memory_order_relaxed))) {
+			      c->trap_db || atomic_load_explicit(&c->requests, memory_order_relaxed))) {
 			c->budget -= (int32_t)(slow + bytes / 64);
 			c->rip = cpu_cur_rip(c);
 			return false;
@@ -226,8 +310,11 @@ static bool repeat(struct cpu *c, const struct insn *i, enum str op, unsigned si
 #define STR(name, op)                                                           \
 	OP(name) { element(c, i, op, i->aux); }                                 \
 	OP(rep_##name) { if (repeat(c, i, op, i->aux)) CHAIN(0); return; }
-STR(movs, S_MOVS)
-STR(stos, S_STOS)
+#define STR_QUICK(name, op)                                                     \
+	OP(name) { element(c, i, op, i->aux); }                                 \
+	OP(rep_##name) { if (quick(c, i, op, i->aux) || repeat(c, i, op, i->aux)) CHAIN(0); return; }
+STR_QUICK(movs, S_MOVS)
+STR_QUICK(stos, S_STOS)
 STR(lods, S_LODS)
 STR(cmps, S_CMPS)
 STR(scas, S_SCAS)

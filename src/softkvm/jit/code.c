@@ -120,7 +120,8 @@ static void store_all(struct em *e, struct cpu *c)
 /*
  * enter(code): C calls it; in translated code rsp is 16-byte aligned.
  * leave: translated code jumps there with its result in eax.
- * call: translated code calls it with a site in eax; returns to it, or leaves when the loop must look (result 1).
+ * call: translated code calls it with a site in eax; returns to it, goes on at other code, or leaves when the loop must
+ * look (result 1): see jit_call_insn().
  */
 void jit_thunks(struct jit *j)
 {
@@ -141,12 +142,16 @@ void jit_thunks(struct jit *j)
 	store_all(&e, j->c);
 	EM(&e, 0x89, 0xc7, 0x48, 0x83, 0xec, 0x08);             /* mov edi, eax ; sub rsp, 8 */
 	em_imm(&e, H_RAX, (uintptr_t)jit_call_insn);
-	EM(&e, 0xff, 0xd0, 0x48, 0x83, 0xc4, 0x08, 0x84, 0xc0); /* call rax ; add rsp, 8 ; test al, al */
+	EM(&e, 0xff, 0xd0, 0x48, 0x83, 0xc4, 0x08, 0x48, 0x85, 0xc0);   /* call rax ; add rsp, 8 ; test rax, rax */
 	uint8_t *out = em_jcc(&e, 5);
 	load_all(&e, j->c);
 	e8(&e, 0xc3);
 	em_here(&e, out);
-	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0xb8, 1, 0, 0, 0);       /* drop the return address ; mov eax, 1 */
+	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0x83, 0xf8, 1);          /* drop the return address ; cmp eax, 1 */
+	out = em_jcc(&e, 4);
+	load_all(&e, j->c);
+	EM(&e, 0xff, 0xe0);                                     /* jmp rax */
+	em_here(&e, out);
 	em_to(em_jmp(&e), look);
 	j->hot = 1024;
 	j->cold = 0;

@@ -105,7 +105,7 @@ void jit_code_unmap(struct jit *j);
 void *jit_arena(struct jit *j, size_t size);                            /* low memory, 64-byte aligned; NULL: full */
 
 /* run.c */
-bool jit_call_insn(struct jit_site *s);
+uint64_t jit_call_insn(struct jit_site *s);
 bool jit_fp_prepare(struct cpu *c);
 
 /* trans.c */

@@ -164,8 +164,34 @@ static uint8_t vec_allowed(const struct cpu *c)
 }
 
 /* -- running ------------------------------------------------------------------------------------- */
-/* Translated code hands an instruction to its handler. True: the loop must look before the next one. */
-bool jit_call_insn(struct jit_site *s)
+/*
+ * The block's last instruction was executed by its handler and cpu->rip is set: the translation to go on at, when the
+ * loop would find nothing to do but to look it up. 1: let the loop see.
+ */
+static uint64_t next_code(struct cpu *c, struct jit *j)
+{
+	const struct jit_ind *ind = &j->low->ind[c->rip & ((1u << JIT_IND_BITS) - 1)];
+	uint64_t stamp;
+	uint32_t mode;
+
+	if (unlikely(block_boundary_due(c) || mmio_pending(c) || c->tlb == c->tlbs[TLB_NONE] || c->data_bp || j->off))
+		return 1;
+	block_check_generation(c);
+	mode = block_mode(c, false);
+	stamp = block_stamp(c, mode);
+	if (ind->rip != c->rip || ind->stamp != stamp || (mode & (BM_CODE64 | BM_SEG)) != BM_CODE64)
+		return 1;
+	j->low->stamp = stamp;
+	j->low->vec_ok = vec_allowed(c);
+	c->stats.blocks_run++;
+	return ind->code;
+}
+
+/*
+ * Translated code hands an instruction to its handler. 0: go on behind it; 1: the loop must look before the next one;
+ * else the address of the code to go on at (the instruction was the last of its block).
+ */
+uint64_t jit_call_insn(struct jit_site *s)
 {
 	const struct jit_code *k = s->stop.ptr;
 	struct cpu *c = k->c;
@@ -180,7 +206,11 @@ bool jit_call_insn(struct jit_site *s)
 	s->i.fn(c, &s->i);
 	if (fp)
 		jit_fp_prepare(c);
-	return (s->i.flags & IF_END) || c->block_end || mmio_pending(c);
+	if (s->i.flags & IF_END) {
+		c->budget -= k->b->n;
+		return next_code(c, c->jit);
+	}
+	return c->block_end || mmio_pending(c);
 }
 
 static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_code *k)

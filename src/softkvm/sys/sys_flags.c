@@ -1,4 +1,6 @@
 /* Flags with privilege (PUSHF, POPF, CLI, STI, CLAC, STAC), HLT and software interrupts. */
+#include <stdatomic.h>
+
 #include "softkvm/sys/sysint.h"
 #include "softkvm/vm.h"
 
@@ -57,15 +59,28 @@ static void op_cli(struct cpu *c, const struct insn *i)
 	c->eflags &= ~FL_VIF;
 }
 
+/*
+ * Interrupts stay off for one more instruction. Events are looked for between blocks only, so where another instruction
+ * follows in the block and nothing waits, that is so without doing anything: what arrives from now on arrives later.
+ */
+static void sti_shadow(struct cpu *c, const struct insn *i)
+{
+	if (!(i->flags & IF_END) && !c->irq_blocked && !c->one_insn && !c->trap_db &&
+	    !atomic_load_explicit(&c->requests, memory_order_relaxed))
+		return;
+	c->shadow |= SHADOW_STI;
+	if (c->irq_blocked)
+		event_unblocked(c);
+	event_update_one_insn(c);
+	cpu_leave_after(c);
+}
+
 static void op_sti(struct cpu *c, const struct insn *i)
 {
 	if (c->real || c->cpl <= cpu_iopl(c)) {
 		if (!(c->eflags & FL_IF)) {
 			c->eflags |= FL_IF;
-			c->shadow |= SHADOW_STI;
-			if (c->irq_blocked)
-				event_unblocked(c);
-			event_update_one_insn(c);
+			sti_shadow(c, i);
 		}
 		return;
 	}
@@ -117,7 +132,7 @@ bool sys_decode_flags(struct insn *i, const struct decoded *d)
 	case ZYDIS_MNEMONIC_POPFD: i->aux = 4; i->fn = op_popf; break;
 	case ZYDIS_MNEMONIC_POPFQ: i->aux = 8; i->fn = op_popf; break;
 	case ZYDIS_MNEMONIC_CLI: i->fn = op_cli; i->flags &= ~IF_END; return true;
-	case ZYDIS_MNEMONIC_STI: i->fn = op_sti; return true;
+	case ZYDIS_MNEMONIC_STI: i->fn = op_sti; i->flags = (uint16_t)((i->flags & ~IF_END) | IF_NOT_LAST); return true;
 	case ZYDIS_MNEMONIC_CLAC: i->fn = op_ac; return true;
 	case ZYDIS_MNEMONIC_STAC: i->fn = op_ac; i->aux = 1; return true;
 	case ZYDIS_MNEMONIC_HLT: i->fn = op_hlt; return true;
