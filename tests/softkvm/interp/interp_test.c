@@ -162,6 +162,83 @@ static void test_strings(void **s)
 	assert_int_equal(G[R_RDI], 0x401000);
 }
 
+/* What the manual says, element by element, on a copy of the memory at H_DATA. */
+struct strings { uint64_t rax, rcx, rsi, rdi; bool zf; };
+
+static void model_step(struct strings *m, uint8_t *mem, char op, unsigned size, int64_t step)
+{
+	uint64_t a = 0, b = 0, mask = size == 8 ? ~0ull : (1ull << 8 * size) - 1;
+
+	if (op == 'm') {
+		memmove(mem + (m->rdi - H_DATA), mem + (m->rsi - H_DATA), size);
+	} else if (op == 's') {
+		memcpy(mem + (m->rdi - H_DATA), &m->rax, size);
+	} else if (op == 'l') {
+		memcpy(&a, mem + (m->rsi - H_DATA), size);
+		m->rax = size == 4 ? a : (m->rax & ~mask) | a;
+	} else {
+		a = m->rax & mask;
+		if (op == 'c')
+			memcpy(&a, mem + (m->rsi - H_DATA), size);
+		memcpy(&b, mem + (m->rdi - H_DATA), size);
+		m->zf = a == b;
+	}
+	if (op == 'm' || op == 'l' || op == 'c')
+		m->rsi += (uint64_t)step;
+	if (op != 'l')
+		m->rdi += (uint64_t)step;
+}
+
+static void model(struct strings *m, uint8_t *mem, char op, unsigned size, bool down, bool repne)
+{
+	while (m->rcx) {
+		model_step(m, mem, op, size, down ? -(int64_t)size : size);
+		m->rcx--;
+		if ((op == 'c' || op == 'a') && m->zf == repne)
+			return;
+	}
+}
+
+static void test_strings_random(void **s)
+{
+	static const struct { char op; uint8_t code; } ops[] = { { 'm', 0xa4 }, { 's', 0xaa }, { 'l', 0xac }, { 'c', 0xa6 }, { 'a', 0xae } };
+	enum { AREA = 64 << 10 };
+	uint8_t *d = h.ram + H_DATA, *mem = malloc(AREA);
+
+	assert_non_null(mem);
+	srandom(1);
+	for (unsigned n = 0; n < 3000; n++) {
+		unsigned k = (unsigned)random() % 5, shift = (unsigned)random() % 4, size = 1u << shift;
+		bool down = random() & 1, repne = random() & 1, compares = ops[k].op == 'c' || ops[k].op == 'a';
+		uint64_t far = 16384, count = (uint64_t)random() % (random() & 1 ? 12 : 1500);
+		struct strings m = { .rax = 0x0101010101010101u * (random() & 1), .rcx = count, .zf = true,
+				     .rsi = H_DATA + far + (uint64_t)random() % 20000, .rdi = H_DATA + far + (uint64_t)random() % 20000 };
+
+		if (random() & 1)
+			m.rdi = m.rsi + (uint64_t)(random() % 65) - 32;
+		for (unsigned b = 0; b < AREA; b++)
+			d[b] = compares ? (random() % 2000 == 0) ^ repne : (uint8_t)random();
+		memcpy(mem, d, AREA);
+		const uint8_t code[] = { down ? 0xfd : 0xfc, repne ? 0xf2 : 0xf3, shift == 1 ? 0x66 : 0x3e, shift == 3 ? 0x48 : 0x40,
+					 (uint8_t)(ops[k].code | !!shift), 0xfc, HLT };
+		harness_code(code, sizeof code);
+		G[R_RAX] = m.rax;
+		G[R_RCX] = m.rcx;
+		G[R_RSI] = m.rsi;
+		G[R_RDI] = m.rdi;
+		halts();
+		model(&m, mem, ops[k].op, size, down, repne);
+		assert_int_equal(G[R_RAX], m.rax);
+		assert_int_equal(G[R_RCX], m.rcx);
+		assert_int_equal(G[R_RSI], m.rsi);
+		assert_int_equal(G[R_RDI], m.rdi);
+		if (compares && count)
+			assert_int_equal(h.cpu.aflags >> 14 & 1, m.zf);
+		assert_memory_equal(d, mem, AREA);
+	}
+	free(mem);
+}
+
 static void test_mmio(void **s)
 {
 	/* add eax,[0x8000000]; mov [0x8000008],eax; hlt: memory that nobody has */
@@ -231,7 +308,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
-		T(test_loop), T(test_call_stack), T(test_faults), T(test_fetch_cross), T(test_smc), T(test_strings), T(test_mmio),
+		T(test_loop), T(test_call_stack), T(test_faults), T(test_fetch_cross), T(test_smc), T(test_strings), T(test_strings_random), T(test_mmio),
 		T(test_locked), T(test_16), T(test_32),
 	};
 	return cmocka_run_group_tests_name("interp", tests, NULL, NULL);
