@@ -171,6 +171,17 @@ void *mmap64(void *addr, size_t len, int prot, int flags, int fd, off_t off)
 	return mmap(addr, len, prot, flags, fd, off);
 }
 
+/*
+ * Huge pages spare a hardware MMU its nested walks and give nothing to a software one, whose guests would wait for each two
+ * MiB to be cleared. Advice on memory is just that.
+ */
+int madvise(void *addr, size_t len, int advice)
+{
+	if (advice == MADV_HUGEPAGE && table_used())
+		return 0;
+	return (int)RAW(SYS_madvise, addr, len, advice);
+}
+
 /* -- descriptors ------------------------------------------------------------------------------ */
 int close(int fd)
 {

@@ -34,6 +34,8 @@ struct pfile {
 /* -- table.c ---------------------------------------------------------------------------------- */
 /* Set up on the first open of /dev/kvm. 0 or -errno. */
 int table_init(void);
+/* Was it ever? */
+bool table_used(void);
 /* Fast: may `fd` be ours? Most calls in a program end here. */
 bool table_maybe(int fd);
 /* The file of a descriptor, with a reference for table_put(); NULL: not ours. */

@@ -50,6 +50,11 @@ int table_init(void)
 	return 0;
 }
 
+bool table_used(void)
+{
+	return atomic_load_explicit(&mm, memory_order_relaxed);
+}
+
 /* Take the lock; in a new address space, give it a generation of its own first. */
 static struct mm_page *table_lock(void)
 {

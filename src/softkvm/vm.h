@@ -67,7 +67,7 @@ struct vm {
 	} policy;
 	uint32_t boot_cpu_id;           /* KVM_SET_BOOT_CPU_ID */
 	bool pit;                       /* KVM_CREATE_PIT(2) done */
-	_Atomic uint32_t code_epoch;    /* bumped where such a client may have written; see block.c */
+	struct code_watch *_Atomic watch;       /* code of a client that does not; see mmu/watch.c */
 	/* stop the world */
 	pthread_mutex_t pause_lock;
 	pthread_cond_t pause_cond;
@@ -92,6 +92,15 @@ int phys_set_region(struct vm *vm, const struct kvm_userspace_memory_region *r);
 int phys_get_dirty(struct vm *vm, const struct kvm_dirty_log *d);
 int phys_clear_dirty(struct vm *vm, const struct kvm_clear_dirty_log *d);
 void phys_free(struct vm *vm);
+
+/*
+ * Clients that know nothing of softkvm_code_written() (mmu/watch.c). watch_decoded(): `bytes` were decoded at
+ * `off` of the page while its version was `value`. watch_all(): such a client may have written anything by now; what it changed
+ * cannot be entered any more.
+ */
+struct code_page;
+void watch_decoded(struct vm *vm, const struct code_page *page, uint32_t value, unsigned off, const uint8_t *bytes, unsigned len);
+void watch_all(struct vm *vm);
 
 /* -- stop the world (api/pause.c) -------------------------------------------------------------------- */
 /* After return no vCPU executes guest code (the caller may be one itself: it does not wait for itself). */

@@ -72,6 +72,7 @@ struct vcpu_api {
 	int signal_fd;                  /* readable when a signal of `signal_fd_set` is pending; made for the first sleep */
 	uint64_t signal_fd_set;
 	uint32_t msr_reason;            /* KVM_MSR_EXIT_REASON_* of the last MSR_EXIT */
+	uint64_t polled;                /* host TSC of the last look at signals and steal time */
 	bool ran;                       /* KVM_RUN was called: CPUID is fixed */
 
 	/* time (clock.c) */

@@ -3,8 +3,8 @@
  *
  * Signals. Linux looks for pending signals before it enters the guest and whenever one interrupts it,
  * returns EINTR, and the handler runs on the way out of the ioctl. To give the same, KVM_RUN blocks
- * all but the synchronous signals while guest code runs and looks with sigpending() every few
- * thousand instructions; a pending one that the client's mask lets through ends the call, and the
+ * all but the synchronous signals while guest code runs and looks with sigpending() every 10 to 20
+ * microseconds; a pending one that the client's mask lets through ends the call, and the
  * handler runs when the mask is restored. Sleeps use ppoll() with the client's mask.
  */
 #include <errno.h>
@@ -14,6 +14,7 @@
 #include <sys/signalfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <x86intrin.h>
 
 #include "softkvm/api/api.h"
 #include "softkvm/events.h"
@@ -21,6 +22,7 @@
 #include "softkvm/mmu.h"
 
 #define POLL_INSNS 4096
+#define POLL_TSC 40000          /* host cycles between looks that cost a system call: 10 to 20 us */
 #define SIGBIT(s) (1ull << ((s) - 1))
 
 /* -- signals ---------------------------------------------------------------------------------- */
@@ -69,11 +71,16 @@ bool vcpu_poll(struct cpu *c)
 	struct vcpu *v = c->vcpu;
 	struct vcpu_api *a = v->api;
 
+	uint64_t now = __rdtsc();
+
 	c->budget = POLL_INSNS;
-	if (a->steal_time & 1 && mono_ns() >= a->next_steal)
-		atomic_fetch_or(&c->requests, REQ_CLOCK);
 	if (immediate_exit(c))
 		return true;
+	if (now - a->polled < POLL_TSC)
+		return false;
+	a->polled = now;
+	if (a->steal_time & 1 && mono_ns() >= a->next_steal)
+		atomic_fetch_or(&c->requests, REQ_CLOCK);
 	if (!signal_pending(v))
 		return false;
 	c->run->exit_reason = KVM_EXIT_INTR;

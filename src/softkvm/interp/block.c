@@ -118,6 +118,19 @@ static struct code_page first_page(const struct block *b)
 				   .ver = b->cross ? block_cross(b)->ver : (_Atomic uint32_t *)(uintptr_t)b->ver };
 }
 
+/* A client that does not announce its writes: what this block was made from is watched. */
+static void watch_block(struct cpu *c, const struct block *b, const struct code_page *first)
+{
+	const struct block_cross *x = b->cross ? block_cross(b) : NULL;
+	unsigned off = b->gpa & 4095, n = x ? 4096 - off : b->bytes;
+
+	if (!c->vm || c->vm->client_tells_code)
+		return;
+	watch_decoded(c->vm, first, x ? x->page_ver[0] : b->ver_value, off, block_copy(b), n);
+	if (x)
+		watch_decoded(c->vm, &x->second, x->page_ver[1], 0, block_copy(b) + n, b->bytes - n);
+}
+
 /* The page was written, or may have been behind our back: do the bytes still stand? Marked before they are compared. */
 static bool revive(struct cpu *c, struct block *b)
 {
@@ -125,17 +138,19 @@ static bool revive(struct cpu *c, struct block *b)
 	struct code_page first = first_page(b);
 	uint32_t v0 = mmu_code_mark(c, &first), v1 = x ? mmu_code_mark(c, &x->second) : 0;
 
+	if (x ? v0 == x->page_ver[0] && v1 == x->page_ver[1] : v0 == b->ver_value)
+		return true;            /* the page slept */
 	if (!same_bytes(b)) {
 		c->stats.code_invalidations++;
 		return false;
 	}
-	b->epoch = c->blocks->seen_epoch;
 	if (x) {
 		x->page_ver[0] = v0;
 		x->page_ver[1] = v1;
 	} else {
 		b->ver_value = v0;
 	}
+	watch_block(c, b, &first);
 	jit_revived(c, b);
 	return true;
 }
@@ -154,7 +169,7 @@ static bool cross_unchanged(const struct block *b)
 
 static inline bool block_valid(struct cpu *c, struct block *b)
 {
-	if (likely(ver_now(b->ver) == b->ver_value || (b->cross && cross_unchanged(b))) && b->epoch == c->blocks->seen_epoch)
+	if (likely(ver_now(b->ver) == b->ver_value || (b->cross && cross_unchanged(b))))
 		return true;
 	return revive(c, b);
 }
@@ -296,7 +311,6 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 	b->bytes = (uint16_t)s->bytes;
 	b->gpa = s->gpa;
 	b->mode = s->mode & BM_PHYS_MASK;
-	b->epoch = bc->seen_epoch;
 	b->cross = s->cross;
 	b->host = s->page[0].host + (s->gpa & 4095);
 	b->ver = s->cross || !s->keep ? &never_matches : s->page[0].ver;
@@ -305,6 +319,7 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 	if (s->keep) {
 		b->hash_next = bc->hash[h];
 		bc->hash[h] = b;
+		watch_block(c, b, &s->page[0]);
 	}
 	c->stats.blocks_decoded++;
 	return b;

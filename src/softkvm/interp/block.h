@@ -3,13 +3,12 @@
  * Private to interp/.
  *
  * Finding a block. By linear address in a direct-mapped table that is valid for one `code_stamp`
- * (generation of the instruction TLB at this privilege, code epoch and mode), else by physical address in a hash. A
+ * (generation of the instruction TLB at this privilege, and mode), else by physical address in a hash. A
  * branch remembers where it went last (struct block_link) and goes there without leaving the handler.
  *
  * Staying right. A block remembers the version of its page (mmu_code_mark()); whoever stores to the page
  * changes it. A block whose page changed is compared with the bytes it was made from and either revived or
- * thrown away. For clients that do not announce their writes the same comparison is made when the VM's code
- * epoch has moved. An instruction that crosses a page end is a block of its own and has two of everything.
+ * thrown away. For clients that do not announce their writes, mmu/watch.c compares pages and changes their versions. An instruction that crosses a page end is a block of its own and has two of everything.
  *
  * Memory. A bounded arena per vCPU, filled front to back and thrown away as a whole when full. What a VM's arenas
  * may hold together is bounded as well, so that a machine of four CPUs takes no more memory than one of one.
@@ -54,7 +53,6 @@ struct block {
 	uint16_t bytes;
 	uint64_t gpa;
 	uint32_t mode;
-	uint32_t epoch;                 /* code epoch at which the bytes were last known to be right */
 	struct block_link link[2];      /* fall-through or not taken; taken */
 	struct block *hash_next;
 	struct jit_code *code;          /* its translation, if code_gen is the translator's; see jit/jit.h */
@@ -96,7 +94,7 @@ struct block_cache {
 	uint8_t *arena;
 	size_t size, used;
 	uint32_t gen[2], last_gen;      /* upper half of code_stamp, [1] at CPL 3; no value is used twice */
-	uint32_t seen_fetch_gen[2], seen_epoch;
+	uint32_t seen_fetch_gen[2];
 	struct block_link *want;        /* link to be filled by the next lookup */
 	struct block *scratch;          /* for blocks that cannot be kept */
 	struct jit_link *jit_want;      /* translated code's jump that the next lookup resolves */
@@ -129,16 +127,11 @@ static inline bool block_boundary_due(const struct cpu *c)
 	       c->ev.valid || c->one_insn;
 }
 
-/* Linear lookups and links die when the MMU says that a fetch may give something else, and where code may have changed unseen. */
+/* Linear lookups and links die when the MMU says that a fetch may give something else. */
 static inline void block_check_generation(struct cpu *c)
 {
 	struct block_cache *bc = c->blocks;
-	uint32_t epoch = c->vm ? atomic_load_explicit(&c->vm->code_epoch, memory_order_relaxed) : 0;
 
-	if (unlikely(bc->seen_epoch != epoch)) {
-		bc->seen_epoch = epoch;
-		block_new_generation(c);
-	}
 	for (unsigned user = 0; user < 2; user++)
 		if (unlikely(bc->seen_fetch_gen[user] != c->fetch_gen[user])) {
 			bc->seen_fetch_gen[user] = c->fetch_gen[user];

@@ -201,7 +201,7 @@ static bool waits_for_sipi(const struct cpu *c)
 static void client_may_have_written(struct cpu *c)
 {
 	if (c->vm && !c->vm->client_tells_code)
-		atomic_fetch_add_explicit(&c->vm->code_epoch, 1, memory_order_relaxed);
+		watch_all(c->vm);
 }
 
 /* Something may want attention before the next instruction. GO_ON: execute it. */
@@ -370,7 +370,7 @@ static enum run_result engine_start(struct cpu *c)
 		if (r != GO_ON)
 			return r;
 	}
-	atomic_fetch_or(&c->requests, REQ_EVENT);       /* which also moves the code epoch */
+	atomic_fetch_or(&c->requests, REQ_EVENT);       /* which also looks for changed code */
 	if (*(volatile uint8_t *)&c->run->immediate_exit)
 		return RUN_EINTR;
 	return GO_ON;

@@ -119,7 +119,7 @@ static void resolve(struct jit *j, struct jit_link *l, const struct jit_code *to
 	if (!l->near) {
 		l->stamp = j->low->stamp;
 		link_set(j, l, to->entry);
-	} else if (from->b->ver == to->b->ver && from->b->ver_value == to->b->ver_value && from->b->epoch == to->b->epoch &&
+	} else if (from->b->ver == to->b->ver && from->b->ver_value == to->b->ver_value &&
 		   atomic_load_explicit(from->b->ver, memory_order_acquire) == to->b->ver_value && code_of(j, from->b) == from) {
 		link_set(j, l, to->body);
 	}

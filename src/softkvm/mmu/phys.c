@@ -64,7 +64,7 @@ void page_code_written(_Atomic uint32_t *ver)
 {
 	uint32_t v = atomic_load_explicit(ver, memory_order_relaxed);
 
-	while ((v & VER_CODE) && !atomic_compare_exchange_weak(ver, &v, (v & ~VER_CODE) + VER_STEP))
+	while ((v & VER_CODE) && !atomic_compare_exchange_weak(ver, &v, ver_next(v)))
 		;
 }
 
@@ -280,6 +280,7 @@ static void table_publish(struct vm *vm, struct slot_table *t)
 	vm_pause_all(vm, NULL);
 	pthread_rwlock_wrlock(&vm->slots_lock);
 	struct slot_table *old = atomic_exchange(&vm->slots, t);
+	watch_forget(vm);
 	vm_request_all(vm, REQ_TLB | REQ_BLOCKS, NULL);
 	pthread_rwlock_unlock(&vm->slots_lock);
 	vm_resume_all(vm, NULL);
@@ -382,6 +383,7 @@ void phys_free(struct vm *vm)
 	for (unsigned i = 0; t && i < t->n; i++)
 		slot_free(t->s[i]);
 	free(t);
+	watch_free(vm);
 	free(vm->by_id);
 	vm->by_id = NULL;
 	vm->by_id_n = 0;

@@ -8,12 +8,25 @@
 
 /*
  * A page's code version. VER_CODE: a block was decoded from it. VER_GRANTED: some vCPU may hold a
- * write entry for it; never set together with VER_CODE. The rest counts invalidations.
+ * write entry for it; never set together with VER_CODE. VER_ASLEEP, only with VER_CODE: what was decoded may be used again
+ * once the bytes were compared (watch.c). The rest counts invalidations.
  */
-enum { VER_CODE = 1, VER_GRANTED = 2, VER_STEP = 4 };
+enum { VER_CODE = 1, VER_GRANTED = 2, VER_ASLEEP = 4, VER_STEP = 8 };
+
+/* The version after the page was written. */
+static inline uint32_t ver_next(uint32_t v) { return (v & ~(uint32_t)(VER_CODE | VER_ASLEEP)) + VER_STEP; }
 
 struct slot *phys_slot(struct vm *vm, uint64_t gpa);
 /* The page was or is about to be written: blocks decoded from it die. */
 void page_code_written(_Atomic uint32_t *ver);
+
+/* -- watch.c: code of clients that write it without a word ------------------------------------------------------ */
+/* The page is asleep: compare, and wake it up or change its version. */
+void watch_wake(struct vm *vm, _Atomic uint32_t *ver);
+/* The page enters an instruction TLB: compare. */
+void watch_enter(struct vm *vm, _Atomic uint32_t *ver);
+/* The slots change, with the world stopped: forget all pages. */
+void watch_forget(struct vm *vm);
+void watch_free(struct vm *vm);
 
 #endif

@@ -256,7 +256,7 @@ void tlb_grant_write(struct cpu *c, _Atomic uint32_t *ver)
 	uint32_t v = atomic_load_explicit(ver, memory_order_relaxed);
 
 	while (!(v & VER_GRANTED)) {
-		uint32_t next = v & VER_CODE ? ((v & ~VER_CODE) + VER_STEP) | VER_GRANTED : v | VER_GRANTED;
+		uint32_t next = v & VER_CODE ? ver_next(v) | VER_GRANTED : v | VER_GRANTED;
 		if (!atomic_compare_exchange_weak(ver, &v, next))
 			continue;
 		if (v & VER_CODE) {
@@ -272,8 +272,16 @@ uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p)
 {
 	uint32_t v = atomic_load_explicit(p->ver, memory_order_acquire);
 
-	while (!(v & VER_CODE)) {
+	for (;;) {
 		uint32_t next = (v & ~VER_GRANTED) | VER_CODE;
+
+		if (v & VER_ASLEEP) {
+			watch_wake(c->vm, p->ver);
+			v = atomic_load_explicit(p->ver, memory_order_acquire);
+			continue;
+		}
+		if (v & VER_CODE)
+			return v;
 		if (!atomic_compare_exchange_weak(p->ver, &v, next))
 			continue;
 		if (v & VER_GRANTED) {
@@ -294,7 +302,6 @@ uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p)
 		}
 		return next;
 	}
-	return v;
 }
 
 /* Canonical, or #GP(0): a fetch never raises #SS. */
@@ -328,6 +335,8 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 	*out = (struct code_page){ gpa, host, host ? &s->ver[(gpa - s->gpa) >> 12] : NULL };
 	if (!host)
 		return;
+	if (!c->vm->client_tells_code)
+		watch_enter(c->vm, out->ver);
 	*e = (struct itlb_entry){ key, *out, w.global };
 	if (!user && !w.global)
 		c->itlb->sup_nonglobal = true;

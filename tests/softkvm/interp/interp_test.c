@@ -108,9 +108,9 @@ static void test_smc(void **s)
 	halts();
 	assert_int_equal(G[R_RBX] & 0xff, 100);
 	/* behind our back, by a client that says nothing */
+	h.vm.client_tells_code = false;
 	CODE(0xb8, 1, 0, 0, 0, HLT);
 	halts();
-	h.vm.client_tells_code = false;
 	h.ram[H_CODE + 1] = 2;
 	halts();
 	assert_int_equal(G[R_RAX], 2);
