@@ -60,7 +60,8 @@ int opt_global(struct vm_opts *o, const char *arg, struct err *err)
 
 static int check_memory_backend(struct vm_opts *o, struct keyvals *l, struct err *err)
 {
-	bool share = true, huge = false;
+	const char *type = keyvals_get(l, "qom-type");
+	bool share = type && !strcmp(type, "memory-backend-memfd"), huge = false;
 	int ret;
 
 	if ((ret = keyvals_bool(l, "-object memory-backend", "share", &share, err)) ||
@@ -68,6 +69,7 @@ static int check_memory_backend(struct vm_opts *o, struct keyvals *l, struct err
 	    (ret = keyvals_bool(l, "-object memory-backend", "prealloc", &o->prealloc, err)))
 		return ret;
 	o->hugepages |= huge;
+	o->mem_shared |= share;
 	return keyvals_get(l, "size") ? 0 : err_set(err, -EINVAL, "-object memory-backend: size= is missing");
 }
 

@@ -37,7 +37,7 @@ struct vm_opts {
 	enum kvm_soft_mode soft_mode;
 	uint64_t mem_size;
 	unsigned cpus, sockets, cores, threads;
-	bool hugepages, prealloc, localtime, no_reboot, no_shutdown, snapshot, nodefaults, nographic, display_none,
+	bool hugepages, prealloc, mem_shared, localtime, no_reboot, no_shutdown, snapshot, nodefaults, nographic, display_none,
 	     timestamps, stats;
 	int64_t rtc_offset;
 	int log_level;

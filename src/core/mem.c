@@ -91,20 +91,32 @@ void guest_mem_destroy(struct guest_mem *m)
 	free(m);
 }
 
-/*
- * Map the memfd at an address congruent to the guest's modulo 2 MiB, so that KVM can use huge pages,
- * with an inaccessible page or more on either side.
- */
-static int map_slot(struct slot *s, bool huge, struct err *err)
+/* A file for memory that other processes may map, or that the host's pool of huge pages gives. */
+static int make_file(struct slot *s, bool huge, struct err *err)
 {
-	uint64_t size = s->r.size;
 	int fd = memfd_create(s->name, MFD_CLOEXEC | (huge ? MFD_HUGETLB : 0));
+
 	if (fd < 0)
 		return err_set_errno(err, -errno, "memory '%s': memfd", s->name);
 	s->r.fd = fd;
-	if (ftruncate(fd, (off_t)size))
+	if (ftruncate(fd, (off_t)s->r.size))
 		return err_set_errno(err, -errno, "memory '%s': cannot reserve %llu MiB", s->name,
-				     (unsigned long long)(size >> 20));
+				     (unsigned long long)(s->r.size >> 20));
+	return 0;
+}
+
+/*
+ * Map the memory at an address congruent to the guest's modulo 2 MiB, so that KVM can use huge pages, with an
+ * inaccessible page or more on either side. Memory that nobody shares is anonymous: most hosts give that huge pages
+ * for the asking, and shared memory none, which makes a TLB miss of a large guest twice as dear.
+ */
+static int map_slot(struct slot *s, bool huge, bool shared, struct err *err)
+{
+	uint64_t size = s->r.size;
+	int r = huge || shared ? make_file(s, huge, err) : 0;
+
+	if (r)
+		return r;
 	if (size > SIZE_MAX - 3 * HUGE_SIZE)
 		return err_set(err, -ENOMEM, "memory '%s': %llu MiB is more than a process can map", s->name,
 			       (unsigned long long)(size >> 20));
@@ -116,14 +128,15 @@ static int map_slot(struct slot *s, bool huge, struct err *err)
 	s->area = area;
 	uintptr_t host = ALIGN_UP((uintptr_t)area + PAGE, HUGE_SIZE) + (s->r.gpa & (HUGE_SIZE - 1));
 	/* Huge pages are reserved now: without that a pool that is too small is a SIGBUS later. */
-	void *p = mmap((void *)host, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | (huge ? 0 : MAP_NORESERVE), fd, 0);
+	void *p = mmap((void *)host, size, PROT_READ | PROT_WRITE,
+		       MAP_FIXED | (s->r.fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS) | (huge ? 0 : MAP_NORESERVE), s->r.fd, 0);
 	if (p == MAP_FAILED)
-		return err_set(err, -errno, "memory '%s': cannot map %llu MiB%s%s", s->name,
+		return err_set(err, -ENOMEM, "memory '%s': cannot map %llu MiB%s%s", s->name,
 			       (unsigned long long)(size >> 20), huge ? " of huge pages" : ": ",
 			       huge ? " (see /proc/sys/vm/nr_hugepages)" : strerror(errno));
 	s->r.host = p;
 	if (!huge)
-		madvise(p, size, MADV_HUGEPAGE); /* advice; most hosts leave shared memory alone */
+		madvise(p, size, MADV_HUGEPAGE); /* advice */
 	return 0;
 }
 
@@ -136,7 +149,12 @@ static int prealloc_slot(struct slot *s, struct err *err)
 		return err_set_errno(err, -errno, "memory '%s': cannot allocate %llu MiB now", s->name,
 				     (unsigned long long)(s->r.size >> 20));
 #endif
-	/* Before Linux 5.14. posix_fallocate() fails where touching would kill. */
+	/* Before Linux 5.14. posix_fallocate() fails where touching would kill; anonymous memory has nothing like it. */
+	if (s->r.fd < 0) {
+		for (uint64_t at = 0; at < s->r.size; at += PAGE)
+			((volatile uint8_t *)s->r.host)[at] = 0;
+		return 0;
+	}
 	int r = posix_fallocate(s->r.fd, 0, (off_t)s->r.size);
 	return r ? err_set_errno(err, -r, "memory '%s': cannot allocate %llu MiB now", s->name,
 				 (unsigned long long)(s->r.size >> 20)) : 0;
@@ -191,7 +209,7 @@ static int add_locked(struct guest_mem *m, struct slot *s, const struct mem_back
 	if (!r && b && b->huge && (s->r.gpa | s->r.size) & (HUGE_SIZE - 1))
 		r = err_set(err, -EINVAL, "memory '%s': size and address must be multiples of 2 MiB for huge pages", s->name);
 	if (!r)
-		r = map_slot(s, b && b->huge, err);
+		r = map_slot(s, b && b->huge, b && b->shared, err);
 	if (!r && b && b->prealloc)
 		r = prealloc_slot(s, err);
 	s->id = m->view->n;

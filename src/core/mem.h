@@ -1,5 +1,5 @@
 /*
- * Guest memory: RAM and ROM of one machine, as slots over memfds.
+ * Guest memory: RAM and ROM of one machine, as slots of anonymous memory, or over memfds where it is shared.
  *
  * Security: a guest address is hostile. Every access carries length and direction, is checked
  * without overflow, and reaches RAM only (never a device window), so a DMA can not re-enter a
@@ -22,7 +22,7 @@ enum mem_dir { MEM_READ, MEM_WRITE };   /* seen from the device: MEM_WRITE chang
 struct mem_backing {
 	bool huge;              /* back with huge pages; an error when the host has none */
 	bool prealloc;
-	bool shared;            /* memfd (always, for now) */
+	bool shared;            /* over a memfd, which other processes can map; else private, fd -1 */
 };
 
 int guest_mem_create(struct guest_mem **out, struct kvm_vm *vm, struct err *err);

@@ -105,7 +105,7 @@ static uint32_t translate(struct cpu *c, uint64_t lin, unsigned len, enum access
 		return err;
 	out->gpa = w.gpa;
 	out->len = len;
-	out->host = phys_ptr(c->vm, w.gpa, NULL, &ro, &s);
+	out->host = tlb_phys(c, w.gpa, &ro, &s);
 	if (!out->host || (ro && is_write(acc))) {
 		out->host = NULL;
 		return 0;

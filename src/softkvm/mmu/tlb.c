@@ -40,7 +40,10 @@ int mmu_cpu_init(struct cpu *c)
 	}
 	c->itlb = calloc(1, sizeof *c->itlb);
 	c->tlb = c->tlbs[TLB_KERNEL];
-	return c->itlb ? 0 : -ENOMEM;
+	if (!c->itlb)
+		return -ENOMEM;
+	c->itlb->pwc_gen = 1;
+	return 0;
 }
 
 void mmu_cpu_free(struct cpu *c)
@@ -101,7 +104,29 @@ void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size)
 		hash_set(c->itlb->large2m, (lin >> 21) ^ 1);
 }
 
+uint8_t *tlb_phys(struct cpu *c, uint64_t gpa, bool *ro, struct slot **slot)
+{
+	struct slot *s = c->itlb->slot;
+
+	if (unlikely(!s || gpa - s->gpa >= s->size)) {
+		s = phys_slot(c->vm, gpa);
+		if (!s)
+			return NULL;
+		c->itlb->slot = s;
+	}
+	*ro = s->flags & KVM_MEM_READONLY;
+	*slot = s;
+	return s->host + (gpa - s->gpa);
+}
+
 /* -- flushing ---------------------------------------------------------------------------------- */
+void pwc_flush(struct itlb *t)
+{
+	if (++t->pwc_gen == BIT(PWC_GEN_BITS)) {
+		memset(t->pwc, 0, sizeof t->pwc);
+		t->pwc_gen = 1;
+	}
+}
 
 /* Code found by linear address at this privilege must be looked up again. */
 static void fetch_changed(struct cpu *c, int user)
@@ -129,6 +154,7 @@ static void itlb_clear(struct cpu *c, bool global_too)
 			t->e[i].key = 0;
 			t->filled[w] &= ~(1ull << (i % 64));
 		}
+	pwc_flush(t);
 	fetch_changed(c, 1);
 	if (global_too || t->sup_nonglobal)
 		fetch_changed(c, 0);
@@ -141,6 +167,7 @@ void mmu_flush_all(struct cpu *c)
 		table_clear(full(c->tlbs[i]), 1);
 	}
 	itlb_clear(c, true);
+	c->itlb->slot = NULL;
 	memset(c->itlb->large2m, 0, sizeof c->itlb->large2m);
 	memset(c->itlb->large1g, 0, sizeof c->itlb->large1g);
 	c->stats.tlb_flushes++;
@@ -221,6 +248,7 @@ static void flush_4k(struct cpu *c, uint64_t lin)
 
 void mmu_flush_page(struct cpu *c, uint64_t lin)
 {
+	pwc_flush(c->itlb);
 	if (hash_has(c->itlb->large1g, lin >> 30)) {
 		mmu_flush_all(c);
 	} else if (hash_has(c->itlb->large2m, lin >> 21)) {

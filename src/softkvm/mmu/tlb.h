@@ -21,7 +21,25 @@ struct itlb_entry {
 	bool global;
 };
 
+/*
+ * A 2 MiB region's entry of the page directory, as the processor's paging-structure caches keep it (SDM vol. 3 4.10.3):
+ * 64-bit paging only, all entries above it accessed. It leads to a page table, or it is the translation itself.
+ */
+#define PWC_ENTRIES 1024
+struct pwc_entry {
+	uint64_t key;           /* pwc_key() */
+	uint8_t *host;          /* the table, or the large page's first byte */
+	struct slot *slot;      /* that holds it */
+	uint32_t gpa_page;      /* its guest-physical page number; regions beyond 2^44 are not kept */
+	uint8_t rights;         /* PWC_*: of all levels up to here */
+	uint8_t pkey;           /* of a large page */
+};
+enum { PWC_W = 1, PWC_U = 2, PWC_NX = 4, PWC_LEAF = 8, PWC_DIRTY = 16, PWC_GLOBAL = 32 };
+
 struct itlb {
+	struct pwc_entry pwc[PWC_ENTRIES];
+	uint32_t pwc_gen;       /* every flush moves it, INVLPG as well, and with it go all entries */
+	struct slot *slot;      /* found last */
 	struct itlb_entry e[ITLB_ENTRIES];
 	uint64_t filled[ITLB_ENTRIES / 64];
 	/*
@@ -33,6 +51,16 @@ struct itlb {
 	/* Regions of which some 4 KiB entry came from a large page, hashed: INVLPG there flushes all of the region. */
 	uint64_t large2m[16], large1g[16];
 };
+
+#define PWC_GEN_BITS 28
+static inline uint64_t pwc_key(const struct itlb *t, uint64_t lin)
+{
+	return ((uint64_t)t->pwc_gen << (64 - PWC_GEN_BITS)) | ((lin >> 21) & (BIT(64 - PWC_GEN_BITS) - 1));
+}
+/* Forget what the page walks remember. */
+void pwc_flush(struct itlb *t);
+/* phys_ptr() for a vCPU on its own thread: remembers the slot. */
+uint8_t *tlb_phys(struct cpu *c, uint64_t gpa, bool *ro, struct slot **slot);
 
 /* Index into cpu->tlbs for a party. */
 unsigned tlb_mode_of(const struct cpu *c, struct walk_as as);

@@ -5,7 +5,7 @@
 #include <stdatomic.h>
 
 #include "softkvm/mmu/phys.h"
-#include "softkvm/mmu/walk.h"
+#include "softkvm/mmu/tlb.h"
 #include "softkvm/sys.h"
 
 #define MAX_LEVELS 5
@@ -219,6 +219,80 @@ static uint32_t walk_down(struct cpu *c, const struct paging *p, uint64_t lin, s
 	return 0;
 }
 
+/* -- the page directory's entries, remembered (tlb.h) --------------------------------------------- */
+static bool pwc_usable(const struct cpu *c) { return cpu_long(c) && cpu_paging(c); }
+
+static void pwc_enter(struct cpu *c, uint64_t lin, const struct step *st, unsigned level, unsigned n, const struct rights *r)
+{
+	struct itlb *t = c->itlb;
+	uint64_t e = st[n - 1].val, gpa;
+	struct pwc_entry new = { .key = pwc_key(t, lin) };
+	bool leaf = level == 1, ro;
+
+	if (level > 1)
+		return;
+	gpa = leaf ? e & 0x000fffffffe00000ull : st[n - 1].gpa & ~4095ull;
+	new.host = tlb_phys(c, gpa, &ro, &new.slot);
+	if (!new.host || ro || gpa >> 44 || (leaf && new.slot->size - (gpa - new.slot->gpa) < BIT(21)))
+		return;
+	new.gpa_page = (uint32_t)(gpa >> 12);
+	if (leaf) {
+		new.rights = (uint8_t)((r->w ? PWC_W : 0) | (r->u ? PWC_U : 0) | (r->nx ? PWC_NX : 0) | PWC_LEAF |
+				       (e & PTE_D ? PWC_DIRTY : 0) | ((e & PTE_G) && (c->cr4 & CR4_PGE) ? PWC_GLOBAL : 0));
+		new.pkey = (uint8_t)r->key;
+	} else {
+		bool wr = true, us = true, nx = false;
+
+		for (unsigned k = 0; k + 1 < n; k++) {
+			wr &= !!(st[k].val & PTE_W);
+			us &= !!(st[k].val & PTE_U);
+			nx |= (c->efer & EFER_NXE) && (st[k].val & PTE_NX);
+		}
+		new.rights = (uint8_t)((wr ? PWC_W : 0) | (us ? PWC_U : 0) | (nx ? PWC_NX : 0));
+	}
+	t->pwc[(lin >> 21) % PWC_ENTRIES] = new;
+}
+
+/* The page's entry is all that must be read. False: the whole walk must say. */
+static bool walk_remembered(struct cpu *c, uint64_t lin, enum access acc, struct walk_as as, struct walk *w)
+{
+	const struct pwc_entry *e = &c->itlb->pwc[(lin >> 21) % PWC_ENTRIES];
+	bool write = acc == ACC_WRITE || acc == ACC_RMW, dirty;
+	struct rights r = { .w = e->rights & PWC_W, .u = e->rights & PWC_U, .nx = e->rights & PWC_NX, .key = e->pkey };
+
+	if (e->key != pwc_key(c->itlb, lin))
+		return false;
+	if (e->rights & PWC_LEAF) {
+		dirty = e->rights & PWC_DIRTY;
+		if ((write && !dirty) || check_rights(c, &r, acc, as))
+			return false;
+		w->gpa = ((uint64_t)e->gpa_page << 12) + (lin & (BIT(21) - 1));
+		w->leaf_size = BIT(21);
+		w->global = e->rights & PWC_GLOBAL;
+	} else {
+		struct paging p = { .levels = 4, .wide = true, .nx = c->efer & EFER_NXE, .rsvd = mmu_rsvd_mask(c) };
+		unsigned off = (lin >> 12 & 511) * 8;
+		struct step s = { .pte = e->host + off, .slot = e->slot, .gpa = ((uint64_t)e->gpa_page << 12) + off };
+
+		s.val = atomic_load_explicit((_Atomic uint64_t *)s.pte, memory_order_relaxed);
+		if (!(s.val & PTE_P) || (s.val & pte_rsvd(c, &p, 0, s.val)))
+			return false;
+		r.w &= !!(s.val & PTE_W);
+		r.u &= !!(s.val & PTE_U);
+		r.nx |= p.nx && (s.val & PTE_NX);
+		r.key = (unsigned)(s.val >> 59) & 15;
+		if (check_rights(c, &r, acc, as) || !pte_set(c, &p, &s, PTE_A | (write ? PTE_D : 0)))
+			return false;
+		dirty = write || (s.val & PTE_D);
+		w->gpa = (s.val & 0x000ffffffffff000ull) | (lin & 4095);
+		w->leaf_size = 4096;
+		w->global = (s.val & PTE_G) && (c->cr4 & CR4_PGE);
+	}
+	w->writable = dirty && !check_rights(c, &r, ACC_WRITE, as);
+	w->user = r.u;
+	return true;
+}
+
 uint32_t mmu_walk(struct cpu *c, uint64_t lin, enum access acc, struct walk_as as, struct walk *w)
 {
 	bool write = acc == ACC_WRITE || acc == ACC_RMW;
@@ -227,6 +301,8 @@ uint32_t mmu_walk(struct cpu *c, uint64_t lin, enum access acc, struct walk_as a
 		*w = (struct walk){ .gpa = lin & 0xffffffffu, .leaf_size = ~0ull, .writable = true, .user = true };
 		return 0;
 	}
+	if (pwc_usable(c) && walk_remembered(c, lin, acc, as, w))
+		return 0;
 	struct paging p = paging_mode(c);
 	struct step st[MAX_LEVELS];
 	struct rights r;
@@ -244,7 +320,10 @@ again:;
 		uint64_t bits = PTE_A | (write && i == n - 1 ? PTE_D : 0);
 		if (!pte_set(c, &p, &st[i], bits))
 			goto again;
+		st[i].val |= bits;
 	}
+	if (pwc_usable(c))
+		pwc_enter(c, lin, st, level, n, &r);
 	w->gpa = leaf_gpa(&p, level, st[n - 1].val, lin, &w->leaf_size);
 	w->writable = (write || (st[n - 1].val & PTE_D)) && !check_rights(c, &r, ACC_WRITE, as);
 	w->user = r.u;

@@ -346,6 +346,80 @@ static void test_flush_and_code(void **state)
 	assert_null(tlb_hit_r(&t.cpu, LIN + 8192, 4));
 }
 
+/* 1 + the first byte of what `lin` leads to, 0: it faults. */
+static unsigned first_byte(enum access acc, uint64_t lin)
+{
+	uint8_t b = 0;
+
+	if (!try_access(ACC_READ, lin, &b, 1) || (acc == ACC_WRITE && !try_access(ACC_WRITE, lin, &b, 1)))
+		return 0;
+	return b + 1u;
+}
+
+/* What page walks remember of the upper levels goes with every flush that the manual says it goes with. */
+static void test_remembered_directories(void **state)
+{
+	uint64_t *other_table = (uint64_t *)(t.ram + DATA + 0x20000), other = DATA + 0x10000;
+	uint64_t idx = LIN >> 12 & 511;
+
+	t.ram[DATA] = 1;
+	t.ram[other] = 2;
+	map(PTE_P | PTE_W | PTE_U, PTE_P | PTE_W | PTE_U);
+	other_table[idx] = other | PTE_P | PTE_W | PTE_U;
+	for (unsigned how = 0; how < 3; how++) {
+		*entry(1) = (PT_BASE + 3 * 4096) | PTE_P | PTE_W | PTE_U;
+		mmu_flush_all(&t.cpu);
+		/* The neighbour makes the walk remember the directory's entry. */
+		entry(0)[1] = other | PTE_P | PTE_W | PTE_U;
+		assert_int_equal(first_byte(ACC_READ, LIN + 4096), 3);
+		assert_int_equal(first_byte(ACC_WRITE, LIN), 2);
+		*entry(1) = (DATA + 0x20000) | PTE_P | PTE_W | PTE_U;
+		if (how == 0)
+			mmu_flush_all(&t.cpu);
+		else if (how == 1)
+			mmu_flush_nonglobal(&t.cpu);
+		else
+			mmu_flush_page(&t.cpu, LIN);
+		assert_int_equal(first_byte(ACC_READ, LIN), 3);
+		assert_true(*entry(1) & PTE_A);
+	}
+	/* Rights of the upper levels hold for every page below, and for new users of what was remembered. */
+	*entry(1) = (PT_BASE + 3 * 4096) | PTE_P | PTE_U;
+	mmu_flush_all(&t.cpu);
+	t.cpu.cr0 |= CR0_WP;
+	assert_int_equal(first_byte(ACC_READ, LIN + 4096), 3);
+	assert_int_equal(first_byte(ACC_WRITE, LIN), 0);
+	*entry(1) |= PTE_W;
+	*entry(2) &= ~(uint64_t)PTE_U;
+	mmu_flush_all(&t.cpu);
+	assert_int_equal(first_byte(ACC_WRITE, LIN + 4096), 3);
+	t.cpu.cpl = 3;
+	mmu_select(&t.cpu);
+	assert_int_equal(first_byte(ACC_READ, LIN), 0);
+	t.cpu.cpl = 0;
+	mmu_select(&t.cpu);
+	/* A dirty bit is set for each page on its own, and for a large one when it is first written. */
+	assert_true(!(entry(0)[0] & PTE_D) || first_byte(ACC_WRITE, LIN));
+	entry(0)[0] &= ~(uint64_t)(PTE_A | PTE_D);
+	mmu_flush_page(&t.cpu, LIN);
+	assert_int_equal(first_byte(ACC_READ, LIN + 4096), 3);
+	assert_int_equal(first_byte(ACC_READ, LIN), 2);
+	assert_true((entry(0)[0] & PTE_A) && !(entry(0)[0] & PTE_D));
+	assert_int_equal(first_byte(ACC_WRITE, LIN), 2);
+	assert_true(entry(0)[0] & PTE_D);
+	*entry(2) |= PTE_U;
+	*entry(1) = (DATA & ~(BIT(21) - 1)) | PTE_P | PTE_W | PTE_PS;
+	mmu_flush_all(&t.cpu);
+	assert_true(first_byte(ACC_READ, LIN) && first_byte(ACC_READ, LIN + 4096));
+	assert_false(*entry(1) & PTE_D);
+	assert_true(first_byte(ACC_WRITE, LIN + 8192));
+	assert_true(*entry(1) & PTE_D);
+	/* Removed, and then somebody else's. */
+	*entry(1) = 0;
+	mmu_flush_page(&t.cpu, LIN);
+	assert_int_equal(first_byte(ACC_READ, LIN + 12288), 0);
+}
+
 static void test_slot_rules(void **state)
 {
 	uint8_t *h = t.ram;
@@ -399,7 +473,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 		T(test_permissions), T(test_reserved_and_keys), T(test_crossing), T(test_hostile_addresses),
-		T(test_dirty_log), T(test_code_versions), T(test_flush_and_code), T(test_slot_rules), T(test_mmio),
+		T(test_dirty_log), T(test_code_versions), T(test_flush_and_code), T(test_remembered_directories), T(test_slot_rules), T(test_mmio),
 	};
 	return cmocka_run_group_tests_name("mmu", tests, NULL, NULL);
 }
