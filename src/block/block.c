@@ -15,20 +15,6 @@
 
 enum { CHAIN_MAX = 200 };
 
-static int check_name(const char *file, struct err *err)
-{
-	static const char *const remote[] = { "nbd:", "nbd+unix:", "http:", "https:", "ftp:", "ssh:", "iscsi:", "rbd:", "nfs:",
-					      "gluster:", "json:", "nvme:", "blkdebug:", "fat:" };
-	if (!file || !*file)
-		return err_set(err, -EINVAL, "drive: no file given (file=PATH)");
-	for (size_t i = 0; i < ARRAY_SIZE(remote); i++) {
-		if (!strncmp(file, remote[i], strlen(remote[i])))
-			return err_set(err, -ENOTSUP, "%s: protocol '%.*s' is not supported yet; supported: files and block devices",
-				       file, (int)strlen(remote[i]) - 1, remote[i]);
-	}
-	return 0;
-}
-
 struct block *block_new(const struct block_opts *o, struct loop *l, struct workers *w)
 {
 	struct block *b = calloc(1, sizeof *b);
@@ -110,12 +96,12 @@ static void warn_probed(struct block *b, const struct block_opts *o)
 }
 
 /* Leaf and format; the chain below it. */
-static int open_node(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, unsigned depth,
-		     struct err *err)
+static int open_resolved(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, unsigned depth,
+			 struct err *err)
 {
 	struct block *leaf = block_new(o, l, w), *b = leaf;
 	const char *format = NULL;
-	int r = leaf ? raw_open(leaf, o, err) : err_set(err, -ENOMEM, "%s: out of memory", o->file);
+	int r = leaf ? leaf_open(leaf, o, err) : err_set(err, -ENOMEM, "%s: out of memory", o->file);
 
 	if (!r)
 		r = choose_format(leaf, o, &format, err);
@@ -123,7 +109,12 @@ static int open_node(struct block **out, const struct block_opts *o, struct loop
 		b = block_new(o, l, w);
 		if (b) {
 			b->child = leaf;
-			b->read_only = o->read_only || o->snapshot;
+			b->read_only = o->read_only || o->snapshot || leaf->read_only;
+			if (leaf->nbd) { /* messages name the server */
+				char *name = strdup(leaf->file);
+				free(b->file);
+				b->file = name ? name : strdup("nbd");
+			}
 			r = qcow2_open(b, o, depth, err);
 		} else {
 			r = err_set(err, -ENOMEM, "%s: out of memory", o->file);
@@ -140,11 +131,19 @@ static int open_node(struct block **out, const struct block_opts *o, struct loop
 	return 0;
 }
 
+static int open_node(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, unsigned depth,
+		     struct err *err)
+{
+	struct block_name n;
+	int r = block_name_resolve(&n, o, err);
+	if (!r)
+		r = open_resolved(out, &n.o, l, w, depth, err);
+	block_name_free(&n);
+	return r;
+}
+
 int block_open_backing(struct block **out, const struct block_opts *o, struct block *above, unsigned depth, struct err *err)
 {
-	int r = check_name(o->file, err);
-	if (r)
-		return r;
 	if (depth > CHAIN_MAX)
 		return err_set(err, -ELOOP, "%s: more than %d backing files; does the chain loop?", above->file, CHAIN_MAX);
 	return open_node(out, o, above->loop, above->workers, depth, err);
@@ -153,9 +152,7 @@ int block_open_backing(struct block **out, const struct block_opts *o, struct bl
 int block_open(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, struct err *err)
 {
 	struct block *b, *top;
-	int r = check_name(o->file, err);
-	if (!r)
-		r = open_node(&b, o, l, w, 0, err);
+	int r = open_node(&b, o, l, w, 0, err);
 	if (r)
 		return r;
 	if (o->snapshot) {

@@ -17,13 +17,16 @@
 #include "base/err.h"
 
 struct block;
+struct keyvals;
+struct tls_store;
 struct loop;
 struct workers;
 struct throttle_group;
 
 enum block_op { BLOCK_READ, BLOCK_WRITE, BLOCK_FLUSH, BLOCK_DISCARD, BLOCK_ZERO };
 enum { BLOCK_REQ_FUA = 1, BLOCK_REQ_MAY_UNMAP = 2, BLOCK_REQ_INLINE = 4 /* caller can wait for a short copy */,
-       BLOCK_REQ_MORE = 8 /* more follows at once, then block_unplug() */ };
+       BLOCK_REQ_MORE = 8 /* more follows at once, then block_unplug() */,
+       BLOCK_REQ_NO_FALLBACK = 16 /* ZERO: fail with -ENOTSUP rather than write zeroes */ };
 
 struct block_req {
 	enum block_op op;
@@ -43,13 +46,19 @@ enum block_cache { CACHE_WRITEBACK, CACHE_NONE, CACHE_WRITETHROUGH, CACHE_DIRECT
 
 struct block_opts {
 	const char *id;
-	const char *file;               /* path */
+	/* A path, nbd:..., nbd://... and the like (block/nbd.h), or json:{"driver": ...} */
+	const char *file;
+	/* Or, instead of `file`, a node's options, flat: driver=qcow2, file.driver=nbd, file.server.type=unix, ... */
+	const struct keyvals *options;
+	const struct keyvals *leaf;     /* the same of the leaf alone (driver=nbd, ...), under `format` */
+	const struct tls_store *tls;    /* credentials that options may name; may be NULL */
 	const char *format;             /* "raw"; NULL probes */
 	bool read_only, snapshot;       /* snapshot: writes go to a temporary file that is gone at the end */
 	enum block_cache cache;
 	enum block_aio aio;
 	struct throttle_group *throttle; /* may be NULL; the block takes a reference */
 	bool discard_unmap, detect_zeroes;
+	bool auto_read_only;            /* an export that cannot be written opens read-only */
 	/* For the image tools. */
 	bool shared;                    /* read whatever others do with the image; take no locks */
 	bool no_backing;                /* do not open the backing file: what is not in this file reads as zeroes */

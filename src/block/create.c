@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "block/nbd.h"
 #include "block/qcow2.h"
 
 void image_create_init(struct image_create *c)
@@ -41,15 +42,20 @@ static int check_options(const struct image_create *c, struct err *err)
 }
 
 /* An empty file under the image lock; what was in it is gone only when nobody else uses it. */
-static int make_file(const char *file, struct block **leaf, struct err *err)
+static int make_file(const char *file, const struct tls_store *tls, struct block **leaf, struct err *err)
 {
-	struct block_opts o = { .file = file, .format = "raw" };
-	int fd = open(file, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0644);
-	if (fd < 0)
-		return err_set_errno(err, -errno, "%s: Could not create file", file);
-	close(fd);
-	*leaf = block_new(&o, NULL, NULL);
-	int r = *leaf ? raw_open(*leaf, &o, err) : err_set(err, -ENOMEM, "out of memory");
+	struct block_name n;
+	int r = block_name_resolve(&n, &(struct block_opts){ .file = file, .format = "raw", .tls = tls }, err);
+	bool remote = !r && (n.o.leaf || nbd_is_name(n.o.file));
+	int fd = r || remote ? -1 : open(n.o.file, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0644);
+	if (!r && !remote && fd < 0)
+		r = err_set_errno(err, -errno, "%s: Could not create file", file);
+	if (fd >= 0)
+		close(fd);
+	*leaf = r ? NULL : block_new(&n.o, NULL, NULL);
+	if (!r)
+		r = *leaf ? leaf_open(*leaf, &n.o, err) : err_set(err, -ENOMEM, "out of memory");
+	block_name_free(&n);
 	if (!r && !(*leaf)->is_dev)
 		r = (*leaf)->drv->truncate(*leaf, 0);
 	if (r) {
@@ -101,7 +107,7 @@ static int make_data_file(const struct image_create *c, struct err *err)
 		path = strdup(c->data_file);
 	else if (asprintf(&path, "%.*s%s", (int)(slash - c->file + 1), c->file, c->data_file) < 0)
 		path = NULL;
-	int r = path ? make_file(path, &data, err) : err_set(err, -ENOMEM, "out of memory");
+	int r = path ? make_file(path, NULL, &data, err) : err_set(err, -ENOMEM, "out of memory");
 	block_free(data);
 	free(path);
 	return r;
@@ -109,7 +115,7 @@ static int make_data_file(const struct image_create *c, struct err *err)
 
 static int create_qcow2(const struct image_create *c, struct block *leaf, struct err *err)
 {
-	struct block_opts o = { .file = c->file, .format = "qcow2", .no_backing = true, .cache = CACHE_UNSAFE };
+	struct block_opts o = { .file = c->file, .format = "qcow2", .no_backing = true, .cache = CACHE_UNSAFE, .tls = c->tls };
 	struct block fake = { .cache = CACHE_UNSAFE, .file = leaf->file };
 	struct qcow2 q = { .leaf = leaf, .data = leaf, .b = &fake };
 	struct block *b;
@@ -141,7 +147,7 @@ int image_create(const struct image_create *want, struct err *err)
 		c.cluster_size = 65536;
 	int r = qcow2 ? check_options(&c, err) : 0;
 	if (!r)
-		r = make_file(c.file, &leaf, err);
+		r = make_file(c.file, c.tls, &leaf, err);
 	if (r)
 		return r;
 	if (qcow2)

@@ -11,6 +11,7 @@
 
 #include <pthread.h>
 
+#include "base/keyvals.h"
 #include "block/block.h"
 #include "block/image.h"
 #include "block/throttle.h"
@@ -44,6 +45,7 @@ struct block_driver {
 
 struct overlay;
 struct qcow2;
+struct nbd;
 
 struct block {
 	const struct block_driver *drv;
@@ -81,6 +83,7 @@ struct block {
 
 	struct overlay *overlay;
 	struct qcow2 *qcow2;
+	struct nbd *nbd;
 };
 
 extern const struct block_driver block_raw;
@@ -92,6 +95,18 @@ struct block *block_new(const struct block_opts *o, struct loop *l, struct worke
 void block_free(struct block *b);
 
 int raw_open(struct block *b, const struct block_opts *o, struct err *err);
+/* o->leaf, or o->file as an NBD name. */
+int nbd_open(struct block *b, const struct block_opts *o, struct err *err);
+/* The file, device or server that `o` names. */
+int leaf_open(struct block *b, const struct block_opts *o, struct err *err);
+
+/* A "json:{...}" name or options taken apart: `o` is what to open, the rest what its pointers point to. */
+struct block_name { struct block_opts o; struct keyvals all, leaf; };
+/* Also checks names. block_name_free() in any case. */
+int block_name_resolve(struct block_name *n, const struct block_opts *o, struct err *err);
+void block_name_free(struct block_name *n);
+/* Is this a name of a protocol, which no directory can stand before? */
+bool block_name_is_protocol(const char *file);
 /* Put the overlay on `base`, which it owns afterwards. */
 int overlay_open(struct block *b, struct block *base, struct err *err);
 /* b->child is there; `depth` counts the files above in a backing chain. */

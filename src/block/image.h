@@ -87,6 +87,7 @@ struct image_create {
 	unsigned refcount_bits;
 	bool lazy_refcounts, extended_l2, data_raw, zstd;
 	enum block_prealloc prealloc;
+	const struct tls_store *tls;    /* for an NBD name; may be NULL */
 };
 /* QEMU's defaults. */
 void image_create_init(struct image_create *c);

@@ -103,7 +103,7 @@ static char *beside(const char *file, const char *name)
 {
 	const char *slash = strrchr(file, '/');
 	char *s = NULL;
-	if (*name == '/' || !slash)
+	if (*name == '/' || !slash || block_name_is_protocol(name))
 		return strdup(name);
 	return asprintf(&s, "%.*s%s", (int)(slash - file + 1), file, name) < 0 ? NULL : s;
 }
@@ -116,9 +116,11 @@ static int open_backing(struct qcow2 *q, const struct block_opts *o, unsigned de
 	if (!strncmp(name, "file:", 5))
 		name += 5;
 	struct block_opts bo = { .file = o->backing ? strdup(name) : beside(q->b->file, name), .format = format, .read_only = true,
-				 .cache = o->cache, .shared = o->shared };
+				 .cache = o->cache, .shared = o->shared, .tls = o->tls };
 	struct stat a, b;
 	int r = bo.file ? 0 : -ENOMEM;
+	if (!r && q->leaf->nbd && !o->backing && *name != '/' && !block_name_is_protocol(name))
+		r = err_set(err, -EINVAL, "the image comes over NBD, so its backing file's relative name '%s' means nothing", name);
 	if (!r && !fstat(q->leaf->fd, &a) && !stat(bo.file, &b) && a.st_dev == b.st_dev && a.st_ino == b.st_ino)
 		r = err_set(err, -ELOOP, "%s: is its own backing file", q->b->file);
 	if (!r)
@@ -138,6 +140,7 @@ static int open_data_file(struct qcow2 *q, const struct block_opts *o, struct er
 	struct block_opts d = *o;
 	d.read_only |= o->snapshot;
 	d.id = NULL;
+	d.leaf = NULL;
 	d.file = beside(q->b->file, q->data_file);
 	struct block *data = d.file ? block_new(&d, q->b->loop, q->b->workers) : NULL;
 	int r = data ? raw_open(data, &d, err) : err_set(err, -ENOMEM, "%s: out of memory", q->b->file);

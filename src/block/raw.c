@@ -233,7 +233,7 @@ static int raw_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 	if (r == -EOPNOTSUPP)
 		r = zero_range(b, off, len);
 	if (r == -EOPNOTSUPP)
-		return write_zeroes(b, off, len, flags);
+		return flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : write_zeroes(b, off, len, flags);
 	if (!r && raw_sync_flags(b, flags))
 		r = fdatasync(b->fd) ? -errno : 0;
 	return r;

@@ -9,7 +9,7 @@
 
 #include "base/util.h"
 #include "block/image.h"
-#include "cli/keyvals.h"
+#include "base/keyvals.h"
 
 int img_main(int argc, char **argv);
 int io_main(int argc, char **argv);

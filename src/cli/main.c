@@ -9,6 +9,7 @@
 #include "base/util.h"
 #include "cli/img.h"
 #include "cli/options.h"
+#include "cli/serve.h"
 
 static void print_log(enum log_level level, const char *line, void *opaque)
 {
@@ -66,6 +67,7 @@ static void usage(FILE *f)
 	      "  kvm-info  what /dev/kvm is here and what softkvm offers (lodge kvm-info [--json])\n"
 	      "  img       make, check and convert disk images (lodge img --help)\n"
 	      "  io        read and write a disk image, for tests (lodge io -h)\n"
+	      "  nbd       serve a disk image over NBD         (lodge nbd --help)\n"
 	      "  version   print the version\n"
 	      "  help      this, or 'help VERB', 'help devices', 'help DEVICE', 'help man' (the manual page's source)\n", f);
 }
@@ -90,6 +92,8 @@ static int verb_help(int argc, char **argv)
 		return verb_kvm_info(1, (char *[]){ "--help", NULL });
 	if (!strcmp(argv[0], "img"))
 		return img_main(2, (char *[]){ "img", "--help", NULL });
+	if (!strcmp(argv[0], "nbd"))
+		return nbd_main(2, (char *[]){ "nbd", "--help", NULL });
 	return help_device(argv[0], &err) ? fail(&err) : 0;
 }
 
@@ -107,6 +111,8 @@ int main(int argc, char **argv)
 		return img_main(argc, argv);
 	if (ends_with(argv[0], "qemu-io"))
 		return io_main(argc, argv);
+	if (ends_with(argv[0], "qemu-nbd"))
+		return nbd_main(argc, argv);
 	if (argc < 2)
 		return usage(stderr), 2;
 
@@ -123,6 +129,8 @@ int main(int argc, char **argv)
 		return img_main(argc - 1, argv + 1);
 	if (!strcmp(verb, "io"))
 		return io_main(argc - 1, argv + 1);
+	if (!strcmp(verb, "nbd"))
+		return nbd_main(argc - 1, argv + 1);
 	if (!strcmp(verb, "help") || !strcmp(verb, "--help") || !strcmp(verb, "-h"))
 		return verb_help(argc - 2, argv + 2);
 	if (!strcmp(verb, "version") || !strcmp(verb, "--version"))

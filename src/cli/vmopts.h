@@ -12,7 +12,7 @@
 #include "block/block.h"
 #include "block/throttle.h"
 #include "board/machine.h"
-#include "cli/keyvals.h"
+#include "base/keyvals.h"
 
 struct vm_device { struct keyvals opts; };              /* "driver" is the class */
 struct vm_throttle { char *name; struct throttle_limits limits; };  /* -object throttle-group */

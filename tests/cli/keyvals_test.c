@@ -10,7 +10,7 @@
 #include <cmocka.h>
 
 #include "base/util.h"
-#include "cli/keyvals.h"
+#include "base/keyvals.h"
 
 static void test_words(void **state)
 {

@@ -5,8 +5,8 @@
  * later word without '=' switches that key on ("nokey" switches "key" off). JSON objects are
  * flattened: {"file": {"driver": "x"}} is file.driver=x.
  */
-#ifndef CLI_KEYVALS_H
-#define CLI_KEYVALS_H
+#ifndef BASE_KEYVALS_H
+#define BASE_KEYVALS_H
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -19,6 +19,10 @@ struct keyvals { struct keyval *o; unsigned n; };
 /* `what` is the option's name for messages ("-device"). On failure the list is empty. */
 int keyvals_parse(struct keyvals *l, const char *what, const char *text, const char *implied_key, struct err *err);
 void keyvals_free(struct keyvals *l);
+/* Another key and value; both are copied. 0 or -ENOMEM. */
+int keyvals_add(struct keyvals *l, const char *key, const char *val);
+/* Move what stands under `prefix` ("file.") to `out`, without the prefix; these count as used in `l`. Is there anything? */
+bool keyvals_sub(struct keyvals *out, struct keyvals *l, const char *prefix);
 /* The last value of `key`, which counts as used; NULL when it is not there. */
 const char *keyvals_get(struct keyvals *l, const char *key);
 /* "help" or "?" was asked for. */

@@ -1,4 +1,4 @@
-#include "cli/keyvals.h"
+#include "base/keyvals.h"
 
 #include <errno.h>
 #include <jansson.h>
@@ -67,6 +67,25 @@ static int add_word(struct keyvals *l, const char *what, char *w, const char *im
 	if (!strncmp(w, "no", 2) && w[2] && strcmp(w, "node"))
 		return add(l, strdup(w + 2), strdup("off"));
 	return add(l, strdup(w), strdup("on"));
+}
+
+int keyvals_add(struct keyvals *l, const char *key, const char *val)
+{
+	return add(l, strdup(key), strdup(val));
+}
+
+bool keyvals_sub(struct keyvals *out, struct keyvals *l, const char *prefix)
+{
+	size_t n = strlen(prefix);
+
+	*out = (struct keyvals){ 0 };
+	for (unsigned i = 0; i < l->n; i++) {
+		if (strncmp(l->o[i].key, prefix, n))
+			continue;
+		l->o[i].used = true;
+		keyvals_add(out, l->o[i].key + n, l->o[i].val);
+	}
+	return out->n;
 }
 
 static int json_flatten(struct keyvals *l, const char *prefix, json_t *v)

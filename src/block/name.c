@@ -1,0 +1,192 @@
+/*
+ * What a name means: a path, a protocol's name, or json:{...}, the options of a format node over a protocol node. Names
+ * come from the command line and from images (backing files).
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/util.h"
+#include "block/driver.h"
+#include "block/nbd.h"
+
+static const char *const unsupported[] = { "http:", "https:", "ftp:", "ftps:", "ssh:", "iscsi:", "rbd:", "nfs:", "gluster:", "gluster+tcp:",
+					   "gluster+unix:", "nvme:", "blkdebug:", "blkverify:", "fat:", "sheepdog:", "vxhs:" };
+static const char *const formats[] = { "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx" };
+
+bool block_name_is_protocol(const char *file)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(unsupported); i++) {
+		if (!strncmp(file, unsupported[i], strlen(unsupported[i])))
+			return true;
+	}
+	return nbd_is_name(file) || !strncmp(file, "json:", 5) || !strncmp(file, "file:", 5);
+}
+
+static int check_name(const char *file, struct err *err)
+{
+	if (!file || !*file)
+		return err_set(err, -EINVAL, "drive: no file given (file=PATH)");
+	for (size_t i = 0; i < ARRAY_SIZE(unsupported); i++) {
+		if (!strncmp(file, unsupported[i], strlen(unsupported[i])))
+			return err_set(err, -ENOTSUP, "%s: protocol '%.*s' is not supported; supported: files, block devices and nbd", file,
+				       (int)strlen(unsupported[i]) - 1, unsupported[i]);
+	}
+	return 0;
+}
+
+static bool is_format(const char *driver)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(formats); i++) {
+		if (!strcmp(driver, formats[i]))
+			return true;
+	}
+	return false;
+}
+
+/* What a node of any kind may carry. */
+static int generic_keys(struct block_opts *o, struct keyvals *l, const char *what, struct err *err)
+{
+	bool direct = o->cache == CACHE_NONE || o->cache == CACHE_DIRECTSYNC, noflush = o->cache == CACHE_UNSAFE;
+	bool writeback = o->cache != CACHE_WRITETHROUGH && o->cache != CACHE_DIRECTSYNC, had = keyvals_get(l, "cache.direct") || keyvals_get(l, "cache.no-flush");
+	const char *v;
+	int r;
+	if ((r = keyvals_bool(l, what, "read-only", &o->read_only, err)) || (r = keyvals_bool(l, what, "auto-read-only", &o->auto_read_only, err)) ||
+	    (r = keyvals_bool(l, what, "cache.direct", &direct, err)) || (r = keyvals_bool(l, what, "cache.no-flush", &noflush, err)) ||
+	    (r = keyvals_bool(l, what, "force-share", &o->shared, err)))
+		return r;
+	keyvals_get(l, "node-name");
+	if (had)
+		o->cache = noflush ? CACHE_UNSAFE : direct ? (writeback ? CACHE_NONE : CACHE_DIRECTSYNC) : writeback ? CACHE_WRITEBACK : CACHE_WRITETHROUGH;
+	if ((v = keyvals_get(l, "discard"))) {
+		o->discard_unmap = !strcmp(v, "unmap") || !strcmp(v, "on");
+		if (!o->discard_unmap && strcmp(v, "ignore") && strcmp(v, "off"))
+			return err_set(err, -EINVAL, "%s: discard=%s is neither ignore nor unmap", what, v);
+	}
+	if ((v = keyvals_get(l, "detect-zeroes"))) {
+		o->detect_zeroes = !strcmp(v, "on") || !strcmp(v, "unmap");
+		if (!o->detect_zeroes && strcmp(v, "off"))
+			return err_set(err, -EINVAL, "%s: detect-zeroes=%s is none of off, on, unmap", what, v);
+	}
+	return 0;
+}
+
+/* driver=file|host_device|nbd with its own keys in n->leaf. */
+static int leaf_keys(struct block_name *n, const char *what, struct err *err)
+{
+	struct keyvals *l = &n->leaf;
+	const char *driver = keyvals_get(l, "driver"), *file = keyvals_get(l, "filename");
+	int r = generic_keys(&n->o, l, what, err);
+	if (r)
+		return r;
+	n->o.leaf = NULL;
+	n->o.file = file;
+	if ((!driver && file) || (driver && (!strcmp(driver, "file") || !strcmp(driver, "host_device")))) {
+		if (!file)
+			return err_set(err, -EINVAL, "%s: filename= is missing", what);
+		if ((r = keyvals_only(l, what, "locking", "auto|on", err)) || (r = keyvals_only(l, what, "aio", "threads|native|io_uring", err)))
+			return r;
+		r = driver ? 0 : check_name(file, err);
+		return r ? r : keyvals_end(l, what, err);
+	}
+	if (driver && !strcmp(driver, "nbd")) {
+		n->o.leaf = l;
+		n->o.file = "nbd";
+		return 0;
+	}
+	return err_set(err, -ENOTSUP, "%s: driver=%s is not supported (formats: raw, qcow2; protocols: file, host_device, nbd)", what,
+		       driver ? driver : "(none)");
+}
+
+/* What nbd.c does not know goes: generic keys were taken above. */
+static void strip_generic(struct keyvals *l)
+{
+	static const char *const generic[] = { "node-name", "read-only", "auto-read-only", "cache.direct", "cache.no-flush", "discard",
+					       "detect-zeroes", "force-share" };
+	unsigned k = 0;
+	for (unsigned i = 0; i < l->n; i++) {
+		bool drop = false;
+		for (size_t j = 0; j < ARRAY_SIZE(generic); j++)
+			drop |= !strcmp(l->o[i].key, generic[j]);
+		if (drop) {
+			free(l->o[i].key);
+			free(l->o[i].val);
+		} else {
+			l->o[k++] = l->o[i];
+		}
+	}
+	l->n = k;
+}
+
+static int from_options(struct block_name *n, const char *what, struct err *err)
+{
+	const char *driver = keyvals_get(&n->all, "driver"), *v;
+	bool format = driver && is_format(driver);
+	int r;
+	if (format) {
+		if (n->o.format && strcmp(n->o.format, driver))
+			return err_set(err, -EINVAL, "%s: driver=%s, but the format was given as %s", what, driver, n->o.format);
+		n->o.format = driver;
+		if (!keyvals_sub(&n->leaf, &n->all, "file.")) {
+			v = keyvals_get(&n->all, "file");
+			return v ? err_set(err, -ENOENT, "%s: file=%s names no node; write out its options (file.driver=...)", what, v) :
+				   err_set(err, -EINVAL, "%s: file= is missing", what);
+		}
+		if ((v = keyvals_get(&n->all, "backing.file.filename")) || (v = keyvals_get(&n->all, "backing.filename"))) {
+			n->o.backing = v;
+			n->o.backing_format = keyvals_get(&n->all, "backing.driver");
+			keyvals_get(&n->all, "backing.file.driver");
+		}
+		r = generic_keys(&n->o, &n->all, what, err);
+		struct block_opts top = n->o;
+		if (!r)
+			r = leaf_keys(n, what, err);
+		if (!keyvals_get(&n->all, "discard"))
+			top.discard_unmap = n->o.discard_unmap;
+		n->o.read_only |= top.read_only;
+		n->o.cache = keyvals_get(&n->all, "cache.direct") || keyvals_get(&n->all, "cache.no-flush") ? top.cache : n->o.cache;
+		n->o.discard_unmap = top.discard_unmap;
+		n->o.detect_zeroes = top.detect_zeroes;
+		if (!r)
+			r = keyvals_end(&n->all, what, err);
+	} else {
+		keyvals_sub(&n->leaf, &n->all, "");
+		r = leaf_keys(n, what, err);
+	}
+	strip_generic(&n->leaf);
+	return r;
+}
+
+int block_name_resolve(struct block_name *n, const struct block_opts *o, struct err *err)
+{
+	*n = (struct block_name){ .o = *o };
+	n->o.options = NULL;
+	if (o->options) {
+		keyvals_sub(&n->all, &(struct keyvals){ o->options->o, o->options->n }, "");
+		return from_options(n, "block options", err);
+	}
+	if (o->leaf) {
+		keyvals_sub(&n->leaf, &(struct keyvals){ o->leaf->o, o->leaf->n }, "");
+		int r = leaf_keys(n, "block options", err);
+		strip_generic(&n->leaf);
+		return r;
+	}
+	if (o->file && !strncmp(o->file, "json:", 5)) {
+		const char *text = o->file + 5 + strspn(o->file + 5, " \t\r\n");
+		int r = *text == '{' ? keyvals_parse(&n->all, "json:", text, NULL, err) : err_set(err, -EINVAL, "%s: is no JSON object", o->file);
+		return r ? r : from_options(n, "json:", err);
+	}
+	return check_name(o->file, err);
+}
+
+void block_name_free(struct block_name *n)
+{
+	keyvals_free(&n->all);
+	keyvals_free(&n->leaf);
+}
+
+int leaf_open(struct block *b, const struct block_opts *o, struct err *err)
+{
+	return o->leaf || nbd_is_name(o->file) ? nbd_open(b, o, err) : raw_open(b, o, err);
+}
