@@ -68,6 +68,8 @@ struct block_opts {
 	const char *internal;           /* read this internal snapshot (id or name) */
 };
 
+/* Is this a protocol's name (nbd:..., json:{...}) rather than a path, so that no directory can stand before it? */
+bool block_name_is_protocol(const char *file);
 int block_open(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, struct err *err);
 /* Drains, flushes (unless CACHE_UNSAFE), closes. */
 void block_close(struct block *b);

@@ -105,8 +105,7 @@ struct block_name { struct block_opts o; struct keyvals all, leaf; };
 /* Also checks names. block_name_free() in any case. */
 int block_name_resolve(struct block_name *n, const struct block_opts *o, struct err *err);
 void block_name_free(struct block_name *n);
-/* Is this a name of a protocol, which no directory can stand before? */
-bool block_name_is_protocol(const char *file);
+
 /* Put the overlay on `base`, which it owns afterwards. */
 int overlay_open(struct block *b, struct block *base, struct err *err);
 /* b->child is there; `depth` counts the files above in a backing chain. */

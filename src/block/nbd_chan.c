@@ -113,9 +113,9 @@ static size_t take(struct nbd_chan *c, void *buf, size_t len)
 static int fill(struct nbd_chan *c, struct iovec *v, int n, size_t want)
 {
 	struct iovec all[VEC + 1];
-	c->head = c->tail = 0;
 	while (want) {
 		int k = MIN(n, VEC);
+		c->head = c->tail = 0;
 		size_t room = 0;
 		memcpy(all, v, (size_t)k * sizeof *v);
 		for (int i = 0; i < k; i++)

@@ -19,7 +19,7 @@
 #include "base/util.h"
 #include "block/nbd_priv.h"
 
-enum { CLIENTS_MAX = 1024, END_MS = 5000, STACK = 256 * 1024 };
+enum { CLIENTS_MAX = 1024, END_MS = 2000, STACK = 256 * 1024 };
 
 uint16_t nbd_export_flags(const struct nbd_export *e)
 {

@@ -91,6 +91,8 @@ static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, str
 		bo.id = o->drives[i].id;
 		bo.file = o->drives[i].file;
 		bo.snapshot |= o->snapshot;
+		bo.tls = &o->tls;
+		bo.leaf = o->drives[i].leaf.n ? &o->drives[i].leaf : NULL;
 		ret = group_for(b, o->drives[i].group, &o->drives[i].limits, l, &bo.throttle, err);
 		if (!ret)
 			ret = open_disk(b, &bo, l, w, err);
@@ -104,6 +106,7 @@ static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, str
 		ret = node_block_opts(o, &o->nodes[i], &bo, &group, err);
 		if (!ret)
 			ret = node_group(b, group, &bo, err);
+		bo.tls = &o->tls;
 		if (!ret)
 			ret = open_disk(b, &bo, l, w, err);
 	}

@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "base/parse.h"
+#include "cli/serve.h"
 
 const char img_missing[] = "Expecting one image file name";
 
@@ -69,6 +70,14 @@ int img_cache(const char *mode, enum block_cache *c)
 	return img_fail("Invalid cache option: %s", mode);
 }
 
+/* What --object, --image-opts and --target-image-opts said: of the program, not of any machine. */
+static struct { struct tls_store objects; bool image_opts, target_opts; } given;
+
+const struct tls_store *img_objects(void)
+{
+	return &given.objects;
+}
+
 struct block *img_open(const char *file, const struct img_open *o)
 {
 	struct block_opts b = { .file = file, .format = o->format, .read_only = !o->write, .shared = o->shared, .as_is = o->as_is,
@@ -77,11 +86,21 @@ struct block *img_open(const char *file, const struct img_open *o)
 	struct block *blk;
 	if (o->cache && img_cache(o->cache, &b.cache))
 		return NULL;
-	if (block_open(&blk, &b, NULL, NULL, &err)) {
-		img_fail("Could not open '%s': %s", file, err.msg);
+	struct keyvals l = { 0 };
+	bool opts = o->target ? given.target_opts : given.image_opts && !o->plain;
+	b.tls = &given.objects;
+	if (opts && o->format) {
+		img_fail("--image-opts and --format are mutually exclusive");
 		return NULL;
 	}
-	return blk;
+	int r = opts ? keyvals_parse(&l, "--image-opts", file, "driver", &err) : 0;
+	b.options = opts ? &l : NULL;
+	if (!r)
+		r = block_open(&blk, &b, NULL, NULL, &err);
+	if (r)
+		img_fail("Could not open '%s': %s", file, err.msg);
+	keyvals_free(&l);
+	return r ? NULL : blk;
 }
 
 int64_t img_size(const char *text, const char *what)
@@ -122,7 +141,19 @@ int img_getopt(int argc, char **argv, const char *shorts)
 		img_usage("unrecognized option '%s'", argv[optind - 1]);
 		exit(1);
 	}
-	if (c == OPT_IMAGE_OPTS || c == OPT_TARGET_OPTS || c == OPT_OBJECT || c == OPT_BITMAPS || c == OPT_SKIP_BROKEN) {
+	if (c == OPT_OBJECT) {
+		struct err err = { 0 };
+		int r = serve_object(&given.objects, optarg, &err);
+		if (r < 0)
+			img_fail("%s", err.msg);
+		if (r)
+			exit(r < 0);
+	}
+	given.image_opts |= c == OPT_IMAGE_OPTS;
+	given.target_opts |= c == OPT_TARGET_OPTS;
+	if (c == OPT_OBJECT || c == OPT_IMAGE_OPTS || c == OPT_TARGET_OPTS)
+		return img_getopt(argc, argv, shorts);
+	if (c == OPT_BITMAPS || c == OPT_SKIP_BROKEN) {
 		img_fail("option '%s' is not supported yet", argv[optind - 1]);
 		exit(1);
 	}

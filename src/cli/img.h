@@ -11,14 +11,19 @@
 #include "block/image.h"
 #include "base/keyvals.h"
 
+struct tls_store;
+
 int img_main(int argc, char **argv);
+/* Credentials of --object, for what makes images. */
+const struct tls_store *img_objects(void);
 int io_main(int argc, char **argv);
 
 /* --- img.c: what the verbs share --- */
 /* "qemu-img: message" on standard error; returns 1. */
 int img_fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int img_usage(const char *fmt, ...) __attribute__((format(printf, 1, 2)));      /* with "Try --help" */
-struct img_open { const char *format, *cache, *backing, *internal; bool write, shared, no_backing, as_is; };
+/* plain: a name even with --image-opts; target: --target-image-opts decides. */
+struct img_open { const char *format, *cache, *backing, *internal; bool write, shared, no_backing, as_is, plain, target; };
 /* NULL after telling why. */
 struct block *img_open(const char *file, const struct img_open *o);
 /* "10G": -1 after telling why. */

@@ -203,13 +203,13 @@ static int make_target(struct image_create *cr, char **final)
 	struct stat st;
 	char *tmp = NULL;
 	*final = NULL;
-	if (!cr->data_file && (stat(cr->file, &st) || S_ISREG(st.st_mode))) {
+	if (!cr->data_file && !block_name_is_protocol(cr->file) && (stat(cr->file, &st) || S_ISREG(st.st_mode))) {
 		char *real = realpath(cr->file, NULL); /* a link's target is replaced, not the link */
 		*final = real ? real : strdup(cr->file);
 		if (!*final || asprintf(&tmp, "%s.lodge-%d.part", *final, (int)getpid()) < 0)
 			return img_fail("out of memory");
 		/* Somebody uses the old one? Then it is not ours to replace. */
-		struct img_open o = { .format = "raw", .write = true };
+		struct img_open o = { .format = "raw", .write = true, .plain = true };
 		struct block *old = real ? img_open(real, &o) : NULL;
 		if (real && !old) {
 			free(tmp);
@@ -266,7 +266,9 @@ static int convert(struct convert *v, struct convert_args *a)
 	v->blank = (!a->no_create && !a->cr.backing) || a->target_zero;
 	if (!r && !a->no_create)
 		r = make_target(&a->cr, &final);
-	struct img_open o = { .format = a->cr.format, .write = true, .cache = a->cache, .no_backing = !a->no_create };
+	if (!final && strcmp(a->cr.format, "qcow2")) /* a device or a server keeps what it had */
+		v->blank = a->target_zero;
+	struct img_open o = { .format = a->cr.format, .write = true, .cache = a->cache, .no_backing = !a->no_create, .target = true };
 	v->dst = r ? NULL : img_open(a->cr.file, &o);
 	r = r || !v->dst;
 	if (!r && block_length(v->dst) < v->size)
@@ -336,6 +338,7 @@ int img_convert(int argc, char **argv)
 		v.progress = false;
 	if (argc - optind < 2)
 		return img_usage("Must specify image file name");
+	a.cr.tls = img_objects();
 	if (a.target_zero && !a.no_create)
 		return img_fail("--target-is-zero requires use of -n flag");
 	if (v.compress && !a.sparse)
@@ -499,8 +502,9 @@ int img_dd(int argc, char **argv)
 	if (count >= 0 && (uint64_t)count <= len / (uint64_t)bs)
 		len = (uint64_t)count * (uint64_t)bs;
 	cr.size = len;
+	cr.tls = img_objects();
 	int r = image_create(&cr, &err) ? img_fail("%s: %s", cr.file, err.msg) : 0;
-	struct img_open w = { .format = cr.format, .write = true };
+	struct img_open w = { .format = cr.format, .write = true, .plain = true };
 	if (!r)
 		dst = img_open(cr.file, &w);
 	r = r || !dst;

@@ -63,7 +63,7 @@ static char *full_backing(const char *file, const char *backing)
 {
 	const char *slash = strrchr(file, '/');
 	char *s;
-	if (*backing == '/' || !slash)
+	if (*backing == '/' || !slash || block_name_is_protocol(backing))
 		return strdup(backing);
 	return asprintf(&s, "%.*s%s", (int)(slash - file + 1), file, backing) < 0 ? NULL : s;
 }
@@ -223,6 +223,8 @@ int img_info(int argc, char **argv)
 		puts("[");
 	while (file && k++ < 200) {
 		struct info n = { .b = img_open(file, &o), .file = file };
+		if (n.b && block_name_is_protocol(file))
+			n.file = block_name(n.b);
 		char *next = NULL;
 		if (!n.b) {
 			free(file);

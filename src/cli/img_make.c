@@ -11,7 +11,7 @@ static char *beside(const char *file, const char *name)
 {
 	const char *slash = strrchr(file, '/');
 	char *s;
-	if (*name == '/' || !slash)
+	if (*name == '/' || !slash || block_name_is_protocol(name))
 		return strdup(name);
 	return asprintf(&s, "%.*s%s", (int)(slash - file + 1), file, name) < 0 ? NULL : s;
 }
@@ -45,7 +45,7 @@ static void print_formatting(const struct image_create *c)
 static int look_at_backing(struct image_create *c, bool unchecked, bool have_size)
 {
 	char *path = beside(c->file, c->backing);
-	struct img_open o = { .format = c->backing_format };
+	struct img_open o = { .format = c->backing_format, .plain = true };
 	if (!c->backing_format) {
 		free(path);
 		return img_fail("%s: Could not create image: Backing file specified without backing format (use -F)", c->file);
@@ -115,6 +115,7 @@ int img_create(int argc, char **argv)
 	if (!r && !quiet)
 		print_formatting(&cr);
 	fflush(stdout);
+	cr.tls = img_objects();
 	if (!r && image_create(&cr, &err))
 		r = img_fail("%s: %s", cr.file, err.msg);
 	keyvals_free(&l);
@@ -295,7 +296,7 @@ int img_rebase(int argc, char **argv)
 	bool remove = !base || !*base;
 	if (!unsafe && !remove) {
 		char *path = beside(file, base);
-		struct img_open n = { .format = format };
+		struct img_open n = { .format = format, .plain = true };
 		fresh = path ? img_open(path, &n) : NULL;
 		free(path);
 		r = !fresh;
@@ -367,7 +368,7 @@ static struct block *find_base(struct block *b, const char *file, const char *wa
 
 int img_commit(int argc, char **argv)
 {
-	struct img_open o = { .write = true }, bo = { .write = true };
+	struct img_open o = { .write = true }, bo = { .write = true, .plain = true };
 	const char *want = NULL;
 	struct err err = { 0 };
 	bool quiet = false, progress = false, keep = false;

@@ -58,13 +58,20 @@ static int usage_keys(struct keyvals *l, const char *prefix, struct block_opts *
 #undef KEY
 }
 
-static int protocol(struct keyvals *l, const char *prefix, struct block_opts *b, struct err *err)
+/* `leaf`: where to keep the options of a node that the block layer reads itself. */
+static int protocol(struct keyvals *l, const char *prefix, struct keyvals *leaf, struct block_opts *b, struct err *err)
 {
 	char key[64];
 	const char *driver = get(l, prefix, "driver", key);
 
+	if (driver && !strcmp(driver, "nbd")) {
+		keyvals_free(leaf);
+		keyvals_sub(leaf, l, prefix);
+		b->leaf = leaf;
+		return usage_keys(l, prefix, b, err);
+	}
 	if (!driver || (strcmp(driver, "file") && strcmp(driver, "host_device")))
-		return err_set(err, -ENOTSUP, "-blockdev: driver=%s is not supported yet (raw and qcow2 over file or host_device)",
+		return err_set(err, -ENOTSUP, "-blockdev: driver=%s is not supported yet (raw and qcow2 over file, host_device or nbd)",
 			       driver ? driver : "");
 	b->file = get(l, prefix, "filename", key);
 	if (!b->file)
@@ -106,16 +113,16 @@ int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, 
 	if (qcow2)
 		b->format = "qcow2";
 	if (!format) {
-		ret = protocol(l, "", b, err);
+		ret = protocol(l, "", &n->leaf, b, err);
 	} else if (ref) {
 		struct vm_node *child = node_find(o, ref);
 		if (!child)
 			return err_set(err, -ENOENT, "-blockdev: file=%s names no node", ref);
-		ret = protocol(&child->opts, "", b, err);
+		ret = protocol(&child->opts, "", &child->leaf, b, err);
 		if (!ret)
 			ret = keyvals_end(&child->opts, "-blockdev", err);
 	} else {
-		ret = protocol(l, "file.", b, err);
+		ret = protocol(l, "file.", &n->leaf, b, err);
 	}
 	if (!ret && format)
 		ret = usage_keys(l, "", b, err);

@@ -94,7 +94,9 @@ static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what,
 	if (ret)
 		return ret;
 	d->file = vmopts_printf(o, "%s", keyvals_get(&d->text, "file") ? keyvals_get(&d->text, "file") : "");
-	if (!*d->file)
+	if (keyvals_sub(&d->leaf, &d->text, "file.") && *d->file)
+		return err_set(err, -EINVAL, "%s: file= and file.*= are both given", what);
+	if (!*d->file && !d->leaf.n)
 		return err_set(err, -EINVAL, "%s: file= is missing (empty drives are not supported)", what);
 	d->id = v ? vmopts_printf(o, "%s", v) : vmopts_printf(o, "#drive%u", o->auto_ids++);
 	if (device && (ret = drive_device(o, d, what, err)))

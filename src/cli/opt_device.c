@@ -83,7 +83,8 @@ int opt_object(struct vm_opts *o, const char *arg, struct err *err)
 		return ret;
 	const char *type = keyvals_get(l, "qom-type"), *id = keyvals_get(l, "id");
 	if (type && !strcmp(type, "help"))
-		return puts("iothread\nmemory-backend-memfd\nmemory-backend-ram\nrng-builtin\nrng-random\nthrottle-group"), OPT_DONE;
+		return puts("iothread\nmemory-backend-memfd\nmemory-backend-ram\nrng-builtin\nrng-random\nsecret\nthrottle-group\n"
+			    "tls-creds-psk\ntls-creds-x509"), OPT_DONE;
 	if (!type || !id)
 		return err_set(err, -EINVAL, "-object: %s is missing", type ? "id=" : "the type");
 	obj->type = vmopts_printf(o, "%s", type);
@@ -94,9 +95,11 @@ int opt_object(struct vm_opts *o, const char *arg, struct err *err)
 		ret = check_memory_backend(o, l, err);
 	else if (!strcmp(type, "throttle-group"))
 		ret = opt_throttle_group(o, obj, err);
+	else if (tls_is_object(type))
+		ret = tls_store_add(&o->tls, l, err);
 	else if (strcmp(type, "rng-builtin") && strcmp(type, "iothread"))
 		return err_set(err, -ENOTSUP, "-object: type '%s' is not supported (rng-builtin, rng-random, memory-backend-ram, memory-backend-memfd, "
-			       "iothread, throttle-group)", type);
+			       "iothread, throttle-group, tls-creds-x509, tls-creds-psk, secret)", type);
 	return ret ? ret : keyvals_end(l, "-object", err);
 }
 

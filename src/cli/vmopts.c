@@ -69,14 +69,19 @@ void vmopts_free(struct vm_opts *o)
 {
 	for (unsigned i = 0; i < o->ndevices; i++)
 		keyvals_free(&o->devices[i].opts);
-	for (unsigned i = 0; i < o->ndrives; i++)
+	for (unsigned i = 0; i < o->ndrives; i++) {
 		keyvals_free(&o->drives[i].text);
-	for (unsigned i = 0; i < o->nnodes; i++)
+		keyvals_free(&o->drives[i].leaf);
+	}
+	for (unsigned i = 0; i < o->nnodes; i++) {
 		keyvals_free(&o->nodes[i].opts);
+		keyvals_free(&o->nodes[i].leaf);
+	}
 	for (unsigned i = 0; i < o->nobjects; i++)
 		keyvals_free(&o->objects[i].opts);
 	for (unsigned i = 0; i < o->npool; i++)
 		free(o->pool[i]);
+	tls_store_free(&o->tls);
 	free(o->devices);
 	free(o->drives);
 	free(o->nodes);

@@ -12,6 +12,7 @@
 #include "block/block.h"
 #include "block/throttle.h"
 #include "board/machine.h"
+#include "tls/tls.h"
 #include "base/keyvals.h"
 
 struct vm_device { struct keyvals opts; };              /* "driver" is the class */
@@ -19,11 +20,12 @@ struct vm_throttle { char *name; struct throttle_limits limits; };  /* -object t
 struct vm_drive {
 	struct block_opts b;            /* strings owned by `text` */
 	struct keyvals text;
+	struct keyvals leaf;            /* file.driver=..., for the block layer */
 	char *id, *file;
 	struct throttle_limits limits;
 	const char *group;              /* throttling.group */
 };
-struct vm_node { struct keyvals opts; };                /* -blockdev */
+struct vm_node { struct keyvals opts, leaf; };          /* -blockdev; leaf: of driver=nbd, for the block layer */
 struct vm_spec { char *id, *text; };                    /* -netdev, -chardev: text for the back end */
 struct vm_object { struct keyvals opts; char *type, *id; };
 struct vm_global { char *driver, *prop, *value; };
@@ -47,6 +49,7 @@ struct vm_opts {
 	VM_LIST(vm_spec, netdevs);
 	VM_LIST(vm_spec, chardevs);
 	VM_LIST(vm_object, objects);
+	struct tls_store tls;
 	VM_LIST(vm_global, globals);
 	VM_LIST(vm_throttle, throttles);
 	bool serial_given, net_given;
