@@ -119,6 +119,7 @@ struct cpu {
 	uint64_t code_stamp;            /* generation and mode under which block links may be followed; 1: none (exec.c) */
 	struct tlb *tlb;                /* table for data accesses at the current privilege (tlb[...] below) */
 	_Atomic uint32_t requests;      /* (atomic) */
+	_Atomic bool code_store;        /* (atomic) a store to a page with code may be under way: mmu/code.c */
 	int32_t budget;                 /* instructions until the loop looks at the clock */
 	uint8_t cpl;
 	uint8_t code_bits;              /* 16, 32, 64: CS.L / CS.D */

@@ -91,15 +91,21 @@ MMU_LDST(64)
 
 /* -- instruction fetch (walk.c) --------------------------------------------------------------- */
 /* Page of code for a fetch at `lin` at the current CPL; raises #PF etc. `host` is NULL for MMIO or no memory. */
-struct code_page { uint64_t gpa; const uint8_t *host; _Atomic uint32_t *ver; };
+struct code_page { uint64_t gpa; const uint8_t *host; _Atomic uint32_t *ver; _Atomic uint64_t *lines; };
 void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out);
 /*
  * Code versions: `ver` of a page is even while nothing is decoded from it. mmu_code_mark() makes it
  * odd, revokes every vCPU's write entries for the page and returns the value a block must remember;
  * call it BEFORE reading the bytes. It may stop the world, so no lock may be held. Any later store to
- * the page changes the value. A block is good while *ver equals what it remembers.
+ * lines given to mmu_code_lines() changes the value. A block is good while *ver equals what it remembers.
  */
 uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p);
+/*
+ * Something was made of the bytes [off, off + len) of a marked page, or is about to be: stores there change the version,
+ * those to other lines of 64 bytes need not. True: some of that is new, so bytes that were read before the call have to be
+ * compared. It may stop the world.
+ */
+bool mmu_code_lines(struct cpu *c, const struct code_page *p, unsigned off, unsigned len);
 
 /* -- TLB maintenance (tlb.c) ------------------------------------------------------------------ */
 int mmu_cpu_init(struct cpu *c);

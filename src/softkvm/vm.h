@@ -32,6 +32,7 @@ struct slot {
 	uint8_t *host;
 	_Atomic uint64_t *dirty;        /* bitmap; NULL when not logged */
 	_Atomic uint32_t *ver;          /* per page code version, see mmu.h */
+	_Atomic uint64_t *lines;        /* per page: which 64-byte lines something was decoded from (mmu/code.c) */
 };
 
 struct slot_table { unsigned n; struct slot *s[]; };    /* sorted by gpa; immutable once published */

@@ -112,12 +112,6 @@ static const uint8_t *page_base(const struct code_page *p)
 	return p->host - (p->gpa & 4095);
 }
 
-static struct code_page first_page(const struct block *b)
-{
-	return (struct code_page){ .gpa = b->gpa & ~4095ULL, .host = b->host - (b->gpa & 4095),
-				   .ver = b->cross ? block_cross(b)->ver : (_Atomic uint32_t *)(uintptr_t)b->ver };
-}
-
 /* A client that does not announce its writes: what this block was made from is watched. */
 static void watch_block(struct cpu *c, const struct block *b, const struct code_page *first)
 {
@@ -135,11 +129,14 @@ static void watch_block(struct cpu *c, const struct block *b, const struct code_
 static bool revive(struct cpu *c, struct block *b)
 {
 	struct block_cross *x = b->cross ? block_cross(b) : NULL;
-	struct code_page first = first_page(b);
+	struct code_page first = block_page(b);
 	uint32_t v0 = mmu_code_mark(c, &first), v1 = x ? mmu_code_mark(c, &x->second) : 0;
 
 	if (x ? v0 == x->page_ver[0] && v1 == x->page_ver[1] : v0 == b->ver_value)
 		return true;            /* the page slept */
+	mmu_code_lines(c, &first, b->gpa & 4095, x ? 4096 - (b->gpa & 4095) : b->bytes);
+	if (x)
+		mmu_code_lines(c, &x->second, 0, b->bytes - (4096 - (b->gpa & 4095)));
 	if (!same_bytes(b)) {
 		c->stats.code_invalidations++;
 		return false;
@@ -250,6 +247,33 @@ static void build_block(struct cpu *c, struct build *b)
 	}
 }
 
+/* Stores to what was decoded will be noticed from here on. False: one came in between. */
+static bool build_settle(struct cpu *c, const struct build *b)
+{
+	unsigned off = b->gpa & 4095, first = b->cross ? 4096 - off : b->bytes;
+	bool fresh = mmu_code_lines(c, &b->page[0], off, first);
+
+	if (b->cross)
+		fresh |= mmu_code_lines(c, &b->page[1], 0, b->bytes - first);
+	return !fresh || (ram_same(b->page[0].host + off, b->buf, first) &&
+			  (!b->cross || ram_same(b->page[1].host, b->buf + first, b->bytes - first)));
+}
+
+/* Decodes; code that keeps changing meanwhile is executed once, instruction by instruction. */
+static void build(struct cpu *c, struct build *b)
+{
+	for (unsigned n = 0; n < 4; n++) {
+		b->n = b->bytes = 0;
+		b->cross = false;
+		build_block(c, b);
+		if (build_settle(c, b))
+			return;
+		b->keep = n < 2 && b->keep;
+		if (!b->keep)
+			b->mode |= BM_ONE;
+	}
+}
+
 /* This vCPU's share. */
 static size_t arena_limit(const struct cpu *c)
 {
@@ -312,6 +336,7 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 	b->gpa = s->gpa;
 	b->mode = s->mode & BM_PHYS_MASK;
 	b->cross = s->cross;
+	b->lines = s->page[0].lines;
 	b->host = s->page[0].host + (s->gpa & 4095);
 	b->ver = s->cross || !s->keep ? &never_matches : s->page[0].ver;
 	b->ver_value = s->cross || !s->keep ? 1 : s->ver[0];
@@ -329,7 +354,7 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 /* Is it the same memory as when `b` was decoded? */
 static bool same_pages(struct cpu *c, const struct block *b, const struct code_page *pg, uint64_t lin)
 {
-	struct code_page first = first_page(b), second;
+	struct code_page first = block_page(b), second;
 	uint64_t next = (lin | 4095) + 1;
 
 	if (first.host != pg->host || first.ver != pg->ver)
@@ -360,8 +385,6 @@ static struct block *block_slow(struct cpu *c, uint32_t mode, uint64_t lin)
 	struct build s;
 	struct block *b;
 
-	s.n = s.bytes = 0;
-	s.cross = false;
 	s.keep = true;
 	s.ver[1] = 0;
 	memset(s.page, 0, sizeof s.page);
@@ -385,7 +408,7 @@ static struct block *block_slow(struct cpu *c, uint32_t mode, uint64_t lin)
 		s.keep = false;
 		s.mode |= BM_ONE;
 	}
-	build_block(c, &s);
+	build(c, &s);
 	return block_finish(c, &s);
 }
 
@@ -400,6 +423,8 @@ struct block *block_get(struct cpu *c, uint32_t mode)
 	struct block_fast *e;
 	struct block *b;
 
+	if (unlikely(atomic_load_explicit(&c->code_store, memory_order_relaxed)))
+		atomic_store_explicit(&c->code_store, false, memory_order_release);
 	if (!(mode & BM_CODE64))
 		lin = (uint32_t)(c->seg[SEG_CS].base + c->rip);
 	e = &bc->fast[block_fast_index(lin)];

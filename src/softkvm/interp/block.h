@@ -53,6 +53,7 @@ struct block {
 	uint16_t bytes;
 	uint64_t gpa;
 	uint32_t mode;
+	_Atomic uint64_t *lines;        /* of its (first) page: mmu_code_lines() */
 	struct block_link link[2];      /* fall-through or not taken; taken */
 	struct block *hash_next;
 	struct jit_code *code;          /* its translation, if code_gen is the translator's; see jit/jit.h */
@@ -108,6 +109,13 @@ struct block_cache {
 static inline unsigned block_fast_index(uint64_t rip)
 {
 	return (unsigned)(rip ^ rip >> BLOCK_FAST_BITS) & ((1u << BLOCK_FAST_BITS) - 1);
+}
+
+/* The page of its first byte. */
+static inline struct code_page block_page(const struct block *b)
+{
+	return (struct code_page){ .gpa = b->gpa & ~4095ULL, .host = b->host - (b->gpa & 4095), .lines = b->lines,
+				   .ver = b->cross ? block_cross(b)->ver : (_Atomic uint32_t *)(uintptr_t)b->ver };
 }
 
 /* Current mode bits. `one`: a block of one instruction is wanted. */

@@ -204,6 +204,8 @@ uint64_t jit_call_insn(struct jit_site *s)
 	c->block_end = NULL;
 	c->cur = &s->i;
 	s->i.fn(c, &s->i);
+	if (unlikely(atomic_load_explicit(&c->code_store, memory_order_relaxed)))
+		atomic_store_explicit(&c->code_store, false, memory_order_release);
 	if (fp)
 		jit_fp_prepare(c);
 	if (s->i.flags & IF_END) {

@@ -44,13 +44,16 @@ static void set_flags(struct tinsn *i)
 bool flags_dead_at(struct tr *t, uint64_t rip)
 {
 	static const uint16_t all = JIT_ALL_FLAGS;
-	const uint8_t *page = t->b->host - (t->b->gpa & 4095);
+	const struct code_page page_of = block_page(t->b);
+	const uint8_t *page = page_of.host;
 	uint16_t left = all;
 	ZydisDecoder z;
 	struct tinsn i;
 
 	if ((rip ^ t->k->rip) >> 12)
 		return false;
+	/* What is looked at here is not part of the block: a store to it must count as one to the block. */
+	mmu_code_lines(t->c, &page_of, rip & 4095, MIN(4 * 15, 4096 - (unsigned)(rip & 4095)));
 	decode_init(&z, t->c, t->b->mode);
 	for (unsigned n = 0; n < 4; n++) {
 		unsigned off = rip & 4095, avail = 4096 - off;

@@ -115,12 +115,15 @@ static uint32_t translate(struct cpu *c, uint64_t lin, unsigned len, enum access
 	unsigned mode = tlb_mode_of(c, as);
 
 	if (is_write(acc)) {
-		_Atomic uint32_t *ver = &s->ver[(w.gpa - s->gpa) >> 12];
-
-		tlb_grant_write(c, ver);
-		phys_mark_dirty(c->vm, s, w.gpa);
 		if (cache)
+			tlb_writer_comes(c, page, lin);
+		bool grant = tlb_grant_write(c, s, w.gpa, len, cache);
+
+		phys_mark_dirty(c->vm, s, w.gpa);
+		if (cache && grant)
 			tlb_enter(c, mode, true, lin, page, &w);
+		else if (cache)
+			tlb_writer_gone(c, (uintptr_t)page);
 	}
 	if (cache)
 		tlb_enter(c, mode, false, lin, page, &w);

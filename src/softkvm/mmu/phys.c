@@ -70,12 +70,13 @@ void page_code_written(_Atomic uint32_t *ver)
 
 void phys_code_written(struct vm *vm, uint64_t gpa, uint64_t len)
 {
+	atomic_thread_fence(memory_order_seq_cst);      /* the bytes are there: mmu_code_lines() */
 	while (len) {
 		struct slot *s = phys_slot(vm, gpa);
-		uint64_t n = 4096 - (gpa & 4095);
+		uint64_t n = 4096 - (gpa & 4095), at = s ? (gpa - s->gpa) >> 12 : 0;
 
-		if (s)
-			page_code_written(&s->ver[(gpa - s->gpa) >> 12]);
+		if (s && (atomic_load(&s->lines[at]) & page_lines(gpa & 4095, (unsigned)MIN(n, len))))
+			page_code_written(&s->ver[at]);
 		if (n >= len)
 			break;
 		gpa += n;
@@ -156,6 +157,7 @@ static void free_pages(void *p, uint64_t bytes)
 }
 
 static uint64_t dirty_bytes(uint64_t size) { return ALIGN_UP(size >> 12, 64) / 8; }
+static uint64_t line_bytes(uint64_t size) { return (size >> 12) * sizeof(uint64_t); }
 static uint64_t ver_bytes(uint64_t size) { return (size >> 12) * sizeof(uint32_t); }
 
 /* A new log; with KVM_DIRTY_LOG_INITIALLY_SET every page counts as written at first. */
@@ -175,6 +177,7 @@ static void slot_free(struct slot *s)
 		return;
 	free_pages((void *)s->dirty, dirty_bytes(s->size));
 	free_pages((void *)s->ver, ver_bytes(s->size));
+	free_pages((void *)s->lines, line_bytes(s->size));
 	free(s);
 }
 
@@ -192,9 +195,10 @@ static struct slot *slot_new(const struct kvm_userspace_memory_region *r, bool s
 	s->size = r->memory_size;
 	s->host = (uint8_t *)(uintptr_t)r->userspace_addr;
 	s->ver = alloc_pages(ver_bytes(s->size));
-	if (s->ver && (s->flags & KVM_MEM_LOG_DIRTY_PAGES))
+	s->lines = alloc_pages(line_bytes(s->size));
+	if (s->ver && s->lines && (s->flags & KVM_MEM_LOG_DIRTY_PAGES))
 		s->dirty = dirty_new(s->size, set);
-	if (!s->ver || ((s->flags & KVM_MEM_LOG_DIRTY_PAGES) && !s->dirty)) {
+	if (!s->ver || !s->lines || ((s->flags & KVM_MEM_LOG_DIRTY_PAGES) && !s->dirty)) {
 		slot_free(s);
 		return NULL;
 	}

@@ -16,6 +16,12 @@ enum { VER_CODE = 1, VER_GRANTED = 2, VER_ASLEEP = 4, VER_STEP = 8 };
 /* The version after the page was written. */
 static inline uint32_t ver_next(uint32_t v) { return (v & ~(uint32_t)(VER_CODE | VER_ASLEEP)) + VER_STEP; }
 
+/* The 64-byte lines of a page that [off, off + len) touches; len is not 0. */
+static inline uint64_t page_lines(unsigned off, unsigned len)
+{
+	return (~0ull >> (63 - ((off + len - 1) >> 6))) & (~0ull << (off >> 6));
+}
+
 struct slot *phys_slot(struct vm *vm, uint64_t gpa);
 /* The page was or is about to be written: blocks decoded from it die. */
 void page_code_written(_Atomic uint32_t *ver);

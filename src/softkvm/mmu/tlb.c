@@ -8,23 +8,28 @@
 #include "softkvm/mmu/phys.h"
 #include "softkvm/mmu/tlb.h"
 
-static struct tlb_full *full(struct tlb *t)
-{
-	return container_of(t, struct tlb_full, t);
-}
-
 static struct tlb_entry *table(struct tlb *t, int write)
 {
 	return write ? t->w : t->r;
 }
 
-static void table_clear(struct tlb_full *f, int write)
+/* An entry goes; one of writes is taken off the books first (tlb_writers()). */
+static void drop(struct cpu *c, struct tlb_full *f, int write, unsigned i)
+{
+	struct tlb_entry *e = &table(&f->t, write)[i];
+
+	if (e->tag == tlb_empty_tag(i))
+		return;
+	e->tag = tlb_empty_tag(i);
+	if (write)
+		tlb_writer_gone(c, e->host);
+}
+
+static void table_clear(struct cpu *c, struct tlb_full *f, int write)
 {
 	for (unsigned w = 0; w < TLB_WORDS; w++) {
-		for (uint64_t m = f->filled[write][w]; m; m &= m - 1) {
-			unsigned i = w * 64 + (unsigned)__builtin_ctzll(m);
-			table(&f->t, write)[i].tag = tlb_empty_tag(i);
-		}
+		for (uint64_t m = f->filled[write][w]; m; m &= m - 1)
+			drop(c, f, write, w * 64 + (unsigned)__builtin_ctzll(m));
 		f->filled[write][w] = f->global[write][w] = 0;
 	}
 }
@@ -50,7 +55,7 @@ void mmu_cpu_free(struct cpu *c)
 {
 	for (unsigned i = 0; i < TLB_MODES; i++)
 		if (c->tlbs[i])
-			low_free(full(c->tlbs[i]), sizeof(struct tlb_full));
+			low_free(tlb_full(c->tlbs[i]), sizeof(struct tlb_full));
 	free(c->itlb);
 }
 
@@ -74,10 +79,11 @@ void mmu_select(struct cpu *c)
 
 void tlb_enter(struct cpu *c, unsigned mode, bool write, uint64_t lin, uint8_t *host, const struct walk *w)
 {
-	struct tlb_full *f = full(c->tlbs[mode]);
+	struct tlb_full *f = tlb_full(c->tlbs[mode]);
 	unsigned i = tlb_index(lin);
 	uint64_t page = lin & ~4095ull, bit = 1ull << (i % 64);
 
+	drop(c, f, write, i);
 	table(&f->t, write)[i] = (struct tlb_entry){ page, (uintptr_t)host };
 	f->filled[write][i / 64] |= bit;
 	if (w->global)
@@ -163,8 +169,8 @@ static void itlb_clear(struct cpu *c, bool global_too)
 void mmu_flush_all(struct cpu *c)
 {
 	for (unsigned i = 0; i < TLB_NONE; i++) {
-		table_clear(full(c->tlbs[i]), 0);
-		table_clear(full(c->tlbs[i]), 1);
+		table_clear(c, tlb_full(c->tlbs[i]), 0);
+		table_clear(c, tlb_full(c->tlbs[i]), 1);
 	}
 	itlb_clear(c, true);
 	c->itlb->slot = NULL;
@@ -173,24 +179,22 @@ void mmu_flush_all(struct cpu *c)
 	c->stats.tlb_flushes++;
 }
 
-static void table_clear_nonglobal(struct tlb_full *f, int write)
+static void table_clear_nonglobal(struct cpu *c, struct tlb_full *f, int write)
 {
 	for (unsigned w = 0; w < TLB_WORDS; w++) {
 		uint64_t m = f->filled[write][w] & ~f->global[write][w];
 
 		f->filled[write][w] &= f->global[write][w];
-		for (; m; m &= m - 1) {
-			unsigned i = w * 64 + (unsigned)__builtin_ctzll(m);
-			table(&f->t, write)[i].tag = tlb_empty_tag(i);
-		}
+		for (; m; m &= m - 1)
+			drop(c, f, write, w * 64 + (unsigned)__builtin_ctzll(m));
 	}
 }
 
 void mmu_flush_nonglobal(struct cpu *c)
 {
 	for (unsigned i = 0; i < TLB_NONE; i++) {
-		table_clear_nonglobal(full(c->tlbs[i]), 0);
-		table_clear_nonglobal(full(c->tlbs[i]), 1);
+		table_clear_nonglobal(c, tlb_full(c->tlbs[i]), 0);
+		table_clear_nonglobal(c, tlb_full(c->tlbs[i]), 1);
 	}
 	itlb_clear(c, false);
 	c->stats.tlb_flushes++;
@@ -205,15 +209,14 @@ static void flush_2m(struct cpu *c, uint64_t lin)
 
 	for (unsigned m = 0; m < TLB_NONE; m++)
 		for (int w = 0; w < 2; w++) {
-			struct tlb_full *f = full(c->tlbs[m]);
+			struct tlb_full *f = tlb_full(c->tlbs[m]);
 
 			for (unsigned k = first / 64; k < first / 64 + 8; k++)
 				for (uint64_t b = f->filled[w][k]; b; b &= b - 1) {
 					unsigned i = k * 64 + (unsigned)__builtin_ctzll(b);
-					struct tlb_entry *e = &table(&f->t, w)[i];
 
-					if (!((e->tag ^ lin) >> 21))
-						e->tag = tlb_empty_tag(i);
+					if (!((table(&f->t, w)[i].tag ^ lin) >> 21))
+						drop(c, f, w, i);
 				}
 		}
 	for (unsigned i = 0; i < ITLB_ENTRIES; i++)
@@ -233,11 +236,9 @@ static void flush_4k(struct cpu *c, uint64_t lin)
 	struct itlb_entry *e = &c->itlb->e[(lin >> 12) % ITLB_ENTRIES];
 
 	for (unsigned m = 0; m < TLB_NONE; m++) {
-		for (int w = 0; w < 2; w++) {
-			struct tlb_entry *t = &table(c->tlbs[m], w)[i];
-			if (!((t->tag ^ lin) >> 12))
-				t->tag = tlb_empty_tag(i);
-		}
+		for (int w = 0; w < 2; w++)
+			if (!((table(c->tlbs[m], w)[i].tag ^ lin) >> 12))
+				drop(c, tlb_full(c->tlbs[m]), w, i);
 	}
 	if (!((e->key ^ lin) >> 12))
 		e->key = 0;
@@ -260,77 +261,7 @@ void mmu_flush_page(struct cpu *c, uint64_t lin)
 	}
 }
 
-/* -- code -------------------------------------------------------------------------------------- */
-
-void tlb_revoke_write(struct cpu *c, const uint8_t *host_page)
-{
-	for (unsigned m = 0; m < TLB_NONE; m++) {
-		struct tlb_full *f = full(c->tlbs[m]);
-
-		for (unsigned w = 0; w < TLB_WORDS; w++)
-			for (uint64_t b = f->filled[1][w]; b; b &= b - 1) {
-				unsigned i = w * 64 + (unsigned)__builtin_ctzll(b);
-				struct tlb_entry *e = &f->t.w[i];
-				if (e->tag != tlb_empty_tag(i) && e->host == (uintptr_t)host_page) {
-					e->tag = tlb_empty_tag(i);
-					f->filled[1][w] &= ~(1ull << (i % 64));
-				}
-			}
-	}
-}
-
-void tlb_grant_write(struct cpu *c, _Atomic uint32_t *ver)
-{
-	uint32_t v = atomic_load_explicit(ver, memory_order_relaxed);
-
-	while (!(v & VER_GRANTED)) {
-		uint32_t next = v & VER_CODE ? ver_next(v) | VER_GRANTED : v | VER_GRANTED;
-		if (!atomic_compare_exchange_weak(ver, &v, next))
-			continue;
-		if (v & VER_CODE) {
-			c->stats.code_invalidations++;
-			if (c->cur)
-				cpu_leave_after(c);
-		}
-		return;
-	}
-}
-
-uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p)
-{
-	uint32_t v = atomic_load_explicit(p->ver, memory_order_acquire);
-
-	for (;;) {
-		uint32_t next = (v & ~VER_GRANTED) | VER_CODE;
-
-		if (v & VER_ASLEEP) {
-			watch_wake(c->vm, p->ver);
-			v = atomic_load_explicit(p->ver, memory_order_acquire);
-			continue;
-		}
-		if (v & VER_CODE)
-			return v;
-		if (!atomic_compare_exchange_weak(p->ver, &v, next))
-			continue;
-		if (v & VER_GRANTED) {
-			struct vm *vm = c->vm;
-			unsigned n = atomic_load(&vm->ncpus);
-
-			if (n > 1)
-				vm_pause_all(vm, c);
-			for (unsigned i = 0; i < n; i++) {
-				struct cpu *o = atomic_load(&vm->cpus[i]);
-				if (o)
-					tlb_revoke_write(o, p->host);
-			}
-			if (n > 1)
-				vm_resume_all(vm, c);
-			if (n <= 1)
-				tlb_revoke_write(c, p->host);
-		}
-		return next;
-	}
-}
+/* -- instruction fetch ------------------------------------------------------------------------ */
 
 /* Canonical, or #GP(0): a fetch never raises #SS. */
 static void check_fetch(struct cpu *c, uint64_t lin)
@@ -360,7 +291,7 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 	struct slot *s;
 	uint64_t gpa = w.gpa & ~4095ull;
 	uint8_t *host = phys_ptr(c->vm, gpa, NULL, NULL, &s);
-	*out = (struct code_page){ gpa, host, host ? &s->ver[(gpa - s->gpa) >> 12] : NULL };
+	*out = (struct code_page){ gpa, host, host ? &s->ver[(gpa - s->gpa) >> 12] : NULL, host ? &s->lines[(gpa - s->gpa) >> 12] : NULL };
 	if (!host)
 		return;
 	if (!c->vm->client_tells_code)

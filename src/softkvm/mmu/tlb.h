@@ -13,6 +13,8 @@ struct tlb_full {
 	uint64_t filled[2][TLB_WORDS], global[2][TLB_WORDS];    /* [0] reads, [1] writes */
 };
 
+static inline struct tlb_full *tlb_full(struct tlb *t) { return container_of(t, struct tlb_full, t); }
+
 #define ITLB_ENTRIES 512
 #define FETCH_WORDS 64
 struct itlb_entry {
@@ -36,10 +38,24 @@ struct pwc_entry {
 };
 enum { PWC_W = 1, PWC_U = 2, PWC_NX = 4, PWC_LEAF = 8, PWC_DIRTY = 16, PWC_GLOBAL = 32 };
 
+/*
+ * How many write entries may lead to a host page, by hash, and the linear page that was entered last. Counted up before
+ * the page is granted, so that who marks it as code and then finds 0 need not look at this vCPU; changed by the vCPU's
+ * own thread, or while it is parked.
+ */
+#define WRITER_BITS 13
+struct writers {
+	_Atomic uint64_t n[1u << WRITER_BITS];  /* count in the lower half, tlb_index() of the last in the upper */
+};
+
 struct itlb {
 	struct pwc_entry pwc[PWC_ENTRIES];
 	uint32_t pwc_gen;       /* every flush moves it, INVLPG as well, and with it go all entries */
 	struct slot *slot;      /* found last */
+	struct writers writers;
+	/* Stores to pages with code since one was last decoded or compared: which page, how many. */
+	const _Atomic uint32_t *smc_ver;
+	unsigned smc_hits, smc_near;
 	struct itlb_entry e[ITLB_ENTRIES];
 	uint64_t filled[ITLB_ENTRIES / 64];
 	/*
@@ -64,12 +80,19 @@ uint8_t *tlb_phys(struct cpu *c, uint64_t gpa, bool *ro, struct slot **slot);
 
 /* Index into cpu->tlbs for a party. */
 unsigned tlb_mode_of(const struct cpu *c, struct walk_as as);
-/* Enter a translation: `host` is the page's host address. */
+/* Enter a translation: `host` is the page's host address. Of writes: granted and counted. */
 void tlb_enter(struct cpu *c, unsigned mode, bool write, uint64_t lin, uint8_t *host, const struct walk *w);
 void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size);
+
+/* -- code.c: who may hold write entries, and what stores do to pages with code ------------------------------------ */
+void tlb_writer_comes(struct cpu *c, const uint8_t *host_page, uint64_t lin);
+void tlb_writer_gone(struct cpu *c, uint64_t host_page);
 /* Drop every write entry of `c` that leads to this host page; `c` is parked or the caller. */
 void tlb_revoke_write(struct cpu *c, const uint8_t *host_page);
-/* Let a write entry for the page exist: blocks decoded from it die first. */
-void tlb_grant_write(struct cpu *c, _Atomic uint32_t *ver);
+/*
+ * A store of `len` bytes at gpa, in one page, is about to happen: blocks decoded from what it overwrites die first. True:
+ * a write entry for the page may exist. `counted`: tlb_writer_comes() was called for it.
+ */
+bool tlb_grant_write(struct cpu *c, struct slot *s, uint64_t gpa, unsigned len, bool counted);
 
 #endif

@@ -271,13 +271,74 @@ static void test_code_versions(void **state)
 	assert_int_equal(ver, atomic_load(p.ver));
 	assert_null(tlb_hit_w(&t.cpu, LIN, 8));
 	assert_int_equal(mmu_code_mark(&t.cpu, &p), ver);
-	assert_true(try_access(ACC_WRITE, LIN + 64, &v, 8));
+	assert_true(mmu_code_lines(&t.cpu, &p, 100, 29));
+	assert_false(mmu_code_lines(&t.cpu, &p, 64, 64));
+	/* Beside the code: nothing happens, and there is no write entry. */
+	assert_true(try_access(ACC_WRITE, LIN + 56, &v, 8) && try_access(ACC_WRITE, LIN + 192, &v, 8));
+	assert_int_equal(ver, atomic_load(p.ver));
+	assert_null(tlb_hit_w(&t.cpu, LIN + 192, 8));
+	/* On its last byte's line. */
+	assert_true(try_access(ACC_WRITE, LIN + 128, &v, 1));
 	assert_int_not_equal(ver, atomic_load(p.ver));
 	assert_int_not_equal(mmu_code_mark(&t.cpu, &p), ver);
 	ver = atomic_load(p.ver);
 	phys_code_written(&t.vm, DATA + 4095, 1);
+	phys_code_written(&t.vm, DATA + 192, 4096);
+	assert_int_equal(ver, atomic_load(p.ver));
+	phys_code_written(&t.vm, DATA + 191, 1);
 	assert_int_not_equal(ver, atomic_load(p.ver));
 	phys_code_written(&t.vm, ~0ull - 10000, 5000); /* no slot there */
+}
+
+/* A page that is written and not executed becomes data again, and code again when it is decoded from. */
+static void test_code_and_data(void **state)
+{
+	struct code_page p;
+	uint64_t v = 1, alias = LIN + 4096, n;
+	uint32_t ver;
+
+	map(PTE_P | PTE_W, PTE_P | PTE_W);
+	entry(0)[1] = *entry(0);
+	assert_true(try_access(ACC_WRITE, LIN, &v, 8) && try_access(ACC_WRITE, alias, &v, 8));
+	mmu_fetch(&t.cpu, LIN, &p);
+	for (unsigned stride = 0; stride <= 128; stride += 128) {       /* on the code, beside it */
+		ver = mmu_code_mark(&t.cpu, &p);
+		mmu_code_lines(&t.cpu, &p, 0, 16);
+		assert_null(tlb_hit_w(&t.cpu, LIN, 8));
+		assert_null(tlb_hit_w(&t.cpu, alias, 8));
+		for (n = 0; n < 1000 && !tlb_hit_w(&t.cpu, alias, 8); n++)
+			assert_true(try_access(ACC_WRITE, alias + stride, &v, 8));
+		assert_in_range(n, 2, stride ? 300 : 10);
+		assert_int_not_equal(ver, atomic_load(p.ver));
+		assert_true(try_access(ACC_WRITE, LIN, &v, 8));
+		assert_non_null(tlb_hit_w(&t.cpu, LIN, 8));
+	}
+	/* Executed between the stores, it never gets there. */
+	for (n = 0; n < 1000; n++) {
+		ver = mmu_code_mark(&t.cpu, &p);
+		mmu_code_lines(&t.cpu, &p, 0, 16);
+		assert_true(try_access(ACC_WRITE, n & 1 ? LIN : alias, &v, 8));
+		assert_null(tlb_hit_w(&t.cpu, LIN, 8));
+		assert_int_not_equal(ver, atomic_load(p.ver));
+	}
+	/* Entries that were evicted and flushed are off the books. */
+	for (n = 0; n < 64; n++)
+		entry(0)[n] = (DATA + 4096 * (n % 7)) | PTE_P | PTE_W;
+	for (n = 0; n < 20000; n++) {
+		uint64_t lin = LIN + 4096 * ((uint64_t)random() % 64);
+
+		assert_true(try_access(ACC_WRITE, lin, &v, 8));
+		if (n % 50 == 0)
+			mmu_flush_page(&t.cpu, lin);
+		if (n % 1000 == 0)
+			mmu_flush_nonglobal(&t.cpu);
+		if (n % 100 == 0) {
+			p.ver = &t.vm.slots->s[0]->ver[DATA >> 12];
+			mmu_code_mark(&t.cpu, &p);
+			for (unsigned k = 0; k < 64; k++)
+				assert_true(k % 7 || !tlb_hit_w(&t.cpu, LIN + 4096 * k, 8));
+		}
+	}
 }
 
 /* Whether lookups of code by linear address at this privilege have died since the last call. */
@@ -473,7 +534,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 		T(test_permissions), T(test_reserved_and_keys), T(test_crossing), T(test_hostile_addresses),
-		T(test_dirty_log), T(test_code_versions), T(test_flush_and_code), T(test_remembered_directories), T(test_slot_rules), T(test_mmio),
+		T(test_dirty_log), T(test_code_versions), T(test_code_and_data), T(test_flush_and_code), T(test_remembered_directories), T(test_slot_rules), T(test_mmio),
 	};
 	return cmocka_run_group_tests_name("mmu", tests, NULL, NULL);
 }

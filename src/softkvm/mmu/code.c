@@ -1,0 +1,191 @@
+/*
+ * Code and stores: page versions, lines of 64 bytes, and who holds write entries.
+ *
+ * Of a page with VER_CODE no vCPU has a write entry, so every store to it comes by tlb_grant_write(). It changes the
+ * version only where it touches a line that something was decoded from (slot->lines): data beside code costs a slow
+ * store, no more. Which lines count is said before the bytes are read, or the bytes are compared afterwards
+ * (mmu_code_lines()). A page that is written again and again without being executed is granted, its code forgotten.
+ *
+ * Two vCPUs. One decodes: it sets the line's bit, then compares the bytes. One stores: it raises cpu->code_store, looks at
+ * the bit, stores, and lowers the flag some time after the instruction. Whoever sets a bit and finds the flag of
+ * another vCPU raised stops the world once: then that store is done, and the comparison sees it.
+ */
+#include <stdatomic.h>
+
+#include "softkvm/mmu/phys.h"
+#include "softkvm/mmu/tlb.h"
+
+#define HITS_MAX 3              /* stores over code before the page is granted */
+#define NEAR_MAX 256            /* stores beside code */
+
+/* -- write entries ------------------------------------------------------------------------------ */
+static _Atomic uint64_t *writers_of(struct cpu *c, uint64_t host_page)
+{
+	return &c->itlb->writers.n[(host_page >> 12) * 0x9e3779b97f4a7c15ull >> (64 - WRITER_BITS)];
+}
+
+void tlb_writer_comes(struct cpu *c, const uint8_t *host_page, uint64_t lin)
+{
+	_Atomic uint64_t *w = writers_of(c, (uintptr_t)host_page);
+	uint64_t v = atomic_load_explicit(w, memory_order_relaxed);
+
+	/* Ordered before the look at the page's version: see tlb.h. */
+	atomic_exchange(w, (uint64_t)tlb_index(lin) << 32 | ((uint32_t)v + 1));
+}
+
+void tlb_writer_gone(struct cpu *c, uint64_t host_page)
+{
+	_Atomic uint64_t *w = writers_of(c, host_page);
+
+	atomic_store_explicit(w, atomic_load_explicit(w, memory_order_relaxed) - 1, memory_order_release);
+}
+
+static bool revoke_at(struct cpu *c, unsigned mode, unsigned i, uintptr_t host)
+{
+	struct tlb_entry *e = &c->tlbs[mode]->w[i];
+
+	if (e->tag == tlb_empty_tag(i) || e->host != host)
+		return false;
+	e->tag = tlb_empty_tag(i);
+	tlb_writer_gone(c, host);
+	return true;
+}
+
+void tlb_revoke_write(struct cpu *c, const uint8_t *host_page)
+{
+	uintptr_t host = (uintptr_t)host_page;
+	_Atomic uint64_t *w = writers_of(c, host);
+	uint64_t v = atomic_load(w);
+
+	for (unsigned m = 0; m < TLB_NONE; m++)         /* mostly it is where it was entered last */
+		revoke_at(c, m, (unsigned)(v >> 32), host);
+	for (unsigned m = 0; m < TLB_NONE; m++)
+		for (unsigned k = 0; k < TLB_WORDS; k++)
+			for (uint64_t b = tlb_full(c->tlbs[m])->filled[1][k]; b; b &= b - 1) {
+				if (!(uint32_t)atomic_load_explicit(w, memory_order_relaxed))
+					return;
+				revoke_at(c, m, k * 64 + (unsigned)__builtin_ctzll(b), host);
+			}
+}
+
+static bool has_writers(struct cpu *c, const uint8_t *host_page)
+{
+	return (uint32_t)atomic_load(writers_of(c, (uintptr_t)host_page));
+}
+
+/* No vCPU keeps a write entry for the page, which has just become code. */
+static void revoke_all(struct cpu *c, const uint8_t *host_page)
+{
+	struct vm *vm = c->vm;
+	unsigned n = atomic_load(&vm->ncpus);
+	bool others = false;
+
+	tlb_revoke_write(c, host_page);
+	for (unsigned i = 0; i < n; i++) {
+		struct cpu *o = atomic_load(&vm->cpus[i]);
+
+		others |= o && o != c && has_writers(o, host_page);
+	}
+	if (!others)
+		return;
+	vm_pause_all(vm, c);
+	for (unsigned i = 0; i < n; i++) {
+		struct cpu *o = atomic_load(&vm->cpus[i]);
+
+		if (o)
+			tlb_revoke_write(o, host_page);
+	}
+	vm_resume_all(vm, c);
+}
+
+/* -- stores ------------------------------------------------------------------------------------- */
+/* What a store to a page with code does to its version `v`: v itself where it touches none of the code. */
+static uint32_t after_store(struct cpu *c, struct slot *s, uint64_t page, uint32_t v, uint64_t lines, unsigned len)
+{
+	struct itlb *t = c->itlb;
+
+	if (t->smc_ver != &s->ver[page]) {
+		t->smc_ver = &s->ver[page];
+		t->smc_hits = t->smc_near = 0;
+	}
+	if (atomic_load_explicit(&s->lines[page], memory_order_relaxed) & lines) {
+		if (++t->smc_hits > HITS_MAX || len >= 512)
+			return ver_next(v) | VER_GRANTED;
+		return ver_next(v) | VER_CODE;
+	}
+	return ++t->smc_near > NEAR_MAX ? ver_next(v) | VER_GRANTED : v;
+}
+
+bool tlb_grant_write(struct cpu *c, struct slot *s, uint64_t gpa, unsigned len, bool counted)
+{
+	uint64_t page = (gpa - s->gpa) >> 12, lines = page_lines(gpa & 4095, len);
+	_Atomic uint32_t *ver = &s->ver[page];
+	uint32_t v = atomic_load(ver), next;
+
+	if ((v & VER_CODE) && atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed) > 1)
+		atomic_exchange(&c->code_store, true);
+	do {
+		if (v & VER_GRANTED)
+			return true;
+		next = v & VER_CODE ? after_store(c, s, page, v, lines, len) : v | VER_GRANTED;
+		if (next == v)
+			return false;
+	} while (!atomic_compare_exchange_weak(ver, &v, next));
+	/* Nobody decodes from the page yet: who does must wait for us, who have been counted. */
+	if ((v & VER_CODE) && (next & VER_GRANTED) && counted)
+		atomic_store(&s->lines[page], 0);
+	if (v & VER_CODE) {
+		c->stats.code_invalidations++;
+		if (c->cur)
+			cpu_leave_after(c);
+	}
+	return next & VER_GRANTED;
+}
+
+/* -- decoding ----------------------------------------------------------------------------------- */
+uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p)
+{
+	uint32_t v = atomic_load_explicit(p->ver, memory_order_acquire);
+
+	if (c->itlb->smc_ver == p->ver)
+		c->itlb->smc_hits = c->itlb->smc_near = 0;
+	for (;;) {
+		uint32_t next = (v & ~VER_GRANTED) | VER_CODE;
+
+		if (v & VER_ASLEEP) {
+			watch_wake(c->vm, p->ver);
+			v = atomic_load_explicit(p->ver, memory_order_acquire);
+			continue;
+		}
+		if (v & VER_CODE)
+			return v;
+		if (!atomic_compare_exchange_weak(p->ver, &v, next))
+			continue;
+		if (v & VER_GRANTED)
+			revoke_all(c, p->host);
+		return next;
+	}
+}
+
+bool mmu_code_lines(struct cpu *c, const struct code_page *p, unsigned off, unsigned len)
+{
+	uint64_t lines = page_lines(off, len), old;
+	unsigned n = atomic_load(&c->vm->ncpus);
+	bool storing = false;
+
+	if ((atomic_load_explicit(p->lines, memory_order_acquire) & lines) == lines)
+		return false;
+	old = atomic_fetch_or(p->lines, lines);
+	if ((old & lines) == lines)
+		return false;
+	for (unsigned i = 0; i < n; i++) {
+		struct cpu *o = atomic_load(&c->vm->cpus[i]);
+
+		storing |= o && o != c && atomic_load(&o->code_store);
+	}
+	if (storing) {
+		vm_pause_all(c->vm, c);
+		vm_resume_all(c->vm, c);
+	}
+	return true;
+}
