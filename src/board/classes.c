@@ -11,6 +11,9 @@
 static const struct device_class *const classes[] = {
 #if __has_include("virtio/virtio.h")
 	&virtio_blk_pci_class,
+	&virtio_scsi_pci_class,
+	&scsi_hd_class,
+	&scsi_cd_class,
 	&virtio_net_pci_class,
 	&virtio_serial_pci_class,
 	&virtconsole_class,

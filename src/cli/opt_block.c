@@ -71,12 +71,24 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	return 0;
 }
 
-/* The device behind if=virtio, with what -drive says about it. */
-static int drive_device(struct vm_opts *o, struct vm_drive *d, const char *what, struct err *err)
+/* The adapter for if=scsi and for CD drives: virtio-scsi, since there is no IDE or AHCI controller. */
+static void add_scsi(struct vm_opts *o)
+{
+	if (!o->scsi_added)
+		vmopts_device(o, "virtio-scsi-pci", "id", "lodge-scsi", NULL);
+	o->scsi_added = true;
+}
+
+/* The device behind if=virtio, if=scsi or a CD, with what -drive says about it. */
+static int drive_device(struct vm_opts *o, struct vm_drive *d, const char *what, const char *cls, struct err *err)
 {
 	static const char *const pass[] = { "serial", "werror", "rerror", "addr" };
+	bool scsi = !strncmp(cls, "scsi", 4);
+
+	if (scsi)
+		add_scsi(o);
 	struct keyvals *l = &vmopts_add(o, devices)->opts;
-	char *text = vmopts_printf(o, "virtio-blk-pci,drive=%s", d->id);
+	char *text = vmopts_printf(o, "%s,drive=%s%s", cls, d->id, scsi ? ",bus=lodge-scsi.0" : "");
 
 	for (unsigned i = 0; i < ARRAY_SIZE(pass); i++) {
 		const char *v = keyvals_get(&d->text, pass[i]);
@@ -86,7 +98,8 @@ static int drive_device(struct vm_opts *o, struct vm_drive *d, const char *what,
 	return keyvals_parse(l, what, text, "driver", err);
 }
 
-static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what, bool device, struct err *err)
+/* `device`: the class behind it, NULL: a -device will name it. */
+static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what, const char *device, struct err *err)
 {
 	const char *v = keyvals_get(&d->text, "id");
 	int ret = common_keys(d, what, err);
@@ -99,7 +112,7 @@ static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what,
 	if (!*d->file && !d->leaf.n)
 		return err_set(err, -EINVAL, "%s: file= is missing (empty drives are not supported)", what);
 	d->id = v ? vmopts_printf(o, "%s", v) : vmopts_printf(o, "#drive%u", o->auto_ids++);
-	if (device && (ret = drive_device(o, d, what, err)))
+	if (device && (ret = drive_device(o, d, what, device, err)))
 		return ret;
 	return keyvals_end(&d->text, what, err);
 }
@@ -112,13 +125,18 @@ int opt_drive(struct vm_opts *o, const char *arg, struct err *err)
 	if (ret)
 		return ret;
 	const char *bus = keyvals_get(&d->text, "if"), *media = keyvals_get(&d->text, "media");
-	if (media && strcmp(media, "disk"))
-		return err_set(err, -ENOTSUP, "-drive: media=%s is not supported yet, only disk", media);
-	if (!bus || (strcmp(bus, "virtio") && strcmp(bus, "none")))
-		return err_set(err, -ENOTSUP, "-drive: if=%s is not supported yet; write if=virtio, or if=none with -device",
+	bool cd = media && !strcmp(media, "cdrom");
+	if (media && !cd && strcmp(media, "disk"))
+		return err_set(err, -EINVAL, "-drive: media=%s is neither disk nor cdrom", media);
+	if (bus ? strcmp(bus, "virtio") && strcmp(bus, "scsi") && strcmp(bus, "none") && !(cd && !strcmp(bus, "ide")) : !cd)
+		return err_set(err, -ENOTSUP, "-drive: if=%s is not supported; write if=virtio or if=scsi, or if=none with -device",
 			       bus ? bus : "ide (the default)");
+	if (bus && cd && !strcmp(bus, "virtio"))
+		return err_set(err, -EINVAL, "-drive: there is no virtio CD drive; write if=scsi,media=cdrom");
+	d->b.read_only = cd;
 	keyvals_get(&d->text, "index"); /* the order on the command line decides, as with one bus of virtio disks */
-	return finish_drive(o, d, "-drive", !strcmp(bus, "virtio"), err);
+	keyvals_get(&d->text, "unit");
+	return finish_drive(o, d, "-drive", bus && !strcmp(bus, "none") ? NULL : cd ? "scsi-cd" : !strcmp(bus, "scsi") ? "scsi-hd" : "virtio-blk-pci", err);
 }
 
 int opt_disk(struct vm_opts *o, const char *arg, struct err *err)
@@ -126,7 +144,7 @@ int opt_disk(struct vm_opts *o, const char *arg, struct err *err)
 	struct vm_drive *d = vmopts_add(o, drives);
 	int ret = keyvals_parse(&d->text, "--disk", arg, "file", err);
 
-	return ret ? ret : finish_drive(o, d, "--disk", true, err);
+	return ret ? ret : finish_drive(o, d, "--disk", "virtio-blk-pci", err);
 }
 
 int opt_blockdev(struct vm_opts *o, const char *arg, struct err *err)
@@ -147,7 +165,16 @@ int opt_hd(struct vm_opts *o, const char *arg, struct err *err)
 
 int opt_cdrom(struct vm_opts *o, const char *arg, struct err *err)
 {
-	return err_set(err, -ENOTSUP, "-cdrom is not supported yet; use -drive file=%s,if=virtio,format=raw,readonly=on", arg);
+	struct vm_drive *d = vmopts_add(o, drives);
+	char *text = vmopts_printf(o, "format=raw,readonly=on");
+	int ret = keyvals_parse(&d->text, "-cdrom", text, NULL, err);
+
+	if (ret)
+		return ret;
+	struct keyval *kv = vmopts_grow(&d->text.o, &d->text.n, sizeof *kv); /* the name as it is, commas and all */
+	*kv = (struct keyval){ strdup("file"), strdup(arg), false };
+	d->b.read_only = true;
+	return kv->key && kv->val ? finish_drive(o, d, "-cdrom", "scsi-cd", err) : err_set(err, -ENOMEM, "out of memory");
 }
 
 int opt_snapshot(struct vm_opts *o, const char *arg, struct err *err)

@@ -36,13 +36,13 @@ static const struct option_def table[] = {
 	{ "no-shutdown", NULL, CTX_QEMU, opt_no_shutdown, "Stop instead of ending when the guest powers off.", NULL },
 
 	{ "disk", "FILE[,KEY=VALUE...]", CTX_RUN, opt_disk, "A virtio disk: format=raw|qcow2, readonly=on, serial=TEXT, cache=MODE, snapshot=on. May be repeated.", "Disks" },
-	{ "drive", "KEY=VALUE[,...]", BOTH, opt_drive, "A disk in QEMU's words: file=, format=raw|qcow2, if=virtio|none, id=, cache=, readonly=, snapshot=, discard=, aio=, serial=.", NULL },
-	{ "blockdev", "KEY=VALUE[,...]|JSON", BOTH, opt_blockdev, "A block node: driver=raw|qcow2|file|host_device, node-name=, filename= or file=NODE, read-only=, cache.direct=, discard=.", NULL },
+	{ "drive", "KEY=VALUE[,...]", BOTH, opt_drive, "A disk in QEMU's words: file=, format=raw|qcow2, if=virtio|scsi|none, media=disk|cdrom, id=, cache=, readonly=, snapshot=, discard=, aio=, serial=, bps=, iops= and throttling.*, werror=, rerror=.", NULL },
+	{ "blockdev", "KEY=VALUE[,...]|JSON", BOTH, opt_blockdev, "A block node: driver=raw|qcow2|file|host_device|throttle, node-name=, filename= or file=NODE, read-only=, cache.direct=, discard=.", NULL },
 	{ "hda", "FILE", CTX_QEMU, opt_hd, NULL, NULL },
 	{ "hdb", "FILE", CTX_QEMU, opt_hd, NULL, NULL },
 	{ "hdc", "FILE", CTX_QEMU, opt_hd, NULL, NULL },
 	{ "hdd", "FILE", CTX_QEMU, opt_hd, NULL, NULL },
-	{ "cdrom", "FILE", CTX_QEMU, opt_cdrom, NULL, NULL },
+	{ "cdrom", "FILE", BOTH, opt_cdrom, "A CD image in a virtio-scsi drive (there is no IDE or AHCI controller).", NULL },
 	{ "snapshot", NULL, BOTH, opt_snapshot, "Write to temporary files instead of the disk images.", NULL },
 
 	{ "net", "user|tap|none[,KEY=VALUE...]", CTX_RUN, opt_run_net, "A virtio network card with this back end; user takes hostfwd=tcp::2222-:22 and more, tap takes ifname=.", "Network" },
@@ -62,7 +62,7 @@ static const struct option_def table[] = {
 	{ "qmp", "none", CTX_QEMU, opt_none, "Only 'none'.", NULL },
 
 	{ "device", "CLASS[,id=ID][,KEY=VALUE...]|JSON", BOTH, opt_device, "Add a device; 'help' lists the classes, 'CLASS,help' their properties.", "Devices" },
-	{ "object", "TYPE,id=ID[,KEY=VALUE...]", BOTH, opt_object, "rng-random, rng-builtin, memory-backend-ram or memory-backend-memfd.", NULL },
+	{ "object", "TYPE,id=ID[,KEY=VALUE...]", BOTH, opt_object, "rng-random, rng-builtin, memory-backend-ram, memory-backend-memfd, iothread or throttle-group.", NULL },
 	{ "global", "CLASS.KEY=VALUE", CTX_QEMU, opt_global, "Default of a device property.", NULL },
 
 	{ "nodefaults", NULL, BOTH, opt_nodefaults, "Only the devices that are asked for: no default serial port or network card.", "Other" },

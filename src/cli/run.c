@@ -113,7 +113,6 @@ static int convert(struct vm_opts *o, struct keyvals *l, struct machine_device *
 			if (!known_bus(o, l->o[i].val))
 				return err_set(err, -ENOENT, "-device %s: there is no bus '%s' (only pcie.0 and those of devices)",
 					       d->cls, l->o[i].val);
-			continue;
 		}
 		add_prop(&props, &d->nprops, k, l->o[i].val);
 		d->props = props;

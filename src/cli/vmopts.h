@@ -52,7 +52,7 @@ struct vm_opts {
 	struct tls_store tls;
 	VM_LIST(vm_global, globals);
 	VM_LIST(vm_throttle, throttles);
-	bool serial_given, net_given;
+	bool serial_given, net_given, scsi_added;
 	unsigned auto_ids;
 	char **pool;                    /* strings that live as long as this */
 	unsigned npool;

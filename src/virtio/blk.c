@@ -15,6 +15,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "block/block.h"
+#include "virtio/ioerr.h"
 #include "virtio/pci.h"
 #include "virtio/virtio.h"
 
@@ -58,10 +59,6 @@ struct blk {
 	bool discard, write_zeroes;
 };
 
-enum policy { POLICY_AUTO, POLICY_REPORT, POLICY_IGNORE, POLICY_STOP, POLICY_ENOSPC };
-static const char *const werror_names[] = { "auto", "report", "ignore", "stop", "enospc", NULL };
-static const char *const rerror_names[] = { "auto", "report", "ignore", "stop", NULL };
-
 static struct blk *blk_of(struct virtio_dev *v)
 {
 	return container_of(v, struct blk, vp.v);
@@ -100,38 +97,20 @@ static void request_finish(struct blk *d, struct blk_request *r)
 	request_put(d, r);
 }
 
-/* What -drive werror= and rerror= say about a failure of the back end; auto is enospc for writes, report for reads. */
-static enum policy policy(const struct blk *d, const struct blk_request *r)
-{
-	enum policy p = r->io.op == BLOCK_READ ? d->rerror : d->werror;
-
-	if (p == POLICY_AUTO)
-		p = r->io.op == BLOCK_READ ? POLICY_REPORT : POLICY_ENOSPC;
-	if (p == POLICY_ENOSPC)
-		p = r->io.ret == -ENOSPC ? POLICY_STOP : POLICY_REPORT;
-	return p;
-}
-
 /* Lock held: the back end answered. */
 static void request_complete(struct blk *d, struct blk_request *r)
 {
-	struct virtio_dev *v = &d->vp.v;
-	enum policy p = r->io.ret && r->io.ret != -ENOTSUP ? policy(d, r) : POLICY_REPORT;
+	enum io_policy p = r->io.ret && r->io.ret != -ENOTSUP ? io_failed(&r->io, d->drive, d->werror, d->rerror, d->vp.v.env) : IO_REPORT;
 
-	if (p == POLICY_IGNORE)
+	if (p == IO_IGNORE)
 		r->io.ret = 0;
-	if (p != POLICY_STOP) {
+	if (p != IO_STOP) {
 		request_finish(d, r);
 		return;
 	}
-	log_error("%s: %s of %llu bytes at %llu: %s; the machine stops", block_name(d->drive),
-		  r->io.op == BLOCK_READ ? "read" : r->io.op == BLOCK_FLUSH ? "flush" : "write",
-		  (unsigned long long)r->io.len, (unsigned long long)r->io.off, strerror(-r->io.ret));
 	r->next = NULL;
 	*d->failed_tail = r;
 	d->failed_tail = &r->next;
-	if (v->env->request)
-		v->env->request(v->env->opaque, MACHINE_STOP, 0);
 }
 
 /* Any thread, no lock held. */
@@ -590,10 +569,7 @@ static const struct prop blk_props[] = {
 	  .help = "offer a volatile write cache" },
 	{ "discard", PROP_BOOL, offsetof(struct blk, discard), 1, .help = "offer discard" },
 	{ "write-zeroes", PROP_BOOL, offsetof(struct blk, write_zeroes), 1, .help = "offer write zeroes" },
-	{ "werror", PROP_ENUM, offsetof(struct blk, werror), .dflt_str = "auto", .values = werror_names,
-	  .help = "on a write error: report, ignore, stop, or enospc (auto): stop when the disk is full, else report" },
-	{ "rerror", PROP_ENUM, offsetof(struct blk, rerror), .dflt_str = "auto", .values = rerror_names,
-	  .help = "on a read error: report (auto), ignore or stop" },
+	IO_ERROR_PROPS(struct blk),
 	{ "iothread", PROP_IOTHREAD, offsetof(struct blk, iothread), .help = "id of an -object iothread that serves deep queues and completions" },
 	{ NULL }
 };

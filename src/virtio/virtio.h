@@ -8,4 +8,7 @@ extern const struct device_class virtio_blk_pci_class, virtio_net_pci_class, vir
 /* The serial device provides "virtio-serial-bus"; the two port classes plug into it (device.parent). */
 extern const struct device_class virtio_serial_pci_class, virtconsole_class, virtserialport_class;
 
+/* A host adapter provides "SCSI"; disks and CD drives plug into it. */
+extern const struct device_class virtio_scsi_pci_class, scsi_hd_class, scsi_cd_class;
+
 #endif

@@ -92,6 +92,41 @@ static void add_chain(struct input *in, struct vq *q)
 		vq_add(q, s, n, q->size >= 8 && n > 2);
 }
 
+/* A SCSI command that gets past the adapter: known units and operation codes, anything behind. */
+static void add_scsi(struct vt *t, struct input *in, struct vq *q)
+{
+	static const uint8_t ops[] = { 0x00, 0x03, 0x08, 0x0a, 0x12, 0x15, 0x1a, 0x1b, 0x1e, 0x25, 0x28, 0x2a, 0x2e, 0x2f, 0x35, 0x41, 0x42, 0x43,
+				       0x46, 0x4a, 0x51, 0x55, 0x5a, 0x5e, 0x88, 0x8a, 0x8f, 0x91, 0x93, 0x9e, 0xa0, 0xa8, 0xaa, 0xbd };
+	uint64_t at = 0x200000 + take(in, 1) % 8 * 0x10000, a = take(in, 8), b = take(in, 8);
+	unsigned len = take(in, 2) % 0x3000, out = b >> 8 & 1;
+	uint8_t *p = vt_ptr(t, at);
+
+	memset(p, 0, 51);
+	p[0] = 1;
+	p[1] = a & 1;
+	p[2] = 0x40;
+	p[19] = ops[(a >> 8) % sizeof(ops)];
+	for (unsigned i = 0; i < 15; i++)       /* small values mostly, so that they lie on the medium */
+		p[20 + i] = b >> i & 1 ? (uint8_t)(a >> (i % 8 * 8)) : i % 5 == 4 ? (uint8_t)(b >> 16) & 15 : 0;
+	if (len >= 24 && out) { /* a parameter list */
+		uint8_t *d = vt_ptr(t, at + 0x1000);
+
+		for (unsigned i = 0; i < 24; i++)
+			d[i] = b >> (i % 32) & 1 ? (uint8_t)(a >> (i % 8 * 8)) : i == 3 ? 16 : 0;
+	}
+	struct vseg s[3] = { { at, 51, false }, { at + 0x1000, len, !out }, { at + 0x800, 108, true } };
+	if (!out) {
+		struct vseg x = s[1];
+
+		s[1] = s[2];
+		s[2] = x;
+	}
+	if (!len)
+		s[1] = (struct vseg){ at + 0x800, 108, true };
+	if (q->size >= 4 && q->desc)
+		vq_add(q, s, len ? 3 : 2, false);
+}
+
 static void fill(struct vt *t, struct input *in)
 {
 	uint64_t at = address(in), v = take(in, 8);
@@ -130,7 +165,7 @@ static void step(struct vt *t, struct input *in, struct vq *q)
 	case 5: setup_queue(t, in, q); break;
 	case 6: vt_negotiate(t, in->left & 1 ? UINT64_MAX : take(in, 8)); break;
 	case 7: vt_driver_ok(t); break;
-	case 8: case 9: case 10: add_chain(in, q); break;
+	case 8: case 9: case 10: (t->dev->cls == &virtio_scsi_pci_class && op & 64 ? add_scsi(t, in, q) : add_chain(in, q)); break;
 	case 11: vt_wr(t, 0x3000 + take(in, 1) % 40 * 4, 0, 2); break;
 	case 12: fill(t, in); break;
 	case 13: clock_step(t->env.clock, 1ull << (take(in, 1) % 32)); break;
@@ -141,15 +176,18 @@ static void step(struct vt *t, struct input *in, struct vq *q)
 		vt_map(t);
 }
 
-static void create(struct vt *t, unsigned which, struct blk_env *be, struct device **port)
+static void create(struct vt *t, unsigned which, struct blk_env *be, struct device **port, struct device **port2)
 {
 	static const struct device_class *const cls[] = { &virtio_rng_pci_class, &virtio_net_pci_class,
-							  &virtio_serial_pci_class, &virtio_blk_pci_class };
+							  &virtio_serial_pci_class, &virtio_blk_pci_class, &virtio_scsi_pci_class };
 	static const char *const props[] = { "packed", "on", NULL };
 	static const char *const con[] = { "chardev", "x", NULL };
-	struct backend_lookup find = { find_ptr, which == 3 ? (void *)be->b : t };
+	static const char *const queues[] = { "num_queues", "2", NULL };
+	struct backend_lookup find = { find_ptr, which >= 3 ? (void *)be->b : t };
 
-	if (vt_device(t, cls[which], NULL, NULL, &find, props))
+	if (vt_device(t, cls[which], NULL, NULL, &find, which == 4 ? queues : props))
+		abort();
+	if (which == 4 && (vt_device(t, &scsi_hd_class, t->dev, port, &find, NULL) || vt_device(t, &scsi_cd_class, t->dev, port2, NULL, NULL)))
 		abort();
 	if (which == 2 && vt_device(t, &virtconsole_class, t->dev, port, &find, con))
 		abort();
@@ -159,16 +197,16 @@ static void create(struct vt *t, unsigned which, struct blk_env *be, struct devi
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 {
 	struct input in = { data, len };
-	struct device *port = NULL;
+	struct device *port = NULL, *port2 = NULL;
 	struct blk_env be = { 0 };
 	struct vq q = { 0 };
 	struct vt t;
-	unsigned which = take(&in, 1) % 4;
+	unsigned which = take(&in, 1) % 5;
 
 	vt_start(&t);
-	if (which == 3)
+	if (which >= 3)
 		blk_env_start(&be);
-	create(&t, which, &be, &port);
+	create(&t, which, &be, &port, &port2);
 	q = (struct vq){ .t = &t, .size = 8 };
 	vt_negotiate(&t, UINT64_MAX & ~(which & 1 ? BIT(34) : 0));
 	for (unsigned i = 0; i < 4; i++)
@@ -177,11 +215,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	vt_driver_ok(&t);
 	for (unsigned n = 0; in.left && n < 2000; n++)
 		step(&t, &in, &q);
+	if (port2)
+		device_free(port2);
 	if (port)
 		device_free(port);
 	device_free(t.dev);
 	t.dev = NULL;
-	if (which == 3)
+	if (which >= 3)
 		blk_env_stop(&be);
 	vt_stop(&t);
 	return 0;
