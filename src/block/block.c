@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -61,7 +62,23 @@ void block_free(struct block *b)
 	free(b);
 }
 
-/* "raw", "qcow2", or an error that says what it is instead. */
+int block_check_format(const char *what, const char *format, struct err *err)
+{
+	if (!strcmp(format, "raw") || !strcmp(format, "qcow2") || foreign_has_format(format))
+		return 0;
+	return err_set(err, -ENOTSUP, "%s: format '%s' is not supported; supported: " BLOCK_FORMATS, what, format);
+}
+
+char *block_path_beside(const char *file, const char *name)
+{
+	const char *slash = strrchr(file, '/');
+	char *s = NULL;
+	if (*name == '/' || !slash || block_name_is_protocol(name))
+		return strdup(name);
+	return asprintf(&s, "%.*s%s", (int)(slash - file + 1), file, name) < 0 ? NULL : s;
+}
+
+/* A format that is supported, or an error that says what it is instead. */
 static int choose_format(struct block *leaf, const struct block_opts *o, const char **format, struct err *err)
 {
 	_Alignas(4096) uint8_t head[4096] = { 0 };
@@ -69,16 +86,14 @@ static int choose_format(struct block *leaf, const struct block_opts *o, const c
 	const char *found;
 
 	*format = o->format;
-	if (o->format && strcmp(o->format, "raw") && strcmp(o->format, "qcow2"))
-		return err_set(err, -ENOTSUP, "%s: format '%s' is not supported yet; supported: raw, qcow2", leaf->file, o->format);
 	if (o->format)
-		return 0;
+		return block_check_format(leaf->file, o->format, err);
 	int r = leaf->length ? leaf->drv->read(leaf, 0, &v, 1, sizeof head) : 0;
 	if (r)
 		return err_set_errno(err, r, "%s: cannot read the first sector", leaf->file);
 	found = probe_format(head, sizeof head);
-	if (found && strcmp(found, "qcow2"))
-		return err_set(err, -ENOTSUP, "%s: this is a %s image, which is not supported yet; convert it with 'qemu-img convert "
+	if (found && strcmp(found, "qcow2") && !foreign_has_format(found))
+		return err_set(err, -ENOTSUP, "%s: this is a %s image, which is not supported; convert it with 'qemu-img convert "
 			       "-O raw', or say format=raw if the guest shall see it as it is", leaf->file, found);
 	*format = found ? found : "raw";
 	return 0;
@@ -105,7 +120,7 @@ static int open_resolved(struct block **out, const struct block_opts *o, struct 
 
 	if (!r)
 		r = choose_format(leaf, o, &format, err);
-	if (!r && !strcmp(format, "qcow2")) {
+	if (!r && strcmp(format, "raw")) {
 		b = block_new(o, l, w);
 		if (b) {
 			b->child = leaf;
@@ -115,7 +130,7 @@ static int open_resolved(struct block **out, const struct block_opts *o, struct 
 				free(b->file);
 				b->file = name ? name : strdup("nbd");
 			}
-			r = qcow2_open(b, o, depth, err);
+			r = strcmp(format, "qcow2") ? foreign_open(b, format, o, depth, err) : qcow2_open(b, o, depth, err);
 		} else {
 			r = err_set(err, -ENOMEM, "%s: out of memory", o->file);
 			b = leaf;

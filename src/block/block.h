@@ -41,6 +41,11 @@ struct block_req {
 	uint64_t priv[4];               /* the driver's */
 };
 
+/* Formats that can be opened; the last four are only read. */
+#define BLOCK_FORMATS "raw, qcow2, vdi, vhdx, vmdk, vpc"
+/* 0, or -ENOTSUP and the list. */
+int block_check_format(const char *what, const char *format, struct err *err);
+
 enum block_aio { AIO_AUTO, AIO_THREADS, AIO_NATIVE, AIO_IO_URING };
 enum block_cache { CACHE_WRITEBACK, CACHE_NONE, CACHE_WRITETHROUGH, CACHE_DIRECTSYNC, CACHE_UNSAFE };
 

@@ -43,6 +43,7 @@ struct block_driver {
 	void (*close)(struct block *b);
 };
 
+struct foreign;
 struct overlay;
 struct qcow2;
 struct nbd;
@@ -84,6 +85,7 @@ struct block {
 	struct overlay *overlay;
 	struct qcow2 *qcow2;
 	struct nbd *nbd;
+	struct foreign *foreign;        /* a format that is only read */
 };
 
 extern const struct block_driver block_raw;
@@ -110,6 +112,13 @@ void block_name_free(struct block_name *n);
 int overlay_open(struct block *b, struct block *base, struct err *err);
 /* b->child is there; `depth` counts the files above in a backing chain. */
 int qcow2_open(struct block *b, const struct block_opts *o, unsigned depth, struct err *err);
+/* --- foreign.c: formats that are only read; b->child is there --- */
+bool foreign_has_format(const char *name);
+int foreign_open(struct block *b, const char *format, const struct block_opts *o, unsigned depth, struct err *err);
+void foreign_info(const struct block *b, struct image_info *i);
+
+/* A name that an image holds, relative to the image; malloc()ed. */
+char *block_path_beside(const char *file, const char *name);
 /* A backing file, read-only; `depth` bounds the chain. */
 int block_open_backing(struct block **out, const struct block_opts *o, struct block *above, unsigned depth, struct err *err);
 

@@ -179,7 +179,9 @@ int image_resize(struct block *b, uint64_t size, enum block_prealloc p, struct e
 int image_info(struct block *b, struct image_info *i)
 {
 	*i = (struct image_info){ 0 };
-	return b->qcow2 ? qcow2_info(b, i) : -ENOTSUP;
+	if (b->foreign)
+		foreign_info(b, i);
+	return b->qcow2 ? qcow2_info(b, i) : b->foreign ? 0 : -ENOTSUP;
 }
 
 void image_info_free(struct image_info *i)

@@ -99,15 +99,6 @@ int q_load_tables(struct qcow2 *q, struct err *err)
 	return r;
 }
 
-static char *beside(const char *file, const char *name)
-{
-	const char *slash = strrchr(file, '/');
-	char *s = NULL;
-	if (*name == '/' || !slash || block_name_is_protocol(name))
-		return strdup(name);
-	return asprintf(&s, "%.*s%s", (int)(slash - file + 1), file, name) < 0 ? NULL : s;
-}
-
 static int open_backing(struct qcow2 *q, const struct block_opts *o, unsigned depth, struct err *err)
 {
 	const char *name = o->backing ? o->backing : q->backing, *format = o->backing ? o->backing_format : q->backing_format;
@@ -115,7 +106,7 @@ static int open_backing(struct qcow2 *q, const struct block_opts *o, unsigned de
 		return 0;
 	if (!strncmp(name, "file:", 5))
 		name += 5;
-	struct block_opts bo = { .file = o->backing ? strdup(name) : beside(q->b->file, name), .format = format, .read_only = true,
+	struct block_opts bo = { .file = o->backing ? strdup(name) : block_path_beside(q->b->file, name), .format = format, .read_only = true,
 				 .cache = o->cache, .shared = o->shared, .tls = o->tls };
 	struct stat a, b;
 	int r = bo.file ? 0 : -ENOMEM;
@@ -141,7 +132,7 @@ static int open_data_file(struct qcow2 *q, const struct block_opts *o, struct er
 	d.read_only |= o->snapshot;
 	d.id = NULL;
 	d.leaf = NULL;
-	d.file = beside(q->b->file, q->data_file);
+	d.file = block_path_beside(q->b->file, q->data_file);
 	struct block *data = d.file ? block_new(&d, q->b->loop, q->b->workers) : NULL;
 	int r = data ? raw_open(data, &d, err) : err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
 	free((char *)(uintptr_t)d.file);

@@ -291,7 +291,7 @@ static void help(void)
 	     "    '-V', '--version'    output version information and exit\n\nCommand syntax:");
 	for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++)
 		printf("  %s %s\n", verbs[i].name, verbs[i].args);
-	puts("\nSupported formats: raw qcow2");
+	puts("\nSupported formats: qcow2 raw vdi vhdx vmdk vpc (the last four can only be read)");
 }
 
 static void print_log(enum log_level level, const char *line, void *opaque)

@@ -75,11 +75,10 @@ static void human_info(const struct info *n)
 	printf("image: %s\nfile format: %s\nvirtual size: %s (%llu bytes)\ndisk size: %s\n", n->file, image_format(n->b),
 	       img_human(block_length(n->b), size), (unsigned long long)block_length(n->b),
 	       disk < 0 ? "unavailable" : img_human((uint64_t)disk, used));
-	if (!n->qcow2)
-		return;
 	if (n->i.encrypted)
 		puts("encrypted: yes");
-	printf("cluster_size: %u\n", n->i.cluster_size);
+	if (n->i.cluster_size)
+		printf("cluster_size: %u\n", n->i.cluster_size);
 	if (n->i.dirty)
 		puts("cleanly shut down: no");
 	if (n->i.backing) {
@@ -93,7 +92,8 @@ static void human_info(const struct info *n)
 		free(full);
 	}
 	human_snapshots(&n->i);
-	human_specific(&n->i);
+	if (n->qcow2)
+		human_specific(&n->i);
 }
 
 static void pad(int n)
@@ -172,7 +172,7 @@ static void json_info(const struct info *n, int at)
 	int64_t disk = image_disk_size(n->b);
 	printf("%*s{\n", at, "");
 	at += 4;
-	if (n->qcow2 && n->i.backing && n->i.backing_format) {
+	if (n->i.backing && n->i.backing_format) {
 		printf("%*s\"backing-filename-format\": ", at, "");
 		json_string(n->i.backing_format);
 		puts(",");
@@ -181,14 +181,14 @@ static void json_info(const struct info *n, int at)
 	printf("%*s\"virtual-size\": %llu,\n%*s\"filename\": ", at, "", (unsigned long long)block_length(n->b), at, "");
 	json_string(n->file);
 	puts(",");
-	if (n->qcow2)
+	if (n->i.cluster_size)
 		printf("%*s\"cluster-size\": %u,\n", at, "", n->i.cluster_size);
 	printf("%*s\"format\": \"%s\",\n", at, "", image_format(n->b));
 	if (disk >= 0)
 		printf("%*s\"actual-size\": %lld,\n", at, "", (long long)disk);
 	if (n->qcow2)
 		json_specific(&n->i, at);
-	if (n->qcow2 && n->i.backing) {
+	if (n->i.backing) {
 		char *full = full_backing(n->file, n->i.backing);
 		printf("%*s\"full-backing-filename\": ", at, "");
 		json_string(full ? full : n->i.backing);
@@ -230,7 +230,7 @@ int img_info(int argc, char **argv)
 			free(file);
 			return 1;
 		}
-		n.qcow2 = !image_info(n.b, &n.i);
+		n.qcow2 = !image_info(n.b, &n.i) && !strcmp(image_format(n.b), "qcow2");
 		if (k > 1)
 			puts(json ? "," : "");
 		if (json)

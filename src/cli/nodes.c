@@ -71,7 +71,7 @@ static int protocol(struct keyvals *l, const char *prefix, struct keyvals *leaf,
 		return usage_keys(l, prefix, b, err);
 	}
 	if (!driver || (strcmp(driver, "file") && strcmp(driver, "host_device")))
-		return err_set(err, -ENOTSUP, "-blockdev: driver=%s is not supported yet (raw and qcow2 over file, host_device or nbd)",
+		return err_set(err, -ENOTSUP, "-blockdev: driver=%s is not supported ("BLOCK_FORMATS" over file, host_device or nbd)",
 			       driver ? driver : "");
 	b->file = get(l, prefix, "filename", key);
 	if (!b->file)
@@ -109,9 +109,9 @@ int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, 
 		return err_set(err, -EINVAL, "-blockdev: driver= is missing");
 	if (!strcmp(driver, "throttle"))
 		return throttle_node(o, n, b, group, err);
-	bool qcow2 = !strcmp(driver, "qcow2"), format = qcow2 || !strcmp(driver, "raw");
-	if (qcow2)
-		b->format = "qcow2";
+	bool format = !block_check_format("-blockdev", driver, NULL);
+	if (format)
+		b->format = driver;
 	if (!format) {
 		ret = protocol(l, "", &n->leaf, b, err);
 	} else if (ref) {

@@ -47,8 +47,8 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	int ret;
 
 	b->format = keyvals_get(l, "format");
-	if (b->format && strcmp(b->format, "raw") && strcmp(b->format, "qcow2"))
-		return err_set(err, -ENOTSUP, "%s: format=%s is not supported yet, only raw and qcow2", what, b->format);
+	if (b->format && (ret = block_check_format(what, b->format, err)))
+		return ret;
 	if ((v = keyvals_get(l, "cache")) && (ret = set_cache(b, what, v, err)))
 		return ret;
 	if ((v = keyvals_get(l, "discard"))) {

@@ -235,7 +235,7 @@ static void test_probe(void **state)
 	assert_non_null(strstr(e.msg, "qcow2"));
 	const struct { const char *file, *format, *want; } bad[] = {
 		{ "/nonexistent/x", "raw", "no such file" }, { "/tmp", "raw", "directory" }, { "/dev/null", "raw", "block device" },
-		{ path, "vmdk", "'vmdk' is not supported" }, { "nbd:localhost:1", "raw", "Failed to connect" }, { "ssh:x", "raw", "protocol 'ssh'" }, { "", "raw", "no file" },
+		{ path, "qed", "'qed' is not supported" }, { path, "vmdk", "only reads vmdk" }, { "nbd:localhost:1", "raw", "Failed to connect" }, { "ssh:x", "raw", "protocol 'ssh'" }, { "", "raw", "no file" },
 	};
 	for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
 		struct block_opts p = { .file = bad[i].file, .format = bad[i].format };
