@@ -15,16 +15,22 @@ void client_rip(struct client *c, uint64_t rip, uint64_t rcx)
 
 void client_start(struct client *c, const void *code, size_t len)
 {
-	struct kvm_userspace_memory_region m = { .memory_size = 4096 };
-	struct kvm_sregs s;
-	int size;
-
 	memset(c, 0, sizeof *c);
 	CHECK((c->sys = open("/dev/kvm", O_RDWR | O_CLOEXEC)) >= 0);
 	CHECK((c->vm = ioctl(c->sys, KVM_CREATE_VM, 0)) >= 0);
 	c->mem = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	CHECK(c->mem != MAP_FAILED);
 	memcpy(c->mem, code, len);
+	client_vcpu(c, false);
+}
+
+void client_vcpu(struct client *c, bool chips)
+{
+	struct kvm_userspace_memory_region m = { .memory_size = 4096 };
+	struct kvm_sregs s;
+	int size;
+
+	CHECK(!chips || ioctl(c->vm, KVM_CREATE_IRQCHIP, 0) == 0);
 	m.userspace_addr = (uintptr_t)c->mem;
 	CHECK(ioctl(c->vm, KVM_SET_USER_MEMORY_REGION, &m) == 0);
 	CHECK((c->vcpu = ioctl(c->vm, KVM_CREATE_VCPU, 0)) >= 0);

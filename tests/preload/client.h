@@ -24,6 +24,8 @@ struct client {
 
 /* A VM with a vCPU in real mode whose code is at 0. */
 void client_start(struct client *c, const void *code, size_t len);
+/* The same on a VM that is there already; `chips`: with KVM_CREATE_IRQCHIP before. */
+void client_vcpu(struct client *c, bool chips);
 void client_stop(struct client *c);
 void client_rip(struct client *c, uint64_t rip, uint64_t rcx);
 

@@ -64,6 +64,39 @@ static void signals(void)
 	client_stop(&c);
 }
 
+/* What is ignored, by default or on request, ends neither a running nor a halted vCPU's call. */
+static void ignored_signals(const uint8_t *code, size_t len, bool chips)
+{
+	struct sigaction handle = { .sa_handler = on_signal }, ignore = { .sa_handler = SIG_IGN };
+	struct client c;
+	struct runner r;
+
+	client_start(&c, code, len);
+	if (chips) {
+		close(c.vcpu);
+		CHECK(munmap(c.run, c.run_size) == 0);
+		close(c.vm);
+		CHECK((c.vm = ioctl(c.sys, KVM_CREATE_VM, 0)) >= 0);
+		client_vcpu(&c, true);
+	}
+	sigaction(SIGUSR2, &ignore, NULL);
+	start(&r, &c);
+	for (int i = 0; i < 5; i++) {
+		pthread_kill(r.thread, SIGCHLD);
+		pthread_kill(r.thread, SIGWINCH);
+		pthread_kill(r.thread, SIGUSR2);
+		usleep(5000);
+		CHECK(!atomic_load(&r.done));
+	}
+	sigaction(SIGCHLD, &handle, NULL);
+	pthread_kill(r.thread, SIGCHLD);
+	pthread_join(r.thread, NULL);
+	CHECK(r.result == -1 && r.err == EINTR);
+	sigaction(SIGCHLD, &(struct sigaction){ .sa_handler = SIG_DFL }, NULL);
+	sigaction(SIGUSR2, &(struct sigaction){ .sa_handler = SIG_DFL }, NULL);
+	client_stop(&c);
+}
+
 /* A signal that only KVM_SET_SIGNAL_MASK lets through ends KVM_RUN and stays pending. */
 static void signal_mask(void)
 {
@@ -161,6 +194,8 @@ static void racing_slots(void)
 int main(void)
 {
 	signals();
+	ignored_signals(code_loop, 2, false);
+	ignored_signals(code_hlt, 1, true);
 	signal_mask();
 	closed_while_running();
 	racing_slots();

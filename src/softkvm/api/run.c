@@ -43,13 +43,39 @@ static void signals_enter(struct vcpu *v)
 	}
 }
 
+/* Would the kernel have dropped it, had it not been blocked here? */
+static bool ignored(int sig)
+{
+	struct sigaction a;
+
+	if (sigaction(sig, NULL, &a) || a.sa_flags & SA_SIGINFO)
+		return false;
+	return a.sa_handler == SIG_IGN ||
+	       (a.sa_handler == SIG_DFL && (sig == SIGCHLD || sig == SIGURG || sig == SIGWINCH || sig == SIGCONT));
+}
+
+/* Is there one that is delivered? Those that are ignored are taken away. */
 static bool signal_pending(struct vcpu *v)
 {
-	sigset_t p;
-	const uint64_t *bits = (const uint64_t *)&p, *masked = (const uint64_t *)&v->api->effective;
+	const struct timespec now = { 0 };
+	uint64_t pending, masked;
+	sigset_t p, one;
 
 	/* The kernel's sets have 64 bits, the first of the C library's words. */
-	return !sigpending(&p) && bits[0] & ~masked[0];
+	if (sigpending(&p))
+		return false;
+	memcpy(&pending, &p, sizeof pending);
+	memcpy(&masked, &v->api->effective, sizeof masked);
+	for (pending &= ~masked; pending; pending &= pending - 1) {
+		int sig = __builtin_ctzll(pending) + 1;
+
+		if (!ignored(sig))
+			return true;
+		sigemptyset(&one);
+		sigaddset(&one, sig);
+		sigtimedwait(&one, NULL, &now);
+	}
+	return false;
 }
 
 /*
@@ -130,7 +156,7 @@ static int vcpu_sleep(struct vcpu *v, uint64_t deadline)
 			timeout = &t;
 		}
 		r = ppoll(p, 2, timeout, p[1].fd < 0 ? &v->api->effective : NULL);
-		r = r < 0 ? -errno : p[1].fd >= 0 && p[1].revents ? -EINTR : 0;
+		r = r < 0 ? -errno : p[1].fd >= 0 && p[1].revents && signal_pending(v) ? -EINTR : 0;
 	}
 	atomic_store(&v->sleeping, false);
 	while (read(v->wake_fd, &drain, sizeof drain) < 0 && errno == EINTR)
