@@ -32,6 +32,9 @@ int lapic_create(struct cpu *c);                /* sets c->lapic */
 void lapic_destroy(struct cpu *c);
 /* RESET (also at creation): apic_base becomes 0xfee00000 | enabled | BSP for vm->boot_cpu_id. INIT: apic_base and the id stay. */
 void lapic_reset(struct cpu *c, bool init);
+/* Corrected machine checks: whether there is an LVT entry for them, and one that is to be signalled. */
+void lapic_set_cmci(struct cpu *c, bool on);
+void lapic_cmci(struct cpu *c);
 int lapic_get(struct cpu *c, struct kvm_lapic_state *s);
 int lapic_set(struct cpu *c, const struct kvm_lapic_state *s);
 int lapic_set_base(struct cpu *c, uint64_t apic_base, bool host);       /* IA32_APIC_BASE; -EINVAL: #GP */

@@ -86,7 +86,7 @@ struct vcpu_api {
 
 	/* MSRs with storage of their own (msr.c) */
 	uint64_t mtrr_base[MTRR_VARIABLE], mtrr_mask[MTRR_VARIABLE], mtrr_fix[11], mtrr_def;
-	uint64_t mcg_cap, mcg_ext_ctl, mc[MCE_BANKS * 4];
+	uint64_t mcg_cap, mcg_ext_ctl, mc[MCE_BANKS * 4], mc_ctl2[MCE_BANKS];
 	uint64_t hwcr, syscfg, osvw_len, osvw_status, platform_info, nb_cfg, ls_cfg, smi_count, tsx_ctrl, power_ctl;
 };
 
@@ -121,7 +121,7 @@ bool mtrr_is(uint32_t msr);
 int mce_read(struct cpu *c, uint32_t msr, uint64_t *v, bool host);
 int mce_write(struct cpu *c, uint32_t msr, uint64_t v, bool host);
 bool mce_is(const struct cpu *c, uint32_t msr);
-#define MCE_CAP_SUPPORTED (BIT(8) | BIT(24) | MCE_BANKS)        /* MCG_CTL_P, MCG_SER_P */
+#define MCE_CAP_SUPPORTED (BIT(8) | BIT(10) | BIT(24) | MCE_BANKS)      /* MCG_CTL_P, MCG_CMCI_P, MCG_SER_P */
 long mce_setup(struct cpu *c, uint64_t cap);
 long mce_set(struct cpu *c, const struct kvm_x86_mce *m);
 

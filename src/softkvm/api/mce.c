@@ -2,12 +2,20 @@
 #include <errno.h>
 
 #include "softkvm/api/api.h"
+#include "softkvm/irqchip.h"
 
 #define MCI_VAL BIT(63)
 #define MCI_OVER BIT(62)
 #define MCI_UC BIT(61)
 #define MCG_MCIP BIT(2)
+#define MCI_PCC BIT(57)
+#define MCI_S BIT(56)
+#define MCI_AR BIT(55)
 #define MCG_CTL_P BIT(8)
+#define MCG_CMCI_P BIT(10)
+#define MSR_MC0_CTL2 0x280u
+#define CTL2_CMCI_EN BIT(30)
+#define CTL2_VALID (CTL2_CMCI_EN | 0x7fff)
 
 static unsigned banks(const struct cpu *c)
 {
@@ -16,9 +24,14 @@ static unsigned banks(const struct cpu *c)
 	return MIN(n, MCE_BANKS);
 }
 
+static bool is_ctl2(const struct cpu *c, uint32_t msr)
+{
+	return msr >= MSR_MC0_CTL2 && msr < MSR_MC0_CTL2 + banks(c);
+}
+
 bool mce_is(const struct cpu *c, uint32_t msr)
 {
-	return msr == MSR_MCG_CAP || msr == MSR_MCG_STATUS || msr == MSR_MCG_CTL ||
+	return is_ctl2(c, msr) || msr == MSR_MCG_CAP || msr == MSR_MCG_STATUS || msr == MSR_MCG_CTL ||
 		(msr >= MSR_MC0_CTL && msr < MSR_MC0_CTL + 4 * banks(c));
 }
 
@@ -26,6 +39,12 @@ int mce_read(struct cpu *c, uint32_t msr, uint64_t *v, bool host)
 {
 	struct vcpu_api *a = c->vcpu->api;
 
+	if (is_ctl2(c, msr)) {
+		if (!host && !(a->mcg_cap & MCG_CMCI_P))
+			return MSR_FAULT;
+		*v = a->mc_ctl2[msr - MSR_MC0_CTL2];
+		return MSR_OK;
+	}
 	switch (msr) {
 	case MSR_MCG_CAP:
 		*v = a->mcg_cap;
@@ -49,6 +68,12 @@ int mce_write(struct cpu *c, uint32_t msr, uint64_t v, bool host)
 	struct vcpu_api *a = c->vcpu->api;
 	unsigned off = msr - MSR_MC0_CTL;
 
+	if (is_ctl2(c, msr)) {
+		if ((!(a->mcg_cap & MCG_CMCI_P) && (v || !host)) || v & ~CTL2_VALID)
+			return MSR_FAULT;
+		a->mc_ctl2[msr - MSR_MC0_CTL2] = v;
+		return MSR_OK;
+	}
 	switch (msr) {
 	case MSR_MCG_CAP:
 		return MSR_FAULT;
@@ -82,7 +107,22 @@ long mce_setup(struct cpu *c, uint64_t cap)
 		c->msr.mcg_ctl = ~0ull;
 	for (unsigned i = 0; i < banks(c); i++)
 		a->mc[i * 4] = ~0ull;
+	memset(a->mc_ctl2, 0, sizeof a->mc_ctl2);
+	lapic_set_cmci(c, cap & MCG_CMCI_P);
 	return 0;
+}
+
+/* Uncorrected, but no action is required: told by CMCI, no exception. */
+static bool is_ucna(const struct kvm_x86_mce *m)
+{
+	return !m->mcg_status && !(m->status & (MCI_PCC | MCI_S | MCI_AR));
+}
+
+static void set_bank(uint64_t *b, const struct kvm_x86_mce *m, uint64_t flags)
+{
+	b[1] = m->status | flags;
+	b[2] = m->addr;
+	b[3] = m->misc;
 }
 
 long mce_set(struct cpu *c, const struct kvm_x86_mce *m)
@@ -93,6 +133,13 @@ long mce_set(struct cpu *c, const struct kvm_x86_mce *m)
 	if (m->bank >= banks(c) || !(m->status & MCI_VAL))
 		return -EINVAL;
 	b = &a->mc[m->bank * 4];
+	if (is_ucna(m)) {
+		set_bank(b, m, 0);
+		c->msr.mcg_status = m->mcg_status;
+		if (a->mcg_cap & MCG_CMCI_P && a->mc_ctl2[m->bank] & CTL2_CMCI_EN)
+			lapic_cmci(c);
+		return 0;
+	}
 	if (m->status & MCI_UC && a->mcg_cap & MCG_CTL_P && c->msr.mcg_ctl != ~0ull)
 		return 0;
 	if (m->status & MCI_UC && b[0] != ~0ull)
@@ -103,16 +150,12 @@ long mce_set(struct cpu *c, const struct kvm_x86_mce *m)
 			cpu_request(c, REQ_EVENT);
 			return 0;
 		}
-		b[1] = m->status | (b[1] & MCI_VAL ? MCI_OVER : 0);
-		b[2] = m->addr;
-		b[3] = m->misc;
+		set_bank(b, m, b[1] & MCI_VAL ? MCI_OVER : 0);
 		c->msr.mcg_status = m->mcg_status;
 		c->ev = (struct event){ .valid = true, .vector = EXC_MC, .type = EV_EXC };
 		cpu_request(c, REQ_EVENT);
 	} else if (!(b[1] & MCI_VAL) || !(b[1] & MCI_UC)) {
-		b[1] = m->status | (b[1] & MCI_VAL ? MCI_OVER : 0);
-		b[2] = m->addr;
-		b[3] = m->misc;
+		set_bank(b, m, b[1] & MCI_VAL ? MCI_OVER : 0);
 	} else {
 		b[1] |= MCI_OVER;
 	}

@@ -33,7 +33,7 @@ struct apic_msg {
 /* Register numbers: MMIO offset >> 4, which is also the x2APIC MSR number - 0x800. */
 enum {
 	AR_ID = 0x02, AR_VERSION = 0x03, AR_TPR = 0x08, AR_APR = 0x09, AR_PPR = 0x0a, AR_EOI = 0x0b, AR_LDR = 0x0d,
-	AR_DFR = 0x0e, AR_SVR = 0x0f, AR_ISR = 0x10, AR_TMR = 0x18, AR_IRR = 0x20, AR_ESR = 0x28, AR_ICR = 0x30,
+	AR_DFR = 0x0e, AR_SVR = 0x0f, AR_ISR = 0x10, AR_TMR = 0x18, AR_IRR = 0x20, AR_ESR = 0x28, AR_LVT_CMCI = 0x2f, AR_ICR = 0x30,
 	AR_ICR2 = 0x31, AR_LVTT = 0x32, AR_LVT_THERMAL = 0x33, AR_LVT_PERF = 0x34, AR_LVT0 = 0x35, AR_LVT1 = 0x36,
 	AR_LVT_ERROR = 0x37, AR_TMICT = 0x38, AR_TMCCT = 0x39, AR_TDCR = 0x3e, AR_SELF_IPI = 0x3f, AR_COUNT = 0x40
 };
@@ -58,6 +58,7 @@ struct lapic {
 	_Atomic int ext_vector;         /* split irqchip: from KVM_INTERRUPT, -1 none */
 	uint64_t base;                  /* of the MMIO page; own thread */
 	int eoi_exit;                   /* own thread */
+	bool cmci;                      /* MCG_CAP offers CMCI: there is an LVT entry for it */
 	struct {                        /* own thread */
 		bool armed;
 		uint64_t target;        /* ns, not in TSC-deadline mode */

@@ -39,6 +39,8 @@ static bool reg_readable(const struct lapic *l, unsigned r)
 		return true;
 	case AR_APR: case AR_DFR: case AR_ICR2:
 		return !x2;
+	case AR_LVT_CMCI:
+		return l->cmci;
 	default:
 		return r >= AR_ISR && r < AR_IRR + 8;
 	}
@@ -103,6 +105,7 @@ static void svr_write(struct lapic *l, uint32_t v)
 		lapic_timer_poll(l->cpu);
 		for (unsigned r = AR_LVTT; r <= AR_LVT_ERROR; r++)
 			lapic_put(l, r, lapic_reg(l, r) | LVT_MASKED);
+		lapic_put(l, AR_LVT_CMCI, lapic_reg(l, AR_LVT_CMCI) | LVT_MASKED);
 	}
 	cpu_request(l->cpu, REQ_EVENT | REQ_TIMER);
 }
@@ -127,6 +130,10 @@ static bool reg_write(struct lapic *l, unsigned r, uint32_t v)
 	case AR_LVTT: case AR_LVT_THERMAL: case AR_LVT_PERF: case AR_LVT0: case AR_LVT1: case AR_LVT_ERROR:
 		lvt_write(l, r, v);
 		return true;
+	case AR_LVT_CMCI:
+		if (l->cmci)
+			lvt_write(l, r, v);
+		return l->cmci;
 	case AR_TMICT:
 		if (lapic_timer_mode(l) == TIMER_DEADLINE)
 			return true;
@@ -256,6 +263,11 @@ int lapic_msr_write(struct cpu *c, uint32_t msr, uint64_t v)
 	return reg_write(l, r, v) ? 0 : -EINVAL;
 }
 
+static void version_put(struct lapic *l)
+{
+	lapic_put(l, AR_VERSION, 0x14 | (NR_LVT + l->cmci - 1u) << 16 | (l->vm->irqchip && l->vm->irqchip->split ? LVR_DIRECTED_EOI : 0));
+}
+
 /* Everything but the id and the mode as after power-up (10.4.7.1). */
 static void reset_registers(struct lapic *l)
 {
@@ -271,14 +283,27 @@ static void reset_registers(struct lapic *l)
 		if (r != AR_LDR || !x2)
 			lapic_put(l, r, 0);
 	for (unsigned r = AR_ESR; r < AR_COUNT; r++)
-		lapic_put(l, r, r >= AR_LVTT && r <= AR_LVT_ERROR ? LVT_MASKED : 0);
+		lapic_put(l, r, (r >= AR_LVTT && r <= AR_LVT_ERROR) || r == AR_LVT_CMCI ? LVT_MASKED : 0);
 	lapic_put(l, AR_DFR, ~0u);
 	lapic_put(l, AR_SVR, 0xff);
 	/* The boot CPU starts in virtual wire mode, as firmware would leave it and Linux KVM does. */
 	if (l->id == l->vm->boot_cpu_id && !(l->vm->policy.quirks_off & KVM_X86_QUIRK_LINT0_REENABLED))
 		lapic_put(l, AR_LVT0, DM_EXTINT << 8);
-	lapic_put(l, AR_VERSION, 0x14 | (NR_LVT - 1) << 16 |
-		  (l->vm->irqchip && l->vm->irqchip->split ? LVR_DIRECTED_EOI : 0));
+	version_put(l);
+}
+
+void lapic_set_cmci(struct cpu *c, bool on)
+{
+	if (!c->lapic)
+		return;
+	c->lapic->cmci = on;
+	version_put(c->lapic);
+}
+
+void lapic_cmci(struct cpu *c)
+{
+	if (c->lapic && c->lapic->cmci)
+		lapic_local(c->lapic, AR_LVT_CMCI);
 }
 
 static void set_base(struct lapic *l, uint64_t v)
