@@ -19,6 +19,7 @@ struct vcpu {
 	uint64_t sigmask;
 	struct kvm_cpuid_entry2 *cpuid;
 	struct vcpu_api *api;           /* api/'s own */
+	struct dirty_ring *ring;
 	bool running;                   /* counted in vm->running (guarded by vm->pause_lock) */
 };
 

@@ -69,6 +69,8 @@ struct vm {
 	uint32_t boot_cpu_id;           /* KVM_SET_BOOT_CPU_ID */
 	bool pit;                       /* KVM_CREATE_PIT(2) done */
 	struct code_watch *_Atomic watch;       /* code of a client that does not; see mmu/watch.c */
+	uint32_t ring_entries;          /* of each vCPU's dirty ring; 0: bitmaps (mmu/ring.c) */
+	pthread_mutex_t ring_lock;
 	/* stop the world */
 	pthread_mutex_t pause_lock;
 	pthread_cond_t pause_cond;
@@ -83,7 +85,7 @@ uint8_t *phys_ptr(struct vm *vm, uint64_t gpa, uint64_t *left, bool *ro, struct 
 /* All or nothing over RAM; marks dirty, keeps code versions. 0 or -EFAULT. For kvmclock, steal time, page tables. */
 int phys_read(struct vm *vm, uint64_t gpa, void *buf, unsigned len);
 int phys_write(struct vm *vm, uint64_t gpa, const void *buf, unsigned len);
-void phys_mark_dirty(struct vm *vm, struct slot *s, uint64_t gpa);
+void phys_mark_dirty(struct vm *vm, struct cpu *c, struct slot *s, uint64_t gpa);      /* c: the vCPU that writes, NULL: none */
 /* A store hit pages that may hold code: change their versions (client DMA, phys_write, slow stores). */
 void phys_code_written(struct vm *vm, uint64_t gpa, uint64_t len);
 
@@ -102,6 +104,17 @@ void phys_free(struct vm *vm);
 struct code_page;
 void watch_decoded(struct vm *vm, const struct code_page *page, uint32_t value, unsigned off, const uint8_t *bytes, unsigned len);
 void watch_all(struct vm *vm);
+
+/* -- dirty rings (mmu/ring.c) ------------------------------------------------------------------------- */
+struct dirty_ring;
+int ring_cap_bytes(void);                               /* KVM_CAP_DIRTY_LOG_RING */
+int ring_enable(struct vm *vm, uint64_t bytes);         /* before the first vCPU */
+size_t ring_bytes(const struct vm *vm);
+int ring_new(struct vm *vm, struct dirty_ring **out);   /* NULL when the VM has none */
+void ring_free(struct vm *vm, struct dirty_ring *r);
+void *ring_memory(const struct dirty_ring *r);
+bool ring_full(const struct dirty_ring *r);             /* the vCPU must leave with KVM_EXIT_DIRTY_RING_FULL */
+long ring_reset_all(struct vm *vm);                     /* KVM_RESET_DIRTY_RINGS: pages given back, or -errno */
 
 /* -- stop the world (api/pause.c) -------------------------------------------------------------------- */
 /* After return no vCPU executes guest code (the caller may be one itself: it does not wait for itself). */

@@ -79,7 +79,7 @@ struct vcpu_api {
 	uint32_t tsc_khz;
 	uint64_t tsc_ratio;             /* 48 fraction bits; 0: the host's frequency */
 	uint64_t system_time, wall_clock, steal_time, poll_control, pv_eoi;
-	uint64_t next_steal;            /* CLOCK_MONOTONIC ns */
+	uint64_t stolen_at, next_steal; /* CLOCK_MONOTONIC ns */
 	uint64_t run_delay, steal;      /* of the thread `tid` */
 	int tid, steal_fd;
 	bool clock_stopped, enforce_pv;

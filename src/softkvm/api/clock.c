@@ -186,7 +186,8 @@ static void steal_write(struct cpu *c)
 
 	if (!(a->steal_time & KVM_MSR_ENABLED) || phys_read(c->vm, gpa, &st, sizeof st))
 		return;
-	a->next_steal = mono_ns() + STEAL_PERIOD_NS;
+	a->stolen_at = mono_ns();
+	a->next_steal = a->stolen_at + STEAL_PERIOD_NS;
 	if (!run_delay(a, &delay))
 		return;
 	if (a->run_delay == UINT64_MAX)

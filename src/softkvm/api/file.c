@@ -79,10 +79,24 @@ static void *map_again(void *from, size_t len, void *at)
 	return mremap(from, 0, len, MREMAP_MAYMOVE | (at ? MREMAP_FIXED : 0), at);
 }
 
+static void *map_ring(struct softkvm_file *f, size_t len, uint64_t offset)
+{
+	len = ALIGN_UP(len, (size_t)API_PAGE);
+	if (!f->vcpu->ring || range_bad(offset, len, ring_bytes(f->vm))) {
+		errno = EINVAL;
+		return MAP_FAILED;
+	}
+	return map_again((uint8_t *)ring_memory(f->vcpu->ring) + offset, len, NULL);
+}
+
 void *softkvm_mmap(struct softkvm_file *f, size_t len, uint64_t offset)
 {
+	const uint64_t ring = KVM_DIRTY_LOG_PAGE_OFFSET * (uint64_t)API_PAGE;
 	size_t total = RUN_PAGES * API_PAGE;
 	uint8_t *p;
+
+	if (f->kind == FILE_VCPU && len && offset >= ring && offset % API_PAGE == 0)
+		return map_ring(f, len, offset - ring);
 
 	if (f->kind != FILE_VCPU || !len || offset % API_PAGE || range_bad(offset, len, total)) {
 		errno = f->kind == FILE_VCPU ? EINVAL : ENODEV;

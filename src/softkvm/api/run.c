@@ -23,6 +23,7 @@
 
 #define POLL_INSNS 4096
 #define POLL_TSC 40000          /* host cycles between looks that cost a system call: 10 to 20 us */
+#define STEAL_ENTRY_NS 150000   /* steal time is brought up to date on entry, but not more often */
 #define SIGBIT(s) (1ull << ((s) - 1))
 
 /* -- signals ---------------------------------------------------------------------------------- */
@@ -255,6 +256,10 @@ static int run_guest(struct vcpu *v)
 			return 0;
 		case RUN_EINTR:
 			atomic_fetch_and(&c->requests, ~(uint32_t)REQ_EXIT);
+			if (ring_full(v->ring)) {
+				c->run->exit_reason = KVM_EXIT_DIRTY_RING_FULL;
+				return 0;
+			}
 			return interrupted(c);
 		case RUN_HALTED:
 			r = run_halted(v);
@@ -357,6 +362,12 @@ static long run_locked(struct vcpu *v)
 		return -EINTR;
 	if (v->has_sigmask && signal_pending(v))
 		return interrupted(c);
+	if (ring_full(v->ring)) {
+		c->run->exit_reason = KVM_EXIT_DIRTY_RING_FULL;
+		return 0;
+	}
+	if (v->api->steal_time & 1 && mono_ns() >= v->api->stolen_at + STEAL_ENTRY_NS)
+		atomic_fetch_or(&c->requests, REQ_CLOCK);
 	return run_guest(v);
 }
 

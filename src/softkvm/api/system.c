@@ -71,6 +71,8 @@ int check_extension(struct vm *vm, unsigned long cap)
 		return 0x7f;
 	case KVM_CAP_XSAVE2:
 		return (int)MAX((size_t)xsave_size(xsave_supported()), sizeof(struct kvm_xsave));
+	case KVM_CAP_DIRTY_LOG_RING: case KVM_CAP_DIRTY_LOG_RING_ACQ_REL:
+		return ring_cap_bytes();
 	case SOFTKVM_CAP_TRANSLATE:
 		return 1;
 	case SOFTKVM_CAP_CODE_WRITTEN:

@@ -140,7 +140,7 @@ static int vcpu_init_parts(struct vcpu *v, struct vm *vm, unsigned id)
 	cpuid_none(c);
 	if (!c->feat)
 		return -ENOMEM;
-	if ((r = mmu_cpu_init(c)) || (r = engine_cpu_init(c)))
+	if ((r = ring_new(vm, &v->ring)) || (r = mmu_cpu_init(c)) || (r = engine_cpu_init(c)))
 		return r;
 	translator(c);
 	v->api->tsc_khz = vm->api->tsc_khz;
@@ -203,6 +203,7 @@ void vcpu_free(struct vcpu *v)
 		close(v->api->steal_fd);
 	if (v->api && v->api->signal_fd >= 0)
 		close(v->api->signal_fd);
+	ring_free(c->vm, v->ring);
 	free(v->api);
 	pthread_mutex_destroy(&v->lock);
 	low_free(v, sizeof *v);

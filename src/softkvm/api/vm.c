@@ -14,6 +14,7 @@ static void locks_init(struct vm *vm)
 	pthread_mutex_init(&vm->pause_lock, NULL);
 	pthread_mutex_init(&vm->split_lock, NULL);
 	pthread_cond_init(&vm->pause_cond, NULL);
+	pthread_mutex_init(&vm->ring_lock, NULL);
 	pthread_rwlock_init(&vm->slots_lock, NULL);
 }
 
@@ -23,6 +24,7 @@ static void locks_destroy(struct vm *vm)
 	pthread_mutex_destroy(&vm->pause_lock);
 	pthread_mutex_destroy(&vm->split_lock);
 	pthread_cond_destroy(&vm->pause_cond);
+	pthread_mutex_destroy(&vm->ring_lock);
 	pthread_rwlock_destroy(&vm->slots_lock);
 }
 

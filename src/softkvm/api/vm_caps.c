@@ -88,6 +88,9 @@ static long enable_locked(struct vm *vm, const struct kvm_enable_cap *cap)
 	case KVM_CAP_DISABLE_QUIRKS:
 		p->quirks_off = a;
 		return 0;
+	case KVM_CAP_DIRTY_LOG_RING:
+	case KVM_CAP_DIRTY_LOG_RING_ACQ_REL:
+		return ring_enable(vm, a);
 	case SOFTKVM_CAP_TRANSLATE:
 		if (a > 1)
 			return -EINVAL;

@@ -119,7 +119,7 @@ static uint32_t translate(struct cpu *c, uint64_t lin, unsigned len, enum access
 			tlb_writer_comes(c, page, lin);
 		bool grant = tlb_grant_write(c, s, w.gpa, len, cache);
 
-		phys_mark_dirty(c->vm, s, w.gpa);
+		phys_mark_dirty(c->vm, c, s, w.gpa);
 		if (cache && grant)
 			tlb_enter(c, mode, true, lin, page, &w);
 		else if (cache)

@@ -51,13 +51,15 @@ uint8_t *phys_ptr(struct vm *vm, uint64_t gpa, uint64_t *left, bool *ro, struct 
 	return s->host + (gpa - s->gpa);
 }
 
-void phys_mark_dirty(struct vm *vm, struct slot *s, uint64_t gpa)
+void phys_mark_dirty(struct vm *vm, struct cpu *c, struct slot *s, uint64_t gpa)
 {
 	if (!s->dirty)
 		return;
 	uint64_t page = (gpa - s->gpa) >> 12, bit = 1ull << (page & 63);
-	if (!(atomic_load_explicit(&s->dirty[page / 64], memory_order_relaxed) & bit))
-		atomic_fetch_or(&s->dirty[page / 64], bit);
+	if (atomic_load_explicit(&s->dirty[page / 64], memory_order_relaxed) & bit)
+		return;
+	if (!(atomic_fetch_or(&s->dirty[page / 64], bit) & bit) && vm->ring_entries)
+		ring_push(vm, c, s, page);
 }
 
 void page_code_written(_Atomic uint32_t *ver)
@@ -103,7 +105,7 @@ static int phys_copy(struct vm *vm, uint64_t gpa, void *buf, unsigned len, bool 
 				return -EFAULT;
 			if (pass && write) {
 				ram_copy(p, b, n);
-				phys_mark_dirty(vm, s, a);
+				phys_mark_dirty(vm, NULL, s, a);
 				page_code_written(&s->ver[(a - s->gpa) >> 12]);
 			} else if (pass) {
 				ram_copy(b, p, n);
@@ -211,6 +213,11 @@ static struct slot *slot_by_id(const struct vm *vm, uint32_t id)
 	return id < vm->by_id_n ? vm->by_id[id] : NULL;
 }
 
+struct slot *phys_slot_by_id(struct vm *vm, uint32_t id)
+{
+	return id >> 16 ? NULL : slot_by_id(vm, id);
+}
+
 /* Room for the number; all of it at once past the first few. */
 static int by_id_reserve(struct vm *vm, uint32_t id)
 {
@@ -313,7 +320,7 @@ static int region_set_flags(struct vm *vm, struct slot *s, uint32_t flags)
 	_Atomic uint64_t *bitmap = NULL, *old = s->dirty;
 
 	if (flags & KVM_MEM_LOG_DIRTY_PAGES) {
-		bitmap = dirty_new(s->size, vm->dirty_initially_set);
+		bitmap = dirty_new(s->size, vm->dirty_initially_set && !vm->ring_entries);
 		if (!bitmap)
 			return -ENOMEM;
 	}
@@ -337,7 +344,7 @@ static int region_replace(struct vm *vm, struct slot *old, const struct kvm_user
 	if (r->memory_size) {
 		if (table_overlaps(t, old, r->guest_phys_addr, r->memory_size))
 			return -EEXIST;
-		new = by_id_reserve(vm, r->slot & 0xffff) ? NULL : slot_new(r, vm->dirty_initially_set);
+		new = by_id_reserve(vm, r->slot & 0xffff) ? NULL : slot_new(r, vm->dirty_initially_set && !vm->ring_entries);
 		if (!new)
 			return -ENOMEM;
 	}
@@ -397,6 +404,10 @@ void phys_free(struct vm *vm)
 
 static struct slot *logged_slot(struct vm *vm, uint32_t slot, int *err)
 {
+	if (vm->ring_entries) {         /* the ring instead */
+		*err = -ENXIO;
+		return NULL;
+	}
 	*err = slot >> 16 || (slot & 0xffff) >= VM_MAX_SLOTS ? -EINVAL : -ENOENT;
 	struct slot *s = *err == -EINVAL ? NULL : slot_by_id(vm, slot);
 	return s && s->dirty ? s : NULL;

@@ -26,6 +26,11 @@ struct slot *phys_slot(struct vm *vm, uint64_t gpa);
 /* The page was or is about to be written: blocks decoded from it die. */
 void page_code_written(_Atomic uint32_t *ver);
 
+/* The slot of that number (address space in the upper half), under vm->lock; NULL. */
+struct slot *phys_slot_by_id(struct vm *vm, uint32_t id);
+/* A page was marked in its slot's bitmap that was not before; `c` is the vCPU that wrote it, or NULL. */
+void ring_push(struct vm *vm, struct cpu *c, const struct slot *s, uint64_t page);
+
 /* -- watch.c: code of clients that write it without a word ------------------------------------------------------ */
 /* The page is asleep: compare, and wake it up or change its version. */
 void watch_wake(struct vm *vm, _Atomic uint32_t *ver);

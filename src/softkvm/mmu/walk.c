@@ -77,7 +77,7 @@ static bool pte_set(struct cpu *c, const struct paging *p, struct step *s, uint6
 		ok = atomic_compare_exchange_strong((_Atomic uint32_t *)s->pte, &old, old | (uint32_t)bits);
 	}
 	if (ok) {
-		phys_mark_dirty(c->vm, s->slot, s->gpa);
+		phys_mark_dirty(c->vm, c, s->slot, s->gpa);
 		page_code_written(&s->slot->ver[(s->gpa - s->slot->gpa) >> 12]);
 	}
 	return ok;

@@ -111,9 +111,8 @@ bool vec_op_unproven(const struct insn *i) { return true; }
 bool host_avx512(void) { return false; }
 bool vec_decode(struct insn *i, const struct decoded *d) { return false; }
 void vec_flush(struct cpu *c) { }
-#else
-void cpu_request(struct cpu *c, uint32_t req) { atomic_fetch_or(&c->requests, req); }
 #endif
+void cpu_request(struct cpu *c, uint32_t req) { atomic_fetch_or(&c->requests, req); }
 bool cpuid_has_isa(const struct cpu *c, int isa) { return true; }
 
 bool event_deliver(struct cpu *c)

@@ -556,4 +556,5 @@ void cpu_leave_after(struct cpu *c) { t.left++; }
 void vm_pause_all(struct vm *vm, struct cpu *self) { }
 void vm_resume_all(struct vm *vm, struct cpu *self) { }
 void vm_request_all(struct vm *vm, uint32_t req, struct cpu *except) { }
+void cpu_request(struct cpu *c, uint32_t req) { }
 bool bus_mmio(struct cpu *c, uint64_t gpa, unsigned len, bool write, void *data) { return false; }
