@@ -60,15 +60,15 @@ static uint64_t movsb(struct bench *b, unsigned size, unsigned rounds)
 	return bench_hash(0, p + AREA, 65536);
 }
 
-static uint64_t run_movsb_64(struct bench *b) { return movsb(b, 64, 6000000); }
-static uint64_t run_movsb_1k(struct bench *b) { return movsb(b, 1024, 3000000); }
-static uint64_t run_movsb_64k(struct bench *b) { return movsb(b, 65536, 50000); }
-static uint64_t run_movsb_2m(struct bench *b) { return movsb(b, 2u << 20, 700); }
+static uint64_t run_movsb_64(struct bench *b) { return movsb(b, 64, 2000000); }
+static uint64_t run_movsb_1k(struct bench *b) { return movsb(b, 1024, 500000); }
+static uint64_t run_movsb_64k(struct bench *b) { return movsb(b, 65536, 10000); }
+static uint64_t run_movsb_2m(struct bench *b) { return movsb(b, 2u << 20, 150); }
 
 static uint64_t run_movsq(struct bench *b)
 {
 	uint8_t *p = area(b);
-	unsigned rounds = bench_rounds(b, 800000);
+	unsigned rounds = bench_rounds(b, 150000);
 
 	for (unsigned r = 0; r < rounds; r++)
 		rep_movsq(p + AREA + r * 8 % 32768, p + r * 16 % 32768, 512);
@@ -87,8 +87,8 @@ static uint64_t stosb(struct bench *b, unsigned size, unsigned rounds)
 	return bench_hash(0, p + AREA, 65536);
 }
 
-static uint64_t run_stosb_64(struct bench *b) { return stosb(b, 64, 3000000); }
-static uint64_t run_stosb_4k(struct bench *b) { return stosb(b, 4096, 1200000); }
+static uint64_t run_stosb_64(struct bench *b) { return stosb(b, 64, 1500000); }
+static uint64_t run_stosb_4k(struct bench *b) { return stosb(b, 4096, 200000); }
 
 static uint64_t run_scasb(struct bench *b)
 {
