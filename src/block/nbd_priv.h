@@ -60,6 +60,8 @@ struct nbd_client {
 int nbd_talk(struct nbd_client *c);
 /* nbd_serve.c: requests until the client leaves. */
 void nbd_serve(struct nbd_client *c);
+/* By number, NULL past the end; by name. */
+struct nbd_ex *nbd_server_at(struct nbd_server *s, unsigned i);
 struct nbd_ex *nbd_server_find(struct nbd_server *s, const char *name, size_t len);
 
 #endif

@@ -63,13 +63,9 @@ int nbd_server_add(struct nbd_server *s, const struct nbd_export *e, struct err 
 		return err_set(err, -EINVAL, "export '%s': offset and size are outside of the image", e->name);
 	if (nbd_server_find(s, e->name, strlen(e->name)))
 		return err_set(err, -EEXIST, "NBD server already has export named '%s'", e->name);
-	struct nbd_ex *ex = calloc(1, sizeof *ex), **v = realloc(s->ex, (s->nex + 1) * sizeof *v);
-	if (v)
-		s->ex = v;
-	if (!ex || !v) {
-		free(ex);
+	struct nbd_ex *ex = calloc(1, sizeof *ex);
+	if (!ex)
 		return err_set(err, -ENOMEM, "out of memory");
-	}
 	pthread_mutex_init(&ex->lock, NULL);
 	pthread_cond_init(&ex->calm, NULL);
 	ex->e = *e;
@@ -82,16 +78,33 @@ int nbd_server_add(struct nbd_server *s, const struct nbd_export *e, struct err 
 		ex_free(ex);
 		return err_set(err, -ENOMEM, "out of memory");
 	}
-	v[s->nex++] = ex;
-	return 0;
+	pthread_mutex_lock(&s->lock); /* clients may be looking already */
+	struct nbd_ex **v = realloc(s->ex, (s->nex + 1) * sizeof *v);
+	if (v) {
+		s->ex = v;
+		v[s->nex++] = ex;
+	}
+	pthread_mutex_unlock(&s->lock);
+	if (v)
+		return 0;
+	ex_free(ex);
+	return err_set(err, -ENOMEM, "out of memory");
+}
+
+struct nbd_ex *nbd_server_at(struct nbd_server *s, unsigned i)
+{
+	pthread_mutex_lock(&s->lock);
+	struct nbd_ex *ex = i < s->nex ? s->ex[i] : NULL;
+	pthread_mutex_unlock(&s->lock);
+	return ex;
 }
 
 struct nbd_ex *nbd_server_find(struct nbd_server *s, const char *name, size_t len)
 {
-	for (unsigned i = 0; i < s->nex; i++) {
-		const char *n = s->ex[i]->e.name;
-		if (strlen(n) == len && !memcmp(n, name, len))
-			return s->ex[i];
+	struct nbd_ex *ex;
+	for (unsigned i = 0; (ex = nbd_server_at(s, i)); i++) {
+		if (strlen(ex->e.name) == len && !memcmp(ex->e.name, name, len))
+			return ex;
 	}
 	return NULL;
 }

@@ -60,9 +60,10 @@ static int list(struct nbd_client *c, uint32_t len)
 {
 	if (len)
 		return refuse(c, NBD_OPT_LIST, NBD_REP_INVALID, "NBD_OPT_LIST takes no data");
+	const struct nbd_ex *ex;
 	int r = 0;
-	for (unsigned i = 0; !r && i < c->s->nex; i++) {
-		const struct nbd_export *e = &c->s->ex[i]->e;
+	for (unsigned i = 0; !r && (ex = nbd_server_at(c->s, i)); i++) {
+		const struct nbd_export *e = &ex->e;
 		size_t n = strlen(e->name), d = e->desc ? strlen(e->desc) : 0;
 		uint8_t buf[4 + 2 * NBD_NAME_MAX];
 		nbd_put32(buf, (uint32_t)n);

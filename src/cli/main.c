@@ -68,6 +68,7 @@ static void usage(FILE *f)
 	      "  img       make, check and convert disk images (lodge img --help)\n"
 	      "  io        read and write a disk image, for tests (lodge io -h)\n"
 	      "  nbd       serve a disk image over NBD         (lodge nbd --help)\n"
+	      "  storage-daemon   serve disks over NBD and vhost-user (lodge storage-daemon --help)\n"
 	      "  version   print the version\n"
 	      "  help      this, or 'help VERB', 'help devices', 'help DEVICE', 'help man' (the manual page's source)\n", f);
 }
@@ -94,6 +95,8 @@ static int verb_help(int argc, char **argv)
 		return img_main(2, (char *[]){ "img", "--help", NULL });
 	if (!strcmp(argv[0], "nbd"))
 		return nbd_main(2, (char *[]){ "nbd", "--help", NULL });
+	if (!strcmp(argv[0], "storage-daemon"))
+		return storage_main(2, (char *[]){ "storage-daemon", "--help", NULL });
 	return help_device(argv[0], &err) ? fail(&err) : 0;
 }
 
@@ -113,6 +116,8 @@ int main(int argc, char **argv)
 		return io_main(argc, argv);
 	if (ends_with(argv[0], "qemu-nbd"))
 		return nbd_main(argc, argv);
+	if (ends_with(argv[0], "qemu-storage-daemon"))
+		return storage_main(argc, argv);
 	if (argc < 2)
 		return usage(stderr), 2;
 
@@ -131,6 +136,8 @@ int main(int argc, char **argv)
 		return io_main(argc - 1, argv + 1);
 	if (!strcmp(verb, "nbd"))
 		return nbd_main(argc - 1, argv + 1);
+	if (!strcmp(verb, "storage-daemon"))
+		return storage_main(argc - 1, argv + 1);
 	if (!strcmp(verb, "help") || !strcmp(verb, "--help") || !strcmp(verb, "-h"))
 		return verb_help(argc - 2, argv + 2);
 	if (!strcmp(verb, "version") || !strcmp(verb, "--version"))

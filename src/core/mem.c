@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -140,6 +141,23 @@ static int map_slot(struct slot *s, bool huge, bool shared, struct err *err)
 	return 0;
 }
 
+/* From the start of the file: what comes from huge pages can be mapped at multiples of their size only. */
+static int map_foreign(struct slot *s, int fd, uint64_t off, struct err *err)
+{
+	struct stat st;
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || range_bad(off, s->r.size, (uint64_t)st.st_size))
+		return err_set(err, -EINVAL, "memory '%s': its file is not %llu bytes long", s->name, (unsigned long long)(off + s->r.size));
+	s->r.fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	s->r.fd_off = off;
+	void *p = s->r.fd < 0 ? MAP_FAILED : mmap(NULL, off + s->r.size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, s->r.fd, 0);
+	if (p == MAP_FAILED)
+		return err_set_errno(err, -errno, "memory '%s': cannot map it", s->name);
+	s->area = p;
+	s->area_len = off + s->r.size;
+	s->r.host = (uint8_t *)p + off;
+	return 0;
+}
+
 static int prealloc_slot(struct slot *s, struct err *err)
 {
 #ifdef MADV_POPULATE_WRITE
@@ -209,7 +227,7 @@ static int add_locked(struct guest_mem *m, struct slot *s, const struct mem_back
 	if (!r && b && b->huge && (s->r.gpa | s->r.size) & (HUGE_SIZE - 1))
 		r = err_set(err, -EINVAL, "memory '%s': size and address must be multiples of 2 MiB for huge pages", s->name);
 	if (!r)
-		r = map_slot(s, b && b->huge, b && b->shared, err);
+		r = s->r.fd >= 0 ? map_foreign(s, s->r.fd, s->r.fd_off, err) : map_slot(s, b && b->huge, b && b->shared, err);
 	if (!r && b && b->prealloc)
 		r = prealloc_slot(s, err);
 	s->id = m->view->n;
@@ -224,7 +242,7 @@ static int add_locked(struct guest_mem *m, struct slot *s, const struct mem_back
 }
 
 static int add(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t size, bool rom,
-	       const struct mem_backing *b, struct err *err)
+	       const struct mem_backing *b, int fd, uint64_t off, struct err *err)
 {
 	struct slot *s = calloc(1, sizeof *s);
 	if (s)
@@ -233,12 +251,14 @@ static int add(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t siz
 		free(s);
 		return err_set(err, -ENOMEM, "memory '%s': out of memory", name);
 	}
-	s->r = (struct mem_range){ .name = s->name, .gpa = gpa, .size = size, .rom = rom, .fd = -1 };
+	s->r = (struct mem_range){ .name = s->name, .gpa = gpa, .size = size, .rom = rom, .fd = fd, .fd_off = off };
 	pthread_mutex_lock(&m->lock);
 	int r = add_locked(m, s, b, err);
 	if (!r && !rom)
 		m->ram_size += size;
 	pthread_mutex_unlock(&m->lock);
+	if (r && s->r.fd == fd)
+		s->r.fd = -1; /* still the caller's */
 	if (r)
 		slot_free(s);
 	return r;
@@ -247,12 +267,19 @@ static int add(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t siz
 int guest_mem_add_ram(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t size,
 		      const struct mem_backing *b, struct err *err)
 {
-	return add(m, name, gpa, size, false, b, err);
+	return add(m, name, gpa, size, false, b, -1, 0, err);
 }
 
 int guest_mem_add_rom(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t size, struct err *err)
 {
-	return add(m, name, gpa, size, true, NULL, err);
+	return add(m, name, gpa, size, true, NULL, -1, 0, err);
+}
+
+int guest_mem_add_fd(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t size, int fd, uint64_t off, struct err *err)
+{
+	if (fd < 0 || size > SIZE_MAX - off)
+		return err_set(err, -EINVAL, "memory '%s': no file, or it wraps around", name);
+	return add(m, name, gpa, size, false, NULL, fd, off, err);
 }
 
 static struct slot *find_slot(struct guest_mem *m, uint64_t gpa)

@@ -31,6 +31,11 @@ void guest_mem_destroy(struct guest_mem *m);
 /* Map `size` bytes of new RAM at `gpa`; both page aligned. `name` shows in errors and in the memory map. */
 int guest_mem_add_ram(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t size,
 		      const struct mem_backing *b, struct err *err);
+/*
+ * RAM that another process made: [off, off+size) of `fd` (kept; the caller's own stays the caller's). The file must be that long;
+ * who can make it shorter later can end this process with SIGBUS.
+ */
+int guest_mem_add_fd(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t size, int fd, uint64_t off, struct err *err);
 /* Read-only to the guest, filled by the host through gm_write_rom(). */
 int guest_mem_add_rom(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t size, struct err *err);
 
