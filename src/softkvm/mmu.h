@@ -111,7 +111,11 @@ bool mmu_code_lines(struct cpu *c, const struct code_page *p, unsigned off, unsi
 int mmu_cpu_init(struct cpu *c);
 void mmu_cpu_free(struct cpu *c);
 void mmu_flush_all(struct cpu *c);              /* global entries too; own thread */
-void mmu_flush_nonglobal(struct cpu *c);        /* CR3 write */
+void mmu_flush_nonglobal(struct cpu *c);
+/* A CR3 write; `keep`: bit 63 was set, so what is known of the new PCID still stands. Sets cpu->cr3. */
+void mmu_switch(struct cpu *c, uint64_t cr3, bool keep);
+void mmu_flush_pcid(struct cpu *c, unsigned pcid);      /* INVPCID of one, any kind: not its global entries */
+void mmu_flush_pcids(struct cpu *c);                    /* of all, but global entries */
 void mmu_flush_page(struct cpu *c, uint64_t lin);
 void mmu_select(struct cpu *c);                 /* set cpu->tlb from cpl, SMAP, AC */
 /* Linear to physical without faults or A/D updates, for KVM_TRANSLATE and the debugger: false if not mapped. */

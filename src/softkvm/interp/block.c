@@ -60,13 +60,35 @@ void block_new_generation_of(struct cpu *c, unsigned user)
 	if (bc->last_gen == UINT32_MAX) {
 		bc->gen[!user] = 0;
 		bc->last_gen = 0;
+		memset(bc->known, 0, sizeof bc->known);
 		block_flush(c);
 	}
 	bc->gen[user] = ++bc->last_gen;
 }
 
+void block_fetch_changed(struct cpu *c, unsigned user)
+{
+	struct block_cache *bc = c->blocks;
+	uint32_t now = bc->seen_fetch_gen[user] = c->fetch_gen[user];
+
+	for (unsigned i = 0; user && i < ARRAY_SIZE(bc->known); i++)
+		if (bc->known[i].gen && bc->known[i].fetch_gen == now) {
+			bc->want = NULL;
+			c->code_stamp = CODE_STAMP_NONE;
+			bc->gen[1] = bc->known[i].gen;
+			return;
+		}
+	block_new_generation_of(c, user);
+	if (!user)
+		return;
+	bc->known[bc->next_known].fetch_gen = now;
+	bc->known[bc->next_known++].gen = bc->gen[1];
+	bc->next_known %= ARRAY_SIZE(bc->known);
+}
+
 void block_new_generation(struct cpu *c)
 {
+	memset(c->blocks->known, 0, sizeof c->blocks->known);
 	block_new_generation_of(c, 0);
 	block_new_generation_of(c, 1);
 }
@@ -415,6 +437,23 @@ static struct block *block_slow(struct cpu *c, uint32_t mode, uint64_t lin)
 /* While code is fetched there is no current instruction: RIP is what cpu_cur_rip() must say. */
 static const struct insn no_insn = { .fn = op_ud, .flags = IF_END, .base = R_ZERO, .index = R_ZERO };
 
+/* Links and lookups have died, but the block is what it was at this address: one look at the instruction TLB says so. */
+static bool same_again(struct cpu *c, struct block_fast *e, uint64_t stamp)
+{
+	struct block *b = e->blk;
+	struct code_page pg;
+
+	if (!e->stamp || (uint32_t)e->stamp != (uint32_t)stamp || !(stamp & BM_CODE64) || (stamp & BM_ONE) || b->cross)
+		return false;
+	c->cur = &no_insn;
+	c->gpr[R_BLK] = c->rip;
+	mmu_fetch(c, e->rip, &pg);
+	if (!pg.host || pg.host + (e->rip & 4095) != b->host || pg.ver != b->ver || !block_valid(c, b))
+		return false;
+	e->stamp = stamp;
+	return true;
+}
+
 struct block *block_get(struct cpu *c, uint32_t mode)
 {
 	struct block_cache *bc = c->blocks;
@@ -429,9 +468,8 @@ struct block *block_get(struct cpu *c, uint32_t mode)
 		lin = (uint32_t)(c->seg[SEG_CS].base + c->rip);
 	e = &bc->fast[block_fast_index(lin)];
 	c->code_stamp = mode & (BM_ONE | BM_SEG) ? CODE_STAMP_NONE : stamp;
-	if (likely(e->stamp == stamp && e->rip == lin && !(mode & BM_SEG)))
-		if (likely(block_valid(c, e->blk)))
-			return e->blk;
+	if (likely(e->rip == lin && !(mode & BM_SEG)) && (likely(e->stamp == stamp) ? block_valid(c, e->blk) : same_again(c, e, stamp)))
+		return e->blk;
 	c->cur = &no_insn;
 	c->gpr[R_BLK] = c->rip;
 	b = block_slow(c, mode, lin);

@@ -96,6 +96,8 @@ struct block_cache {
 	size_t size, used;
 	uint32_t gen[2], last_gen;      /* upper half of code_stamp, [1] at CPL 3; no value is used twice */
 	uint32_t seen_fetch_gen[2];
+	struct { uint32_t fetch_gen, gen; } known[8];   /* at CPL 3: values of fetch_gen that may come back */
+	unsigned next_known;
 	struct block_link *want;        /* link to be filled by the next lookup */
 	struct block *scratch;          /* for blocks that cannot be kept */
 	struct jit_link *jit_want;      /* translated code's jump that the next lookup resolves */
@@ -127,6 +129,8 @@ void block_flush(struct cpu *c);
 /* Do not follow links made before this point: all, or those at CPL 3 (`user`), or those below. */
 void block_new_generation(struct cpu *c);
 void block_new_generation_of(struct cpu *c, unsigned user);
+/* fetch_gen[user] is another: one that was known brings its links back. */
+void block_fetch_changed(struct cpu *c, unsigned user);
 
 /* The loop has something to look at before the next block. */
 static inline bool block_boundary_due(const struct cpu *c)
@@ -141,10 +145,8 @@ static inline void block_check_generation(struct cpu *c)
 	struct block_cache *bc = c->blocks;
 
 	for (unsigned user = 0; user < 2; user++)
-		if (unlikely(bc->seen_fetch_gen[user] != c->fetch_gen[user])) {
-			bc->seen_fetch_gen[user] = c->fetch_gen[user];
-			block_new_generation_of(c, user);
-		}
+		if (unlikely(bc->seen_fetch_gen[user] != c->fetch_gen[user]))
+			block_fetch_changed(c, user);
 }
 
 /* code_stamp of this mode now. */

@@ -137,10 +137,18 @@ void pwc_flush(struct itlb *t)
 /* Code found by linear address at this privilege must be looked up again. */
 static void fetch_changed(struct cpu *c, int user)
 {
-	c->fetch_gen[user]++;
+	c->fetch_gen[user] = ++c->itlb->last_gen;       /* an old value may come back: mmu_switch() */
 	memset(c->itlb->fetched[user], 0, sizeof c->itlb->fetched[user]);
 	if (!user)
 		c->itlb->sup_nonglobal = false;
+}
+
+/* Code of address spaces that the guest left must be looked up again: those of this PCID, or all. */
+static void left_forget(struct itlb *t, bool all, unsigned pcid)
+{
+	for (unsigned i = 0; i < ARRAY_SIZE(t->left); i++)
+		if (all || (t->left[i].cr3 & 0xfff) == pcid)
+			t->left[i].valid = false;
 }
 
 static void fetch_note(struct itlb *t, uint64_t lin, int user)
@@ -174,6 +182,8 @@ void mmu_flush_all(struct cpu *c)
 	}
 	itlb_clear(c, true);
 	c->itlb->slot = NULL;
+	c->itlb->user_global = false;
+	left_forget(c->itlb, true, 0);
 	memset(c->itlb->large2m, 0, sizeof c->itlb->large2m);
 	memset(c->itlb->large1g, 0, sizeof c->itlb->large1g);
 	c->stats.tlb_flushes++;
@@ -198,6 +208,51 @@ void mmu_flush_nonglobal(struct cpu *c)
 	}
 	itlb_clear(c, false);
 	c->stats.tlb_flushes++;
+}
+
+static void left_save(struct itlb *t, uint64_t cr3, uint32_t gen)
+{
+	unsigned i = 0;
+
+	while (i < ARRAY_SIZE(t->left) && !(t->left[i].valid && t->left[i].cr3 == cr3))
+		i++;
+	if (i == ARRAY_SIZE(t->left))
+		i = t->next_left++ % ARRAY_SIZE(t->left);
+	t->left[i].cr3 = cr3;
+	t->left[i].gen = gen;
+	t->left[i].valid = true;
+}
+
+void mmu_switch(struct cpu *c, uint64_t cr3, bool keep)
+{
+	struct itlb *t = c->itlb;
+	bool pcids = c->cr4 & CR4_PCIDE;
+
+	if (pcids && !t->user_global)
+		left_save(t, c->cr3, c->fetch_gen[1]);
+	if (!keep)
+		left_forget(t, !pcids, cr3 & 0xfff);
+	c->cr3 = cr3;
+	mmu_flush_nonglobal(c);
+	for (unsigned i = 0; keep && i < ARRAY_SIZE(t->left); i++)
+		if (t->left[i].valid && t->left[i].cr3 == cr3) {
+			c->fetch_gen[1] = t->left[i].gen;
+			memset(t->fetched[1], 0xff, sizeof t->fetched[1]);
+			break;
+		}
+}
+
+void mmu_flush_pcid(struct cpu *c, unsigned pcid)
+{
+	left_forget(c->itlb, false, pcid);
+	if (!(c->cr4 & CR4_PCIDE) || pcid == (c->cr3 & 0xfff))
+		mmu_flush_nonglobal(c);
+}
+
+void mmu_flush_pcids(struct cpu *c)
+{
+	left_forget(c->itlb, true, 0);
+	mmu_flush_nonglobal(c);
 }
 
 /* All entries for the 2 MiB around `lin`: 512 neighbours in each table. */
@@ -250,6 +305,8 @@ static void flush_4k(struct cpu *c, uint64_t lin)
 void mmu_flush_page(struct cpu *c, uint64_t lin)
 {
 	pwc_flush(c->itlb);
+	if (c->itlb->user_global)
+		left_forget(c->itlb, true, 0);
 	if (hash_has(c->itlb->large1g, lin >> 30)) {
 		mmu_flush_all(c);
 	} else if (hash_has(c->itlb->large2m, lin >> 21)) {
@@ -299,6 +356,8 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 	*e = (struct itlb_entry){ key, *out, w.global };
 	if (!user && !w.global)
 		c->itlb->sup_nonglobal = true;
+	if (user && w.global)
+		c->itlb->user_global = true;
 	c->itlb->filled[i / 64] |= 1ull << (i % 64);
 	tlb_note_large(c, lin, w.leaf_size);
 }

@@ -63,7 +63,11 @@ struct itlb {
 	 * supervisor page was not global. A flush that cannot concern them leaves decoded code where it is.
 	 */
 	uint64_t fetched[2][FETCH_WORDS];
-	bool sup_nonglobal;
+	bool sup_nonglobal, user_global;
+	uint32_t last_gen;      /* the value that fetch_gen took last */
+	/* Address spaces with a PCID that the guest left: their fetch_gen[1], good until something of that PCID is flushed. */
+	struct { uint64_t cr3; uint32_t gen; bool valid; } left[8];
+	unsigned next_left;
 	/* Regions of which some 4 KiB entry came from a large page, hashed: INVLPG there flushes all of the region. */
 	uint64_t large2m[16], large1g[16];
 };

@@ -52,8 +52,10 @@ bool cr0_write(struct cpu *c, uint64_t v)
 
 bool cr3_write(struct cpu *c, uint64_t v)
 {
-	if (c->cr4 & CR4_PCIDE)
-		v &= ~(1ull << 63);     /* "keep the entries of this PCID": the TLB has no tags, it forgets them anyway */
+	bool keep = (c->cr4 & CR4_PCIDE) && v >> 63;
+
+	if (keep)
+		v &= ~(1ull << 63);
 	if (cpu_long(c)) {
 		if (v & (mmu_rsvd_mask(c) | 0xfff0000000000000ull))
 			return false;
@@ -62,8 +64,7 @@ bool cr3_write(struct cpu *c, uint64_t v)
 		if (cpu_paging(c) && (c->cr4 & CR4_PAE) && !mmu_load_pdptes(c, v))
 			return false;
 	}
-	c->cr3 = v;
-	mmu_flush_nonglobal(c);
+	mmu_switch(c, v, keep);
 	return true;
 }
 

@@ -36,12 +36,14 @@ static void op_invpcid(struct cpu *c, const struct insn *i)
 		cpu_gp(c, 0);
 	if (type == 0 && !cpu_canonical(c, d[1]))
 		cpu_gp(c, 0);
-	if (type == 0)
+	if (type == 0 && d[0] == (c->cr4 & CR4_PCIDE ? c->cr3 & 0xfff : 0))
 		mmu_flush_page(c, d[1]);
+	else if (type < 2)
+		mmu_flush_pcid(c, (unsigned)d[0]);
 	else if (type == 2)
 		mmu_flush_all(c);
 	else
-		mmu_flush_nonglobal(c);
+		mmu_flush_pcids(c);
 }
 
 /* The guest's memory is coherent: nothing to write back. */

@@ -407,6 +407,74 @@ static void test_flush_and_code(void **state)
 	assert_null(tlb_hit_r(&t.cpu, LIN + 8192, 4));
 }
 
+/* Code of an address space that the guest left is found again when it comes back with its PCID kept, unless something was flushed. */
+static void test_pcids(void **state)
+{
+	uint64_t a = PT_BASE | 1, b = PT_BASE | 2;
+	uint32_t gen, v = 1;
+
+	map(PTE_P | PTE_W | PTE_U, PTE_P | PTE_W | PTE_U);
+	t.cpu.cr4 |= CR4_PCIDE | CR4_PGE;
+	t.cpu.cr3 = a;
+	mmu_flush_all(&t.cpu);
+	for (unsigned how = 0; how < 8; how++) {
+		fetch_again(3);
+		gen = t.cpu.fetch_gen[1];
+		assert_true(try_access(ACC_WRITE, LIN, &v, 4));
+		mmu_switch(&t.cpu, b, true);
+		assert_int_equal(t.cpu.cr3, b);
+		assert_int_not_equal(t.cpu.fetch_gen[1], gen);
+		assert_null(tlb_hit_w(&t.cpu, LIN, 4));         /* the tables have no tags */
+		fetch_again(3);
+		switch (how) {
+		case 0: mmu_switch(&t.cpu, a, false); break;
+		case 1: mmu_flush_pcid(&t.cpu, 1); break;
+		case 2: mmu_flush_pcids(&t.cpu); break;
+		case 3: mmu_flush_all(&t.cpu); break;
+		case 4: mmu_flush_pcid(&t.cpu, 2); break;
+		case 5: mmu_flush_page(&t.cpu, LIN); break;
+		case 6: mmu_switch(&t.cpu, b, false); break;
+		default: break;
+		}
+		mmu_switch(&t.cpu, a, true);
+		if (how < 4)
+			assert_int_not_equal(t.cpu.fetch_gen[1], gen);
+		else
+			assert_int_equal(t.cpu.fetch_gen[1], gen);
+		/* What came back can be lost like anything else. */
+		if (how == 7) {
+			mmu_flush_page(&t.cpu, LIN);
+			assert_int_not_equal(t.cpu.fetch_gen[1], gen);
+		}
+	}
+	/* A global user page can be flushed from anywhere. */
+	*entry(0) |= PTE_G;
+	mmu_flush_all(&t.cpu);
+	fetch_again(3);
+	gen = t.cpu.fetch_gen[1];
+	mmu_switch(&t.cpu, b, true);
+	mmu_flush_page(&t.cpu, LIN);
+	mmu_switch(&t.cpu, a, true);
+	assert_int_not_equal(t.cpu.fetch_gen[1], gen);
+	/* More address spaces than are remembered. */
+	*entry(0) &= ~(uint64_t)PTE_G;
+	mmu_flush_all(&t.cpu);
+	fetch_again(3);
+	gen = t.cpu.fetch_gen[1];
+	for (uint64_t p = 3; p < 40; p++) {
+		mmu_switch(&t.cpu, PT_BASE | p, true);
+		assert_int_not_equal(t.cpu.fetch_gen[1], gen);
+	}
+	mmu_switch(&t.cpu, a, true);
+	assert_int_not_equal(t.cpu.fetch_gen[1], gen);
+	/* Without PCIDs nothing is kept. */
+	t.cpu.cr4 &= ~(uint64_t)CR4_PCIDE;
+	mmu_flush_all(&t.cpu);
+	gen = t.cpu.fetch_gen[1];
+	mmu_switch(&t.cpu, PT_BASE, false);
+	assert_int_not_equal(t.cpu.fetch_gen[1], gen);
+}
+
 /* 1 + the first byte of what `lin` leads to, 0: it faults. */
 static unsigned first_byte(enum access acc, uint64_t lin)
 {
@@ -534,7 +602,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 		T(test_permissions), T(test_reserved_and_keys), T(test_crossing), T(test_hostile_addresses),
-		T(test_dirty_log), T(test_code_versions), T(test_code_and_data), T(test_flush_and_code), T(test_remembered_directories), T(test_slot_rules), T(test_mmio),
+		T(test_dirty_log), T(test_code_versions), T(test_code_and_data), T(test_flush_and_code), T(test_pcids), T(test_remembered_directories), T(test_slot_rules), T(test_mmio),
 	};
 	return cmocka_run_group_tests_name("mmu", tests, NULL, NULL);
 }
