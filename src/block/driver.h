@@ -73,7 +73,7 @@ struct block {
 
 	/* raw */
 	int fd;
-	bool is_dev;
+	bool is_dev, ragged;            /* ragged: the size is no multiple of 512 */
 	unsigned mem_align;             /* O_DIRECT: buffers and offsets; 0: none */
 	bool no_nowait, in_memory;      /* atomic: RWF_NOWAIT does not work here; reads never wait (tmpfs) */
 	bool no_discard, no_zero_range; /* atomic: the file system cannot */

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "base/util.h"
 #include "block/driver.h"
@@ -145,6 +146,46 @@ int image_map(struct block *b, struct block *base, uint64_t off, uint64_t len, s
 	}
 }
 
+static int copy_bytes(int from, uint64_t off, int to, uint64_t to_off, uint64_t len)
+{
+	while (len) {
+		loff_t a = (loff_t)off, b = (loff_t)to_off;
+		ssize_t n = copy_file_range(from, &a, to, &b, len, 0);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n ? -errno : -ENOTSUP;
+		off += (uint64_t)n;
+		to_off += (uint64_t)n;
+		len -= (uint64_t)n;
+	}
+	return 0;
+}
+
+int image_copy_range(struct block *from, uint64_t off, struct block *to, uint64_t to_off, uint64_t len, bool blank)
+{
+	int r = to->drv == &block_raw && to->fd >= 0 && !to->mem_align ? 0 : -ENOTSUP;
+	for (uint64_t done = 0; !r && done < len;) {
+		struct block_extent e;
+		struct block *b = from;
+		r = image_map(from, NULL, off + done, len - done, &e);
+		for (unsigned i = 0; !r && b && i < e.depth; i++)
+			b = image_backing(b);
+		if (r)
+			return r;
+		while (b && b->child)
+			b = b->qcow2 ? b->qcow2->data : b->child;
+		if (e.zero)
+			r = blank ? 0 : image_zero(to, to_off + done, e.len, true);
+		else if (!b || b->drv != &block_raw || !e.has_offset || e.compressed)
+			r = -ENOTSUP;
+		else
+			r = copy_bytes(b->fd, e.offset, to->fd, to_off + done, e.len);
+		done += e.len;
+	}
+	return r;
+}
+
 struct block *image_backing(struct block *b)
 {
 	if (b->overlay)
@@ -228,6 +269,15 @@ int image_check(struct block *b, unsigned fix, struct image_check *c, struct err
 {
 	int r = need_qcow2(b, fix, "metadata to check", err);
 	return r ? r : qcow2_check(b, fix, c, err);
+}
+
+int image_bitmap_change(struct block *b, enum image_bitmap_op op, const char *name, const struct image_bitmap_arg *a, struct err *err)
+{
+	static const struct image_bitmap_arg none;
+	int r = need_qcow2(b, true, "persistent bitmaps", err);
+	if (!r && a && a->source && !a->source->qcow2)
+		r = need_qcow2(a->source, false, "persistent bitmaps", err);
+	return r ? r : qcow2_bitmap(b, op, name, a ? a : &none, err);
 }
 
 int image_amend(struct block *b, const struct image_amend *a, struct err *err)

@@ -15,6 +15,11 @@ int image_write(struct block *b, uint64_t off, const void *buf, uint64_t len);
 int image_zero(struct block *b, uint64_t off, uint64_t len, bool may_unmap);
 int image_discard(struct block *b, uint64_t off, uint64_t len);
 int image_flush(struct block *b);
+/*
+ * Let the kernel copy, or share, what both images have in plain files; holes are left out when the target is `blank`.
+ * -ENOTSUP and others: nothing is lost, copy it by hand. The target must be raw.
+ */
+int image_copy_range(struct block *from, uint64_t off, struct block *to, uint64_t to_off, uint64_t len, bool blank);
 /* One whole cluster (the last may be short), compressed when that makes it smaller. */
 int image_write_compressed(struct block *b, uint64_t off, const void *buf, uint64_t len);
 
@@ -76,6 +81,12 @@ struct image_check {
 	void (*say)(void *opaque, const char *line);    /* a finding; may be NULL */
 	void *opaque;
 };
+enum image_bitmap_op { BITMAP_ADD, BITMAP_REMOVE, BITMAP_CLEAR, BITMAP_ENABLE, BITMAP_DISABLE, BITMAP_MERGE };
+/* granularity: bytes, 0: by the cluster size (add); source, source_name: what to merge in. */
+struct image_bitmap_arg { uint64_t granularity; struct block *source; const char *source_name; };
+/* `a` may be NULL where nothing of it is meant. */
+int image_bitmap_change(struct block *b, enum image_bitmap_op op, const char *name, const struct image_bitmap_arg *a, struct err *err);
+
 int image_check(struct block *b, unsigned fix, struct image_check *c, struct err *err);
 
 struct image_create {

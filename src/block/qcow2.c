@@ -233,6 +233,7 @@ static void qcow2_close(struct block *b)
 		return;
 	block_drain(q->data); /* whoever finished the last request may still be on its way out */
 	if (!b->read_only && q->l1 && q->l2.hash && q->refs.hash) {
+		q_bitmaps_end(q);
 		/* The first round frees what is dead, the second writes that. */
 		int r = q_flush(q, true);
 		if (!r)
@@ -252,6 +253,7 @@ static void qcow2_close(struct block *b)
 	free(q->meta);
 	free(q->comp_buf);
 	q_free_compressors(q);
+	q_bitmaps_free(q);
 	free(q->backing);
 	free(q->backing_format);
 	free(q->data_file);
@@ -273,9 +275,11 @@ int q_start_writing(struct qcow2 *q)
 	pthread_mutex_lock(&q->lock);
 	int r = q->broken;
 	uint64_t keep = q->h.incompat & INCOMPAT_DATA_FILE ? AUTOCLEAR_DATA_RAW : 0;
+	if (!r && !q->started_writing && !q_bitmaps_begin(q))
+		keep |= AUTOCLEAR_BITMAPS;
 	if (!r && !q->started_writing && q->h.autoclear & ~keep) {
 		struct qhead h = q->h;
-		if (h.autoclear & AUTOCLEAR_BITMAPS)
+		if (h.autoclear & ~keep & AUTOCLEAR_BITMAPS)
 			log_warn("%s: its dirty bitmaps do not follow what is written now; they are marked inconsistent", q->b->file);
 		h.autoclear &= keep;
 		r = q_write_head(q, &h);

@@ -92,6 +92,9 @@ struct qcow2 {
 	bool started_writing;           /* autoclear bits were dealt with */
 	bool needs_flush;               /* tables were written since the last fdatasync of the leaf */
 	int broken;                     /* -EIO after corruption was found: no more writing */
+	struct qbitmap *bitmaps;        /* qcow2_bitmap.c */
+	unsigned nbitmaps;
+	bool bitmaps_loaded, tracking;  /* the directory is in memory; atomic: enabled ones follow writes */
 	/* the cluster decompressed last */
 	pthread_mutex_t comp_lock;
 	uint64_t comp_entry;
@@ -132,6 +135,8 @@ int q_write_head(struct qcow2 *q, const struct qhead *h);
 /* Everything up to the backing name, from q->h, q->ext, q->backing...; -ENOSPC when it does not fit a cluster. */
 int q_write_header(struct qcow2 *q, const struct qhead *h, bool fresh);
 int q_set_string_ext(struct qcow2 *q, uint32_t type, const char *text);
+/* NULL removes it. */
+int q_set_ext(struct qcow2 *q, uint32_t type, const void *data, uint32_t len);
 struct qext *q_find_ext(struct qcow2 *q, uint32_t type);
 void q_free_exts(struct qcow2 *q);
 
@@ -211,6 +216,7 @@ struct qbuild {
 	uint64_t n, room, next;         /* clusters known; allocated; first candidate for new tables */
 	struct qhead h;                 /* the header to be */
 	bool old_uncounted;             /* refs does not hold the old refcount structure */
+	bool whole_header;              /* the extensions changed, too */
 };
 /* Everybody is kept out (q_stop). From the refcounts on disk, or empty (check). */
 int qbuild_begin(struct qbuild *w, struct qcow2 *q, bool empty, struct err *err);
@@ -246,6 +252,16 @@ int qcow2_set_backing(struct block *b, const char *file, const char *format, str
 int qcow2_amend(struct block *b, const struct image_amend *a, struct err *err);
 int qcow2_make_empty(struct block *b, struct err *err);
 int q_preallocate(struct qcow2 *q, uint64_t from, uint64_t to, enum block_prealloc p);
+
+/* --- qcow2_bitmap.c: persistent dirty bitmaps --- */
+/* Before the first write; lock held. 0: they follow (or none is enabled); -errno: they cannot. */
+int q_bitmaps_begin(struct qcow2 *q);
+void q_bitmaps_mark(struct qcow2 *q, uint64_t off, uint64_t len);
+void q_bitmaps_end(struct qcow2 *q);    /* closing: write back what followed */
+void q_bitmaps_free(struct qcow2 *q);
+int q_bitmaps_before_resize(struct qcow2 *q, struct err *err);
+int q_bitmaps_resized(struct qcow2 *q, uint64_t size);
+int qcow2_bitmap(struct block *b, enum image_bitmap_op op, const char *name, const struct image_bitmap_arg *a, struct err *err);
 
 /* --- qcow2_info.c --- */
 int qcow2_info(struct block *b, struct image_info *i);

@@ -135,9 +135,9 @@ int qcow2_resize(struct block *b, uint64_t size, enum block_prealloc p, struct e
 		return err_set(err, -EFBIG, "%s: Image is too big for its cluster size of %u bytes", b->file, q->cs);
 	if (size != old && q->nsnaps && q->h.version < 3)
 		return err_set(err, -ENOTSUP, "%s: Can't resize a v2 image which has snapshots", b->file);
-	if (size != old && q_find_ext(q, EXT_BITMAPS) && q->h.autoclear & AUTOCLEAR_BITMAPS)
-		return err_set(err, -ENOTSUP, "%s: has dirty bitmaps, which cannot be resized; remove them first", b->file);
 	int r = q_start_writing(q);
+	if (!r && size != old && (r = q_bitmaps_before_resize(q, err)))
+		return r;
 	if (!r && size < old)
 		r = q_discard(q, size, old - size, true);
 	pthread_mutex_lock(&q->lock);
@@ -152,6 +152,8 @@ int qcow2_resize(struct block *b, uint64_t size, enum block_prealloc p, struct e
 		r = q_preallocate(q, old, size, p);
 	if (!r)
 		r = set_size(q, size);
+	if (!r)
+		r = q_bitmaps_resized(q, size);
 	return r ? err_set_errno(err, r, "%s: cannot resize", b->file) : 0;
 }
 

@@ -201,6 +201,8 @@ int qcow2_write_compressed(struct block *b, uint64_t off, const void *buf, uint6
 		return -EINVAL;
 	uint8_t *in = len < q->cs ? calloc(1, q->cs) : NULL, *out = malloc(q->cs);
 	int r = !out || (len < q->cs && !in) ? -ENOMEM : q_start_writing(q);
+	if (!r)
+		q_bitmaps_mark(q, off, len);
 	if (!r && in)
 		memcpy(in, buf, len);
 	if (!r)

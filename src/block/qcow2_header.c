@@ -179,6 +179,11 @@ static int add_ext(struct qcow2 *q, uint32_t type, const uint8_t *data, uint32_t
 
 int q_set_string_ext(struct qcow2 *q, uint32_t type, const char *text)
 {
+	return q_set_ext(q, type, text, text ? (uint32_t)strlen(text) : 0);
+}
+
+int q_set_ext(struct qcow2 *q, uint32_t type, const void *data, uint32_t len)
+{
 	for (unsigned i = 0; i < q->next; i++) {
 		if (q->ext[i].type != type)
 			continue;
@@ -186,7 +191,7 @@ int q_set_string_ext(struct qcow2 *q, uint32_t type, const char *text)
 		memmove(&q->ext[i], &q->ext[i + 1], (--q->next - i) * sizeof *q->ext);
 		break;
 	}
-	return text ? add_ext(q, type, (const uint8_t *)text, (uint32_t)strlen(text)) : 0;
+	return data ? add_ext(q, type, data, len) : 0;
 }
 
 /* Extensions run up to the end marker, the backing name or the end of the first cluster. */

@@ -339,6 +339,7 @@ int q_write(struct qcow2 *q, uint64_t off, const struct iovec *iov, int n, uint6
 	int r = q_start_writing(q);
 	if (r)
 		return r;
+	q_bitmaps_mark(q, off, len);
 	qrange_lock(q, &range, off, len, false);
 	r = write_pieces(q, off, iov, n, len, false, &done);
 	qrange_unlock(q, &range);
@@ -429,6 +430,8 @@ int q_zero(struct qcow2 *q, uint64_t off, uint64_t len, bool may_unmap)
 {
 	uint64_t start = ALIGN_UP(off, (uint64_t)q->cs), end = ALIGN_DOWN(off + len, (uint64_t)q->cs);
 	int r = q_start_writing(q);
+	if (!r)
+		q_bitmaps_mark(q, off, len);
 	if (off + len == q->b->length) /* nothing of the guest's is behind it */
 		end = ALIGN_UP(q->b->length, (uint64_t)q->cs);
 	if (r)
@@ -460,6 +463,8 @@ int q_discard(struct qcow2 *q, uint64_t off, uint64_t len, bool make_holes)
 	if (!make_holes && q->h.version < 3 && q->b->backing)
 		return 0; /* would show what the backing file has */
 	int r = q_start_writing(q);
+	if (!r)
+		q_bitmaps_mark(q, off, len);
 	return r || start >= end ? r : clear_clusters(q, start, end, make_holes ? CLEAR_HOLE : CLEAR_DISCARD);
 }
 
@@ -479,6 +484,8 @@ bool q_fast(struct block *b, struct block_req *r)
 		ok = !q->broken && q->started_writing >= write && !q_lookup(q, r->off, r->len, &run, true) && run.len == r->len;
 		if (ok && write)
 			ok = run.kind == Q_DATA && run.copied && !check_target(q, run.host, run.len);
+		if (ok && write)
+			q_bitmaps_mark(q, r->off, r->len);
 		pthread_mutex_unlock(&q->lock);
 	}
 	struct block *to = q->data;
@@ -538,6 +545,8 @@ bool q_submit(struct block *b, struct block_req *r)
 		     run.kind == Q_DATA && (!write || (run.copied && !check_target(q, run.host, run.len)));
 		pthread_mutex_unlock(&q->lock);
 	}
+	if (ok && write)
+		q_bitmaps_mark(q, r->off, r->len);
 	if (ok) {
 		op->part = (struct block_req){ .op = r->op, .off = run.host, .len = r->len, .iov = r->iov, .iovcnt = r->iovcnt,
 					       .flags = r->flags & BLOCK_REQ_MORE, .done = part_done };

@@ -267,6 +267,8 @@ int qcow2_snapshot_apply(struct block *b, const char *id_or_name, struct err *er
 	if (!r)
 		r = qbuild_begin(&w, q, false, err);
 	if (!r)
+		q_bitmaps_mark(q, 0, q->b->length); /* all of it may have changed */
+	if (!r)
 		r = apply(&w, s, err);
 	if (!r)
 		r = qbuild_commit(&w, err);

@@ -372,9 +372,11 @@ int qbuild_commit(struct qbuild *w, struct err *err)
 	w->h.reftable_clusters = (uint32_t)nr.table_clusters;
 	r = q_sync(q);
 	if (!r)
-		r = q_write_head(q, &w->h);
+		r = w->whole_header ? q_write_header(q, &w->h, false) : q_write_head(q, &w->h);
 	if (r)
 		return err_set_errno(err, r, "%s: cannot write", q->b->file);
+	if (w->whole_header)
+		w->h = q->h;
 	qcache_drop(&q->l2);
 	qcache_drop(&q->refs);
 	q->h = w->h;

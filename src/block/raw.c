@@ -402,9 +402,7 @@ static int file_size(struct block *b, struct err *err)
 	}
 	if (size > INT64_MAX - 4096)
 		return err_set(err, -EFBIG, "%s: too big", b->file);
-	if (size % 512)
-		log_warn("%s: size %llu is no multiple of 512; the last sector is filled up with zeroes", b->file,
-			 (unsigned long long)size);
+	b->ragged = size % 512;
 	b->length = ALIGN_UP(size, (uint64_t)512);
 	if (b->size > 512)
 		b->length = ALIGN_DOWN(b->length, (uint64_t)b->size);

@@ -16,11 +16,13 @@ static const struct { const char *name, *args; int (*fn)(int argc, char **argv);
 	{ "amend", "[-p] [-q] [-f fmt] [-t cache] -o options filename", img_amend },
 	{ "bench", "[-c count] [-d depth] [-f fmt] [--flush-interval=flush_interval] [-n] [--no-drain] [-o offset] [--pattern=pattern] "
 	  "[-q] [-s buffer_size] [-S step_size] [-t cache] [-w] [-U] filename", img_bench },
+	{ "bitmap", "(--merge SOURCE | --add | --remove | --clear | --enable | --disable)... [-b source_file [-F source_fmt]] [-g granularity] "
+	  "[--object objectdef] [--image-opts | -f fmt] filename bitmap", img_bitmap },
 	{ "check", "[-q] [-f fmt] [--output=ofmt] [-r [leaks | all]] [-T src_cache] [-U] filename", img_check },
-	{ "commit", "[-q] [-f fmt] [-t cache] [-b base] [-d] [-p] filename", img_commit },
+	{ "commit", "[-q] [-f fmt] [-t cache] [-b base] [-r rate_limit] [-d] [-p] filename", img_commit },
 	{ "compare", "[-f fmt] [-F fmt] [-T src_cache] [-p] [-q] [-s] [-U] filename1 filename2", img_compare },
 	{ "convert", "[-U] [-c] [-p] [-q] [-n] [-f fmt] [-t cache] [-T src_cache] [-O output_fmt] [-B backing_file [-F backing_fmt]] "
-	  "[-o options] [-l snapshot_param] [-S sparse_size] [-m num_coroutines] [-W] [--salvage] filename [filename2 [...]] "
+	  "[-o options] [-l snapshot_param] [-S sparse_size] [-m num_coroutines] [-W] [-C] [-r rate_limit] [--bitmaps [--skip-broken-bitmaps]] [--salvage] filename [filename2 [...]] "
 	  "output_filename", img_convert },
 	{ "create", "[-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o options] filename [size]", img_create },
 	{ "dd", "[-U] [-f fmt] [-O output_fmt] [bs=block_size] [count=blocks] [skip=blocks] if=input of=output", img_dd },
@@ -130,6 +132,9 @@ int img_getopt(int argc, char **argv, const char *shorts)
 		{ "no-drain", no_argument, 0, OPT_NO_DRAIN }, { "salvage", no_argument, 0, OPT_SALVAGE },
 		{ "target-is-zero", no_argument, 0, OPT_TARGET_ZERO }, { "bitmaps", no_argument, 0, OPT_BITMAPS },
 		{ "skip-broken-bitmaps", no_argument, 0, OPT_SKIP_BROKEN }, { "force", no_argument, 0, OPT_FORCE },
+		{ "add", no_argument, 0, OPT_BITMAP_ADD }, { "remove", no_argument, 0, OPT_BITMAP_ADD + BITMAP_REMOVE },
+		{ "clear", no_argument, 0, OPT_BITMAP_ADD + BITMAP_CLEAR }, { "enable", no_argument, 0, OPT_BITMAP_ADD + BITMAP_ENABLE },
+		{ "disable", no_argument, 0, OPT_BITMAP_ADD + BITMAP_DISABLE }, { "merge", required_argument, 0, OPT_BITMAP_ADD + BITMAP_MERGE },
 		{ "format", required_argument, 0, 'f' }, { "repair", required_argument, 0, 'r' }, { 0 },
 	};
 	int c = getopt_long(argc, argv, shorts, longs, NULL);
@@ -153,10 +158,6 @@ int img_getopt(int argc, char **argv, const char *shorts)
 	given.target_opts |= c == OPT_TARGET_OPTS;
 	if (c == OPT_OBJECT || c == OPT_IMAGE_OPTS || c == OPT_TARGET_OPTS)
 		return img_getopt(argc, argv, shorts);
-	if (c == OPT_BITMAPS || c == OPT_SKIP_BROKEN) {
-		img_fail("option '%s' is not supported yet", argv[optind - 1]);
-		exit(1);
-	}
 	if (c == 'h') {
 		img_main(2, (char *[]){ (char[]){ "img" }, (char[]){ "--help" }, NULL });
 		exit(0);

@@ -31,7 +31,8 @@ int64_t img_size(const char *text, const char *what);
 int img_cache(const char *mode, enum block_cache *c);
 /* Like getopt_long() with the names every verb has: 'U' force-share, 256 object, 257 image-opts, 258 output, 259... */
 enum { OPT_OBJECT = 256, OPT_IMAGE_OPTS, OPT_OUTPUT, OPT_BACKING_CHAIN, OPT_SIZE, OPT_PREALLOC, OPT_SHRINK, OPT_START, OPT_LENGTH,
-       OPT_FLUSH, OPT_PATTERN, OPT_NO_DRAIN, OPT_SALVAGE, OPT_TARGET_ZERO, OPT_BITMAPS, OPT_FORCE, OPT_SKIP_BROKEN, OPT_TARGET_OPTS };
+       OPT_FLUSH, OPT_PATTERN, OPT_NO_DRAIN, OPT_SALVAGE, OPT_TARGET_ZERO, OPT_BITMAPS, OPT_FORCE, OPT_SKIP_BROKEN, OPT_TARGET_OPTS,
+       OPT_BITMAP_ADD = 300 /* and the other image_bitmap_ops */ };
 int img_getopt(int argc, char **argv, const char *shorts);
 int img_output(const char *text, bool *json);
 void json_string(const char *s);
@@ -42,6 +43,14 @@ void img_progress(bool on, double percent);
 /* "64 KiB" as QEMU writes sizes. */
 const char *img_human(uint64_t bytes, char buf[32]);
 extern const char img_missing[];
+/* img_opts.c: -o help was asked for, and answered. */
+bool img_options_help(const char *text, const char *format, bool amend);
+/* -r: seconds to wait before `bytes` more are due; the caller holds what protects `r`. */
+struct img_rate { uint64_t limit; double due; };
+double img_rate_wait(struct img_rate *r, uint64_t bytes);
+void img_sleep(double seconds);
+/* img_bitmap.c: 0, or 1 after telling why. */
+int img_copy_bitmaps(struct block *to, struct block *from, bool skip_broken);
 
 int img_create(int argc, char **argv);
 int img_info(int argc, char **argv);
@@ -55,6 +64,7 @@ int img_rebase(int argc, char **argv);
 int img_commit(int argc, char **argv);
 int img_convert(int argc, char **argv);
 int img_compare(int argc, char **argv);
+int img_bitmap(int argc, char **argv);
 int img_bench(int argc, char **argv);
 int img_dd(int argc, char **argv);
 

@@ -29,7 +29,8 @@ struct convert {
 	unsigned nsrc;
 	uint64_t size, next, done, unit;
 	uint64_t sparse;                /* shortest run of zeroes to leave out, 0: none */
-	bool compress, blank, progress, salvage, has_backing;
+	bool compress, blank, progress, salvage, has_backing, offload;
+	struct img_rate rate;
 	pthread_mutex_t lock;
 	int error;
 	bool write_error;
@@ -127,10 +128,25 @@ static bool left_to_backing(struct convert *v, uint64_t off, uint64_t len)
 	return b && !image_map(b, image_backing(b), in, MIN(len, left), &e) && !e.present && e.len >= MIN(len, left);
 }
 
+/* -C: the kernel copies, or shares blocks, where both ends are plain files. False: do it the other way. */
+static bool copy_offload(struct convert *v, uint64_t off, uint64_t len)
+{
+	for (uint64_t done = 0, n; done < len; done += n) {
+		uint64_t in, left;
+		struct block *b = source_at(v, off + done, &in, &left);
+		n = MIN(len - done, left);
+		if (b && image_copy_range(b, in, v->dst, off + done, n, v->blank))
+			return false;
+		if (!b && !v->blank)
+			return false;
+	}
+	return true;
+}
+
 static int copy_piece(struct convert *v, uint64_t off, uint8_t *buf, uint64_t len)
 {
 	bool zero;
-	if (left_to_backing(v, off, len))
+	if (left_to_backing(v, off, len) || (v->offload && copy_offload(v, off, len)))
 		return 0;
 	int r = read_piece(v, off, buf, len, &zero);
 	if (r)
@@ -157,7 +173,9 @@ static void *copier(void *opaque)
 	while (!v->error && v->next < v->size) {
 		uint64_t off = v->next, len = MIN(v->size - off, (uint64_t)PIECE);
 		v->next += len;
+		double wait = img_rate_wait(&v->rate, len);
 		pthread_mutex_unlock(&v->lock);
+		img_sleep(wait);
 		int r = buf ? copy_piece(v, off, buf, len) : -ENOMEM;
 		pthread_mutex_lock(&v->lock);
 		if (r && !v->error)
@@ -230,7 +248,7 @@ static int make_target(struct image_create *cr, char **final)
 	return image_create(cr, &err) ? img_fail("%s: error while converting %s: %s", *final ? *final : cr->file, cr->format, err.msg) : 0;
 }
 
-struct convert_args { struct image_create cr; const char *options, *cache, *src_cache; bool no_create, quiet, target_zero; unsigned threads; int64_t sparse; };
+struct convert_args { struct image_create cr; const char *options, *cache, *src_cache; bool no_create, quiet, target_zero, bitmaps, skip_broken, sparse_given; unsigned threads; int64_t sparse; };
 
 static int open_sources(struct convert *v, char **files, unsigned n, const struct img_open *o)
 {
@@ -280,6 +298,8 @@ static int convert(struct convert *v, struct convert_args *a)
 	v->sparse = (uint64_t)a->sparse;
 	if (!r && copy_all(v, v->compress ? MAX(a->threads, 2u) : a->threads))
 		r = img_fail("error while %s: %s", v->write_error ? "writing" : "reading", strerror(-v->error));
+	if (!r && a->bitmaps)
+		r = img_copy_bitmaps(v->dst, v->src[0], a->skip_broken);
 	int c = block_close_checked(v->dst); /* waits for the disk unless the cache mode is unsafe, the default, as QEMU */
 	if (!r && c)
 		r = img_fail("%s: cannot write: %s", target, strerror(-c));
@@ -314,6 +334,7 @@ int img_convert(int argc, char **argv)
 		case 'o': a.options = *a.options && *optarg ? (asprintf((char **)(uintptr_t)&a.options, "%s,%s", a.options, optarg) < 0 ? "" : a.options) : optarg; break;
 		case 'l': so.internal = !strncmp(optarg, "snapshot.name=", 14) ? optarg + 14 : !strncmp(optarg, "snapshot.id=", 12) ? optarg + 12 : optarg; break;
 		case 'S':
+			a.sparse_given = true;
 			a.sparse = img_size(optarg, "buffer size for sparse output");
 			if (a.sparse < 0 || a.sparse % 512 || a.sparse > PIECE)
 				return a.sparse < 0 ? 1 : img_fail("Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to %u. "
@@ -325,6 +346,16 @@ int img_convert(int argc, char **argv)
 		case 'q': a.quiet = true; break;
 		case 'n': a.no_create = true; break;
 		case 'U': so.shared = true; break;
+		case 'C': v.offload = true; break;
+		case 'r': {
+			int64_t limit = img_size(optarg, "rate limit");
+			if (limit < 0)
+				return 1;
+			v.rate.limit = (uint64_t)limit;
+			break;
+		}
+		case OPT_BITMAPS: a.bitmaps = true; break;
+		case OPT_SKIP_BROKEN: a.skip_broken = true; break;
 		case OPT_SALVAGE: v.salvage = true; break;
 		case OPT_TARGET_ZERO: a.target_zero = true; break;
 		case 'm':
@@ -336,8 +367,16 @@ int img_convert(int argc, char **argv)
 	}
 	if (a.quiet)
 		v.progress = false;
+	if (img_options_help(a.options, a.cr.format, false))
+		return 0;
+	if (v.offload && (v.compress || a.sparse_given))
+		return img_fail("Cannot enable copy offloading when -%c is used", v.compress ? 'c' : 'S');
+	if (a.skip_broken && !a.bitmaps)
+		return img_fail("Use of --skip-broken-bitmaps requires --bitmaps");
 	if (argc - optind < 2)
 		return img_usage("Must specify image file name");
+	if (a.bitmaps && argc - optind > 2)
+		return img_fail("Copying bitmaps only possible with single source");
 	a.cr.tls = img_objects();
 	if (a.target_zero && !a.no_create)
 		return img_fail("--target-is-zero requires use of -n flag");

@@ -85,6 +85,8 @@ int img_create(int argc, char **argv)
 		case 'u': unchecked = true; break;
 		}
 	}
+	if (img_options_help(options, cr.format, false))
+		return 0;
 	if (optind >= argc)
 		return img_usage("Expecting image file name");
 	cr.file = argv[optind++];
@@ -203,6 +205,8 @@ int img_amend(int argc, char **argv)
 	}
 	if (!options)
 		return img_usage("Must specify options (-o)");
+	if (img_options_help(options, o.format ? o.format : cr.format, true))
+		return 0;
 	if (optind != argc - 1)
 		return img_usage("%s", img_missing);
 	if (*options && keyvals_parse(&l, "-o", options, NULL, &err))
@@ -320,8 +324,9 @@ int img_rebase(int argc, char **argv)
 /* --- commit --- */
 
 /* What the chain from `b` down to, not including, `base` holds goes into `base`. */
-static int commit_copy(struct block *b, struct block *below, struct block *base, bool progress)
+static int commit_copy(struct block *b, struct block *below, struct block *base, uint64_t limit, bool progress)
 {
+	struct img_rate rate = { .limit = limit };
 	uint8_t *buf = malloc(STEP);
 	uint64_t size = block_length(b);
 	int r = buf ? 0 : -ENOMEM;
@@ -333,6 +338,7 @@ static int commit_copy(struct block *b, struct block *below, struct block *base,
 		if (e.present && e.zero)
 			r = image_zero(base, off, e.len, true);
 		else if (e.present) {
+			img_sleep(img_rate_wait(&rate, e.len));
 			r = image_read(b, off, buf, e.len);
 			if (!r)
 				r = image_write(base, off, buf, e.len);
@@ -372,6 +378,7 @@ int img_commit(int argc, char **argv)
 	const char *want = NULL;
 	struct err err = { 0 };
 	bool quiet = false, progress = false, keep = false;
+	int64_t limit = 0;
 	char *path = NULL;
 	int c, r = 0;
 	while ((c = img_getopt(argc, argv, ":f:ht:b:dpqr:")) >= 0) {
@@ -380,6 +387,11 @@ int img_commit(int argc, char **argv)
 		case 't': o.cache = optarg; break;
 		case 'b': want = optarg; keep = true; break;
 		case 'd': keep = true; break;
+		case 'r':
+			limit = img_size(optarg, "rate limit");
+			if (limit < 0)
+				return 1;
+			break;
 		case 'p': progress = true; break;
 		case 'q': quiet = true; break;
 		}
@@ -400,7 +412,7 @@ int img_commit(int argc, char **argv)
 	r = !base;
 	if (!r && block_length(base) < block_length(b) && image_resize(base, block_length(b), PREALLOC_OFF, &err))
 		r = img_fail("%s", err.msg);
-	int n = r ? 0 : commit_copy(b, below, base, progress);
+	int n = r ? 0 : commit_copy(b, below, base, (uint64_t)limit, progress);
 	if (n)
 		r = img_fail("Failed to commit: %s", strerror(-n));
 	n = block_close_checked(base);

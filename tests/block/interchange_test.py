@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 SIZE = 3 * 1024 * 1024 + 512 * 7
 cases = 0
@@ -196,10 +197,83 @@ def amend(raw):
         assert json.loads(run(qemu, "info", "--output=json", "m.qcow2"))["format-specific"]["data"]["compat"] == version
 
 
+def dirty(image, bitmap):
+    """Dirty ranges as QEMU's NBD server tells them."""
+    sock = os.path.abspath("sock")
+    server = subprocess.Popen(["qemu-nbd", "-t", "-k", sock, "-r", "-f", "qcow2", "-B", bitmap, image])
+    try:
+        for _ in range(100):
+            if os.path.exists(sock):
+                break
+            time.sleep(0.05)
+        out = json.loads(run(qemu, "map", "--output=json", "--image-opts",
+                             f"driver=nbd,server.type=unix,server.path={sock},x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}"))
+    finally:
+        server.terminate()
+        server.wait()
+    return [(e["start"], e["length"]) for e in out if not e["data"]]
+
+
+def names(image):
+    data = json.loads(run(qemu, "info", "--output=json", image))["format-specific"]["data"]
+    return {b["name"]: sorted(b["flags"]) for b in data.get("bitmaps", [])}
+
+
+def bitmaps(opts, maker, other):
+    """Both programs add, write, resize, merge, clear and remove; the bits are what was written, and nothing else."""
+    global cases, what
+    cases += 1
+    what = f"bitmaps {opts} made by {maker}"
+    for f in ("bm.qcow2", "bm2.qcow2"):
+        if os.path.exists(f):
+            os.unlink(f)
+    run(maker, "create", "-q", "-f", "qcow2", "-o", opts, "bm.qcow2", "16M")
+    run(maker, "bitmap", "--add", "-g", "64k", "bm.qcow2", "on")
+    run(maker, "bitmap", "--add", "-g", "16k", "--disable", "bm.qcow2", "off")
+    assert names("bm.qcow2") == {"on": ["auto"], "off": []}, names("bm.qcow2")
+    run(lodge_io, "-f", "qcow2", "-c", "write 0 1k", "-c", "write 1M 130k", "-c", "discard 2M 64k", "bm.qcow2")
+    run("qemu-io", "-f", "qcow2", "-c", "write 3M 64k", "bm.qcow2")
+    run(lodge_io, "-f", "qcow2", "-c", "write -z 4M 64k", "bm.qcow2")
+    k = 1024
+    want = [(0, 64 * k), (1024 * k, 192 * k), (2048 * k, 64 * k), (3072 * k, 64 * k), (4096 * k, 64 * k)]
+    assert dirty("bm.qcow2", "on") == want, dirty("bm.qcow2", "on")
+    assert dirty("bm.qcow2", "off") == []
+    for tool in (qemu, lodge):
+        clean(tool, "bm.qcow2")
+    run(other, "bitmap", "--merge", "on", "bm.qcow2", "off")
+    assert dirty("bm.qcow2", "off") == want
+    run(maker, "bitmap", "--clear", "bm.qcow2", "on")
+    assert dirty("bm.qcow2", "on") == []
+    run(lodge, "resize", "-q", "bm.qcow2", "33M")
+    run(lodge_io, "-f", "qcow2", "-c", "write 32M 512", "bm.qcow2")
+    assert dirty("bm.qcow2", "on")[-1] == (32 * 1024 * k, 64 * k)
+    run(lodge, "resize", "-q", "--shrink", "bm.qcow2", "2M")
+    assert dirty("bm.qcow2", "off") == want[:2], dirty("bm.qcow2", "off")
+    run(lodge, "convert", "-O", "qcow2", "--bitmaps", "bm.qcow2", "bm2.qcow2")
+    assert names("bm2.qcow2") == names("bm.qcow2") and dirty("bm2.qcow2", "off") == want[:2]
+    for image in ("bm.qcow2", "bm2.qcow2"):
+        for tool in (qemu, lodge):
+            clean(tool, image)
+    # killed while writing: in use, so nobody believes it; only removing works
+    p = subprocess.Popen([lodge_io, "-f", "qcow2", "-c", "write 0 64k", "-c", "sleep 60000", "bm.qcow2"], stdout=subprocess.PIPE)
+    p.stdout.readline()
+    p.kill()
+    p.wait()
+    assert "in-use" in names("bm.qcow2")["on"], names("bm.qcow2")
+    run(lodge, "bitmap", "--clear", "bm.qcow2", "on", ok=(1,))
+    run(other, "check", "-q", "-r", "all", "bm.qcow2", ok=(0, 3))
+    run(other, "bitmap", "--remove", "bm.qcow2", "on")
+    run(lodge, "bitmap", "--remove", "bm.qcow2", "off")
+    assert names("bm.qcow2") == {}
+    for tool in (qemu, lodge):
+        clean(tool, "bm.qcow2")
+
+
 if len(sys.argv) < 2 or not shutil.which("qemu-img") or not shutil.which("qemu-io"):
     print("SKIP: no qemu-img (package qemu-utils)")
     sys.exit(77)
 lodge, qemu, full = os.path.abspath(sys.argv[1]), "qemu-img", "--full" in sys.argv
+lodge_io = lodge.replace("qemu-img", "qemu-io")
 with tempfile.TemporaryDirectory(dir="/var/tmp") as d:
     os.chdir(d)
     make_raw("raw", 1)
@@ -212,5 +286,14 @@ with tempfile.TemporaryDirectory(dir="/var/tmp") as d:
                               "cluster_size=2M")):
         chain(opts, lodge, qemu, "raw", i)
         chain(opts, qemu, lodge, "raw", i + 10)
+    for opts in ("cluster_size=65536", "cluster_size=512", "cluster_size=4096,extended_l2=off,refcount_bits=1"):
+        bitmaps(opts, lodge, qemu)
+        bitmaps(opts, qemu, lodge)
     amend("raw")
+    run(lodge, "convert", "-C", "-O", "raw", "m.qcow2", "o.raw")
+    same("o.raw", "m.qcow2", "raw", "qcow2")
+    begin = time.monotonic()
+    run(lodge, "convert", "-r", "4M", "-O", "qcow2", "raw", "r.qcow2")
+    assert time.monotonic() - begin > 0.6
+    same("raw", "r.qcow2", "raw", "qcow2")
     print(f"{cases} combinations")

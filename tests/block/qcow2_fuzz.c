@@ -69,6 +69,16 @@ static void change(const uint8_t *data, size_t size)
 		image_snapshot_delete(b, b->qcow2->snaps[0].s.id, NULL);
 	image_resize(b, len / 2 / 512 * 512 + 512, PREALLOC_OFF, NULL);
 	block_close(b);
+	/* not after a write, which takes the bitmaps */
+	b = open_image(data, size, false, false);
+	if (!b)
+		return;
+	struct image_bitmap_arg arg = { .source = b, .source_name = "off" };
+	image_bitmap_change(b, BITMAP_MERGE, "on", &arg, NULL);
+	image_bitmap_change(b, BITMAP_ADD, "new", NULL, NULL);
+	image_bitmap_change(b, BITMAP_CLEAR, "off", NULL, NULL);
+	image_bitmap_change(b, BITMAP_REMOVE, "on", NULL, NULL);
+	block_close(b);
 }
 
 static void repair(const uint8_t *data, size_t size)
@@ -114,6 +124,9 @@ static uint8_t *make(unsigned k, size_t *size)
 	image_write(b, 4096, buf, 69632);
 	for (uint64_t off = 1 << 20; off < (1 << 20) + 4ull * c.cluster_size; off += c.cluster_size)
 		image_write_compressed(b, off, buf, c.cluster_size);
+	image_bitmap_change(b, BITMAP_ADD, "on", &(struct image_bitmap_arg){ .granularity = 512 }, NULL);
+	image_bitmap_change(b, BITMAP_ADD, "off", NULL, NULL);
+	image_bitmap_change(b, BITMAP_DISABLE, "off", NULL, NULL);
 	image_snapshot_create(b, "one", NULL);
 	image_write(b, 65536, buf, 8192);
 	image_zero(b, 262144, 131072, true);
