@@ -70,7 +70,7 @@ static void change(const uint8_t *data, size_t size)
 	image_resize(b, len / 2 / 512 * 512 + 512, PREALLOC_OFF, NULL);
 	block_close(b);
 	/* not after a write, which takes the bitmaps */
-	b = open_image(data, size, false, false);
+	b = open_image(data, size, true, false);
 	if (!b)
 		return;
 	struct image_bitmap_arg arg = { .source = b, .source_name = "off" };
