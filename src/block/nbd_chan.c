@@ -104,7 +104,8 @@ static ssize_t recv_some(struct nbd_chan *c, struct iovec *iov, int n)
 static size_t take(struct nbd_chan *c, void *buf, size_t len)
 {
 	size_t n = MIN(len, (size_t)(c->tail - c->head));
-	memcpy(buf, c->buf + c->head, n);
+	if (n)
+		memcpy(buf, c->buf + c->head, n);
 	c->head += (unsigned)n;
 	return n;
 }
