@@ -157,7 +157,7 @@ static void manual_devices(void)
 void help_manual(void)
 {
 	puts(".TH LODGE 1 \"\" \"Lodge " LODGE_VERSION "\" \"User Commands\"\n.SH NAME\nlodge \\- virtual machine monitor\n"
-	     ".SH SYNOPSIS\n.B lodge run\n.RI [ options ]\n.br\n.B lodge qemu\n.RI [ options ]\n.br\n.B lodge kvm\\-run \\-\\-\n.IR command ...\n.br\n.B lodge kvm\\-info\n.RB [ \\-\\-json ]\n.br\n.B lodge help\n.RI [ verb ]\n"
+	     ".SH SYNOPSIS\n.B lodge run\n.RI [ options ]\n.br\n.B lodge qemu\n.RI [ options ]\n.br\n.B lodge kvm\\-run \\-\\-\n.IR command ...\n.br\n.B lodge kvm\\-info\n.RB [ \\-\\-json ]\n.br\n.B lodge nbd\n.RI [ options ]\n.I file\n.br\n.B lodge storage\\-daemon\n.RI [ options ]\n.br\n.B lodge help\n.RI [ verb ]\n"
 	     ".SH DESCRIPTION\nLodge runs x86\\-64 virtual machines, on Linux KVM where there is one and in user space, with its own\n"
 	     "implementation of the KVM interface, where there is none.\n"
 	     ".B lodge run\ntakes options made for people,\n.B lodge qemu\n(also when the program is called under a name that ends in\n"
@@ -167,6 +167,11 @@ void help_manual(void)
 	     ".BR LD_PRELOAD ,\nwhich is kept and added to. Its exit status is the program's; 126 or 127 when it cannot be started.\n"
 	     ".B lodge kvm\\-info\ntells what\n.I /dev/kvm\nis here (absent, not permitted, hardware or emulated, and how fast) and what Lodge's own\n"
 	     "implementation offers: capabilities, limits, CPUID features; with\n.B \\-\\-json\nfor programs.\n"
+	     ".PP\n.B lodge nbd\n(or a name that ends in\n.BR qemu\\-nbd )\nserves a disk image to NBD clients over TCP, a Unix socket, sockets of a service manager, or as\n.I /dev/nbdN\n"
+	     "of this host, or lists the exports of another server; it takes\n.BR qemu\\-nbd (8)'s\noptions, which\n.B lodge nbd \\-\\-help\nlists.\n"
+	     ".B lodge storage\\-daemon\n(or a name that ends in\n.BR qemu\\-storage\\-daemon )\nserves block nodes over NBD and as vhost\\-user\\-blk devices to other virtual machine monitors.\n"
+	     ".PP\nA disk's name may be that of an NBD export:\n.BR nbd:HOST:PORT[:exportname=X] ,\n.BR nbd:unix:PATH ,\n.BR nbd://HOST[:PORT]/EXPORT ,\n"
+	     ".BR nbd+unix:///EXPORT?socket=PATH ,\nor options as JSON,\n.BR json:{\\(dqdriver\\(dq:\\(dqnbd\\(dq,...} .\n"
 	     ".SH OPTIONS OF LODGE RUN");
 	manual_options(CTX_RUN);
 	puts(".SH OPTIONS OF LODGE QEMU");
