@@ -12,21 +12,17 @@ GUEST = vm.guest_dir()
 MODULES = ("scsi_common", "scsi_mod", "virtio_scsi", "sd_mod", "cdrom", "sr_mod", "isofs")
 
 
-def extra_initramfs(tmp):
-    """The guest's archive with the modules behind it: Linux unpacks one after the other."""
-    root = os.path.join(tmp, "root")
-    os.makedirs(os.path.join(root, "scsi"))
-    found = {}
-    for folder, _, files in os.walk(f"{GUEST}/modules"):
-        found.update({f.split(".")[0].replace("-", "_"): os.path.join(folder, f) for f in files if ".ko" in f})
-    names = ["scsi"]
-    for m in MODULES:
-        if m not in found:
-            continue
-        name = f"scsi/{m}.ko"
+def archive_with(tmp, files):
+    """The guest's archive with more files (name: path here) behind it: Linux unpacks one after the other."""
+    root, names = os.path.join(tmp, "root"), []
+    for name, source in files.items():
+        folder = os.path.dirname(name)
+        if folder and folder not in names:
+            names.append(folder)
+        os.makedirs(os.path.join(root, folder), exist_ok=True)
         with open(os.path.join(root, name), "wb") as out:
-            cat = ["xz", "-dc"] if found[m].endswith(".xz") else ["cat"]
-            subprocess.run([*cat, found[m]], stdout=out, check=True)
+            subprocess.run(["xz", "-dc", source] if source.endswith(".xz") else ["cat", source], stdout=out, check=True)
+        os.chmod(os.path.join(root, name), 0o755)
         names.append(name)
     extra = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=root, input="\n".join(names).encode(), stdout=subprocess.PIPE, check=True).stdout
     path = os.path.join(tmp, "initramfs")
@@ -35,6 +31,13 @@ def extra_initramfs(tmp):
         out.write(b"\0" * (-out.tell() % 512))
         out.write(extra)
     return path
+
+
+def modules():
+    found = {}
+    for folder, _, files in os.walk(f"{GUEST}/modules"):
+        found.update({f.split(".")[0].replace("-", "_"): os.path.join(folder, f) for f in files if ".ko" in f})
+    return {f"scsi/{m}.ko": found[m] for m in MODULES if m in found}
 
 
 def both(v, fmt):
@@ -73,7 +76,7 @@ def units(start):
         with open(second, "wb") as f:
             f.write(os.urandom(8 << 20))
         make_iso(iso, b"hello from a CD\n")
-        guest = start("qemu", "-kernel", f"{GUEST}/vmlinuz", "-initrd", extra_initramfs(tmp), "-append", "console=ttyS0", "-m", "512M", "-smp", "2",
+        guest = start("qemu", "-kernel", f"{GUEST}/vmlinuz", "-initrd", archive_with(tmp, modules()), "-append", "console=ttyS0", "-m", "512M", "-smp", "2",
                       "-nodefaults", "-display", "none", "-serial", "stdio", "-accel", "soft", "-object", "iothread,id=io0",
                       "-drive", f"file={disk},format=raw,if=none,id=d0,discard=unmap", "-drive", f"file={second},format=raw,if=none,id=d1,discard=unmap",
                       "-device", "virtio-scsi-pci,id=s0,num_queues=2,iothread=io0", "-device", "scsi-hd,drive=d0,bus=s0.0,scsi-id=3,lun=0,serial=LODGE0001",
