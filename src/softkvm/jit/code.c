@@ -119,32 +119,54 @@ static void store_all(struct em *e, struct cpu *c)
 
 /*
  * enter(code): C calls it; in translated code rsp is 16-byte aligned.
- * leave: translated code jumps there with its result in eax.
+ * leave: translated code jumps there with its result in rax.
  * call: translated code calls it with a site in eax; returns to it, goes on at other code, or leaves when the loop must
  * look (result 1): see jit_call_insn().
+ * live: translated code calls it with JV_* bits in eax; they are in vec_ok afterwards unless the guest may not use them.
  */
+static void thunk_call_c(struct em *e, const void *fn)
+{
+	EM(e, 0x48, 0x83, 0xec, 0x08);
+	em_imm(e, H_RAX, (uintptr_t)fn);
+	EM(e, 0xff, 0xd0, 0x48, 0x83, 0xc4, 0x08);              /* call rax ; add rsp, 8 */
+}
+
+static void thunk_live(struct jit *j, struct em *e)
+{
+	store_all(e, j->c);
+	EM(e, 0x89, 0xc6);                                      /* mov esi, eax */
+	live_emit_save(e, j);
+	em_imm(e, H_RDI, (uintptr_t)j->c);
+	thunk_call_c(e, jit_live);
+	load_all(e, j->c);
+	live_emit_load(e, j);
+	e8(e, 0xc3);
+}
+
 void jit_thunks(struct jit *j)
 {
-	struct em e = { j->rw, j->rw + 4096, false };
-	uint8_t *look;
+	struct em e = { j->rw, j->rw + JIT_THUNKS, false };
+	uint8_t *look, *out;
 
+	j->low->host_mxcsr = 0x1f80;
 	j->enter = 0;
 	EM(&e, 0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 0x08, 0x48, 0x89, 0xf8);
 	load_all(&e, j->c);
 	EM(&e, 0xff, 0xe0);
-	e.p = j->rw + 256;
-	j->leave = 256;
+	j->leave = (uint32_t)(e.p - j->rw);
 	store_all(&e, j->c);
+	live_emit_save(&e, j);
 	look = e.p;
 	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3);
-	e.p = j->rw + 512;
-	j->call = 512;
+	j->call = (uint32_t)(e.p - j->rw);
 	store_all(&e, j->c);
-	EM(&e, 0x89, 0xc7, 0x48, 0x83, 0xec, 0x08);             /* mov edi, eax ; sub rsp, 8 */
-	em_imm(&e, H_RAX, (uintptr_t)jit_call_insn);
-	EM(&e, 0xff, 0xd0, 0x48, 0x83, 0xc4, 0x08, 0x48, 0x85, 0xc0);   /* call rax ; add rsp, 8 ; test rax, rax */
-	uint8_t *out = em_jcc(&e, 5);
+	EM(&e, 0x89, 0xc7);                                     /* mov edi, eax */
+	live_emit_save(&e, j);
+	thunk_call_c(&e, jit_call_insn);
+	EM(&e, 0x48, 0x85, 0xc0);                               /* test rax, rax */
+	out = em_jcc(&e, 5);
 	load_all(&e, j->c);
+	live_emit_load(&e, j);
 	e8(&e, 0xc3);
 	em_here(&e, out);
 	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0x83, 0xf8, 1);          /* drop the return address ; cmp eax, 1 */
@@ -153,7 +175,9 @@ void jit_thunks(struct jit *j)
 	EM(&e, 0xff, 0xe0);                                     /* jmp rax */
 	em_here(&e, out);
 	em_to(em_jmp(&e), look);
-	j->hot = 1024;
+	j->live = (uint32_t)(e.p - j->rw);
+	thunk_live(j, &e);
+	j->hot = JIT_THUNKS;
 	j->cold = 0;
 }
 

@@ -136,6 +136,7 @@ struct jit_site *tr_site(struct tr *t, unsigned n)
 		return (struct jit_site *)t->j->low->arena;
 	}
 	s->i = *i;
+	s->need = 0;
 	s->stop = (struct insn){ .fn = op_stop, .ptr = t->k, .off = (uint16_t)(i->off + i->len), .base = R_ZERO, .index = R_ZERO };
 	return s;
 }
@@ -146,7 +147,6 @@ struct cold *cold_new(struct tr *t, unsigned n)
 
 	memset(k, 0, sizeof *k);
 	k->site = tr_site(t, n);
-	k->vdirty = t->vdirty;
 	return k;
 }
 
@@ -165,13 +165,9 @@ static void cold_emit(struct tr *t, const struct cold *k)
 
 	for (unsigned n = 0; n < k->nfrom; n++)
 		em_here(e, k->from[n]);
-	vec_store_set(e, t, k->vdirty);
-	if (t->wide)
-		EM(e, 0xc5, 0xf8, 0x77);
 	call_site(e, t, k->site);
 	if (k->final)
 		return;
-	vec_load_set(e, t, k->vloaded);
 	if (k->reload_flags)
 		flags_from_mem(e, t->c);
 	uint8_t *back = em_jmp(e);
@@ -189,11 +185,39 @@ void gen_colds(struct tr *t)
 
 void gen_handler(struct tr *t, unsigned n)
 {
+	struct jit_site *s = tr_site(t, n);
+
 	gen_flags_save(t);
-	vec_flush_out(t);
-	call_site(&t->h, t, tr_site(t, n));
+	s->need = t->live;
+	call_site(&t->h, t, s);
 	t->in_mem = true;
 	t->in_host = false;
+}
+
+/*
+ * The test is in the block, the call in its cold part; where that does not help (#NM, #UD, unmasked exceptions) the
+ * instruction's handler knows why.
+ */
+void gen_live(struct tr *t, struct cold *k, unsigned bit)
+{
+	struct em *e = &t->cold;
+
+	e8(&t->h, 0xf6);                                        /* test byte [vec_ok], bit ; jz */
+	em_abs(&t->h, 0, &t->j->low->vec_ok);
+	e8(&t->h, bit);
+	em_here(e, em_jcc(&t->h, 4));
+	em_imm(e, H_RAX, t->live | bit);
+	e8(e, 0xe8);
+	e32(e, 0);
+	if (!e->full)
+		em_to(e->p - 4, t->j->rw + t->j->live);
+	e8(e, 0xf6);
+	em_abs(e, 0, &t->j->low->vec_ok);
+	e8(e, bit);
+	uint8_t *back = em_jcc(e, 5);
+	if (!e->full)
+		em_to(back, t->h.p);
+	cold_from(k, em_jmp(e));
 }
 
 /* -- leaving a block ------------------------------------------------------------------------------ */

@@ -32,7 +32,7 @@ static void back(struct tr *t, unsigned n, struct cold *k)
 {
 	k->back = t->h.p;
 	k->reload_flags = t->in_host && t->t[n].live;
-	k->vloaded = t->vloaded;
+	k->site->need = t->live;
 }
 
 /* -- push, pop ----------------------------------------------------------------------------------- */
@@ -102,7 +102,6 @@ static bool leave(struct tr *t, unsigned n)
 static void settle(struct tr *t)
 {
 	gen_flags_save(t);
-	vec_flush_out(t);
 }
 
 static struct cold *cold_last(struct tr *t, unsigned n)
@@ -191,7 +190,6 @@ static bool direct(struct tr *t, unsigned n, bool call)
 	if (!call) {
 		if (!flags_dead_at(t, to))
 			gen_flags_save(t);
-		vec_flush_out(t);
 		gen_goto(t, to, n, 1);
 		return true;
 	}
@@ -210,7 +208,6 @@ static bool conditional(struct tr *t, unsigned n)
 	uint8_t *taken;
 
 	gen_flags_load(t);
-	vec_flush_out(t);
 	host = t->in_host;
 	mem = t->in_mem;
 	taken = em_jcc(&t->h, t->t[n].z.opcode & 15);

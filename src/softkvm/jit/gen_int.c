@@ -142,7 +142,7 @@ void cold_done(struct tr *t, unsigned n, struct cold *k)
 		return;
 	k->back = t->h.p;
 	k->reload_flags = t->in_host && t->t[n].live;
-	k->vloaded = t->vloaded;
+	k->site->need = t->live;
 }
 
 /* -- which --------------------------------------------------------------------------------------- */

@@ -18,6 +18,7 @@ extern const int8_t jit_map[16];
 
 #define JIT_THRESHOLD 16
 #define JIT_IND_BITS 14
+#define JIT_THUNKS 8192u        /* bytes at the start of the code area */
 #define JIT_ALL_FLAGS 0x8d5u    /* OF SF ZF AF PF CF in RFLAGS' positions */
 
 /* A direct jump to another block. In low memory: translated code reads `stamp`. */
@@ -31,7 +32,7 @@ struct jit_link {
 };
 
 /* Handler call: the instruction, and what stops the interpreter behind it. */
-struct jit_site { struct insn i, stop; };
+struct jit_site { struct insn i, stop; uint8_t need; /* JV_* that the code behind it relies on */ };
 
 struct jit_code {
 	struct block *b;
@@ -51,11 +52,14 @@ struct jit_ind { uint64_t rip, stamp; uint64_t code, pad; };
 struct jit_low {
 	struct jit_ind ind[1 << JIT_IND_BITS];
 	uint64_t stamp;                 /* of the code that runs: block_cache generation and mode */
-	uint8_t vec_ok;                 /* JV_*: what vector code may run without checks */
-	uint8_t fp_ok;                  /* the host's MXCSR stands for the guest's */
+	uint8_t vec_ok;                 /* JV_*: vector and x87 state that is the host's now, and what may use it (live.c) */
+	uint8_t narrow;                 /* load 16 bytes only */
+	uint16_t fcw;                   /* on its way to the control word */
+	uint32_t host_mxcsr;
+	_Alignas(64) uint8_t xs[576];   /* x87 state in XSAVE's form */
 	_Alignas(64) uint8_t arena[];   /* jit_code and jit_site */
 };
-enum { JV_SSE = 1, JV_VEX = 2, JV_EVEX = 4 };
+enum { JV_SSE = 1, JV_VEX = 2, JV_EVEX = 4, JV_FP_SHIFT = 3 /* the same with MXCSR */, JV_VECTORS = 0x3f, JV_X87 = 64 };
 
 struct jit {
 	struct cpu *c;
@@ -65,7 +69,7 @@ struct jit {
 	struct jit_low *low;
 	size_t low_size, arena_size, arena;
 	uint32_t gen;
-	uint32_t enter, leave, call;    /* thunks */
+	uint32_t enter, leave, call, live;      /* thunks */
 	bool off;                       /* tests: interpret, but keep translations right */
 	struct tr *tr;                  /* the translator's working memory */
 	FILE *perf_map;
@@ -106,7 +110,13 @@ void *jit_arena(struct jit *j, size_t size);                            /* low m
 
 /* run.c */
 uint64_t jit_call_insn(struct jit_site *s);
-bool jit_fp_prepare(struct cpu *c);
+
+/* live.c: vector and x87 state. */
+void live_emit_save(struct em *e, struct jit *j);
+void live_emit_load(struct em *e, struct jit *j);
+void live_settle(struct cpu *c);
+unsigned live_begin(struct cpu *c, unsigned want);
+void jit_live(struct cpu *c, unsigned want);
 
 /* trans.c */
 struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode);
@@ -126,8 +136,6 @@ struct cold {
 	uint8_t *back;
 	struct jit_site *site;
 	bool reload_flags, final;
-	uint32_t vdirty, vloaded;       /* vector registers to write before and to read after */
-	bool wide;
 };
 
 struct tr {
@@ -138,9 +146,7 @@ struct tr {
 	struct tlb *tlb;
 	struct em h, cold;
 	bool in_host, in_mem;           /* where the guest's flags are */
-	uint32_t vloaded, vdirty;       /* vector registers held by the host */
-	bool wide;                      /* the block has VEX or EVEX instructions: whole registers */
-	uint8_t vec_checked;            /* JV_*: looked at in this block */
+	uint8_t live;                   /* JV_*: known to be the host's */
 	struct decoded d;
 	bool failed;
 	uint8_t *loop;                  /* where a jump to the block itself may go */
@@ -175,10 +181,9 @@ bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, stru
 bool gen_int(struct tr *t, unsigned n);
 bool gen_branch(struct tr *t, unsigned n);
 bool gen_vec(struct tr *t, unsigned n);
-void vec_flush_out(struct tr *t);               /* dirty registers to memory, none held */
-void vec_store_set(struct em *e, struct tr *t, uint32_t set);
-void vec_load_set(struct em *e, struct tr *t, uint32_t set);
-bool vec_wants_wide(const struct tinsn *i);
+bool gen_x87(struct tr *t, unsigned n);
+/* Instruction n needs these JV_* bits: looks unless they are known. Destroys flags; on failure to `k`. */
+void gen_live(struct tr *t, struct cold *k, unsigned bit);
 
 bool flags_dead_at(struct tr *t, uint64_t rip);
 static inline const uint8_t *tr_bytes(const struct tr *t, unsigned n) { return block_copy(t->b) + t->b->insn[n].off; }

@@ -4,12 +4,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
-#include <xmmintrin.h>
 
 #include "softkvm/jit/internal.h"
 
-#define HOST_MXCSR 0x1f80u
-#define MX_FLAGS 0x3fu
 
 /* -- life ---------------------------------------------------------------------------------------- */
 static bool addressable(const struct cpu *c)
@@ -77,7 +74,7 @@ void jit_flush(struct cpu *c)
 	if (!j)
 		return;
 	c->blocks->jit_want = NULL;
-	j->hot = 1024;
+	j->hot = JIT_THUNKS;
 	j->cold = 0;
 	j->arena = 0;
 	j->gen++;
@@ -125,44 +122,6 @@ static void resolve(struct jit *j, struct jit_link *l, const struct jit_code *to
 	}
 }
 
-/* -- floating point ------------------------------------------------------------------------------ */
-static void fp_finish(struct cpu *c, struct jit_low *l)
-{
-	if (l->fp_ok) {
-		c->fpu.mxcsr |= _mm_getcsr() & MX_FLAGS;
-		l->fp_ok = 0;
-	}
-}
-
-/* Translated code is about to use the host's MXCSR for the guest's. False: they differ in more than flags. */
-bool jit_fp_prepare(struct cpu *c)
-{
-	uint32_t h = _mm_getcsr();
-
-	if ((c->fpu.mxcsr & ~MX_FLAGS) != HOST_MXCSR)
-		return false;
-	if ((h & ~MX_FLAGS) != HOST_MXCSR || (h & MX_FLAGS & ~c->fpu.mxcsr))
-		_mm_setcsr(HOST_MXCSR);
-	c->jit->low->fp_ok = 1;
-	return true;
-}
-
-static uint8_t vec_allowed(const struct cpu *c)
-{
-	uint8_t r = 0;
-
-	if (c->cr0 & (CR0_EM | CR0_TS))
-		return 0;
-	if (c->cr4 & CR4_OSFXSR)
-		r |= JV_SSE;
-	if ((c->cr4 & CR4_OSXSAVE) && (c->xcr0 & 6) == 6) {
-		r |= JV_VEX;
-		if ((c->xcr0 & 0xe6) == 0xe6)
-			r |= JV_EVEX;
-	}
-	return r;
-}
-
 /* -- running ------------------------------------------------------------------------------------- */
 /*
  * The block's last instruction was executed by its handler and cpu->rip is set: the translation to go on at, when the
@@ -182,7 +141,6 @@ static uint64_t next_code(struct cpu *c, struct jit *j)
 	if (ind->rip != c->rip || ind->stamp != stamp || (mode & (BM_CODE64 | BM_SEG)) != BM_CODE64)
 		return 1;
 	j->low->stamp = stamp;
-	j->low->vec_ok = vec_allowed(c);
 	c->stats.blocks_run++;
 	return ind->code;
 }
@@ -195,9 +153,8 @@ uint64_t jit_call_insn(struct jit_site *s)
 {
 	const struct jit_code *k = s->stop.ptr;
 	struct cpu *c = k->c;
-	bool fp = c->jit->low->fp_ok || s->stop.aux;
 
-	fp_finish(c, c->jit->low);
+	live_settle(c);
 	c->gpr[R_BLK] = k->rip;
 	c->rip = k->rip + k->b->bytes;
 	c->blk = k->b;
@@ -206,13 +163,13 @@ uint64_t jit_call_insn(struct jit_site *s)
 	s->i.fn(c, &s->i);
 	if (unlikely(atomic_load_explicit(&c->code_store, memory_order_relaxed)))
 		atomic_store_explicit(&c->code_store, false, memory_order_release);
-	if (fp)
-		jit_fp_prepare(c);
 	if (s->i.flags & IF_END) {
 		c->budget -= k->b->n;
 		return next_code(c, c->jit);
 	}
-	return c->block_end || mmio_pending(c);
+	if (c->block_end || mmio_pending(c))
+		return 1;
+	return s->need && (s->need & ~live_begin(c, s->need));
 }
 
 static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_code *k)
@@ -220,12 +177,10 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 	uint64_t (*enter)(const uint8_t *) = (uint64_t (*)(const uint8_t *))(void *)(j->rx + j->enter);
 	uint64_t r;
 
-	j->low->vec_ok = vec_allowed(c);
-	j->low->fp_ok = 0;
 	c->budget -= k->b->n;
 	c->stats.blocks_run++;
 	r = enter(j->rx + k->body);
-	fp_finish(c, j->low);
+	live_settle(c);
 	if (r == 1)
 		return JIT_LOOK;
 	c->blocks->jit_want = (struct jit_link *)(uintptr_t)r;

@@ -101,7 +101,6 @@ static bool decode_all(struct tr *t)
 
 	decode_init(&z, t->c, b->mode);
 	t->n = b->n;
-	t->wide = false;
 	for (unsigned n = 0; n < t->n; n++) {
 		struct tinsn *i = &t->t[n];
 		const struct insn *in = &b->insn[n];
@@ -118,7 +117,6 @@ static bool decode_all(struct tr *t)
 		set_flags(i);
 		if (in->flags & IF_END)
 			i->tested = JIT_ALL_FLAGS, i->killed = 0;
-		t->wide |= vec_wants_wide(i);
 	}
 	return true;
 }
@@ -129,7 +127,7 @@ static bool gen_one(struct tr *t, unsigned n)
 {
 	if (t->t[n].by_handler)
 		return false;
-	return gen_int(t, n) || gen_vec(t, n) || gen_branch(t, n);
+	return gen_int(t, n) || gen_vec(t, n) || gen_x87(t, n) || gen_branch(t, n);
 }
 
 static void reset(struct tr *t, const struct em *h, const struct em *cold)
@@ -138,8 +136,7 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 	t->cold = *cold;
 	t->in_mem = true;
 	t->in_host = false;
-	t->vloaded = t->vdirty = 0;
-	t->vec_checked = 0;
+	t->live = 0;
 	t->ncold = 0;
 	t->k->nlinks = 0;
 }
@@ -186,7 +183,6 @@ static bool walk(struct tr *t)
 		return false;
 	if (!(t->b->insn[n - 1].flags & IF_END)) {
 		gen_flags_save(t);
-		vec_flush_out(t);
 		gen_goto(t, t->k->rip + t->b->bytes, n - 1, 0);
 	}
 	gen_colds(t);

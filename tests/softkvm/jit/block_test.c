@@ -38,6 +38,7 @@ struct result {
 	uint64_t gpr[16], rip, rflags;
 	uint32_t mxcsr;
 	uint8_t zmm[32][64];
+	uint8_t fx[160];
 	struct event ev;
 	bool halted;
 	uint8_t mem[PAGES * 4096];
@@ -55,7 +56,11 @@ static unsigned random_bytes(uint8_t *b, bool vec)
 	case 1: b[n++] = below(2) ? 0xf2 : 0xf3; break;
 	case 2: b[n++] = 0xf0; break;
 	}
-	if (vec && below(2)) {
+	if (vec && below(4) == 0) {
+		if (below(3) == 0)
+			b[n++] = (uint8_t)(0x40 | below(16));
+		b[n++] = (uint8_t)(0xd8 | below(8));
+	} else if (vec && below(2)) {
 		if (below(2)) {
 			n = 0;
 			b[n++] = 0xc4;
@@ -94,6 +99,7 @@ static bool wanted(const ZydisDecodedInstruction *z, const ZydisDecodedOperand *
 	case ZYDIS_CATEGORY_SETCC: case ZYDIS_CATEGORY_SHIFT: case ZYDIS_CATEGORY_STRINGOP: case ZYDIS_CATEGORY_ADOX_ADCX:
 	case ZYDIS_CATEGORY_DATAXFER: case ZYDIS_CATEGORY_MISC: case ZYDIS_CATEGORY_SSE: case ZYDIS_CATEGORY_AVX:
 	case ZYDIS_CATEGORY_AVX2: case ZYDIS_CATEGORY_BROADCAST: case ZYDIS_CATEGORY_LOGICAL_FP: case ZYDIS_CATEGORY_VFMA:
+	case ZYDIS_CATEGORY_X87_ALU: case ZYDIS_CATEGORY_FCMOV: case ZYDIS_CATEGORY_MMX:
 	case ZYDIS_CATEGORY_AES: case ZYDIS_CATEGORY_SHA: case ZYDIS_CATEGORY_PCLMULQDQ: case ZYDIS_CATEGORY_FLAGOP:
 		break;
 	default:
@@ -103,11 +109,13 @@ static bool wanted(const ZydisDecodedInstruction *z, const ZydisDecodedOperand *
 		if (op[n].type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op[n].reg.value) == ZYDIS_REGCLASS_SEGMENT)
 			return false;
 	switch (z->mnemonic) {
+	case ZYDIS_MNEMONIC_FNSTENV: case ZYDIS_MNEMONIC_FNSAVE:        /* store pointers, which translated code does not keep */
+		return false;
 	case ZYDIS_MNEMONIC_POPF: case ZYDIS_MNEMONIC_POPFQ: case ZYDIS_MNEMONIC_PUSHF: case ZYDIS_MNEMONIC_PUSHFQ:
 	case ZYDIS_MNEMONIC_ENTER: case ZYDIS_MNEMONIC_CPUID: case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_STD:
 	case ZYDIS_MNEMONIC_MONITORX: case ZYDIS_MNEMONIC_MWAITX: case ZYDIS_MNEMONIC_CLZERO: case ZYDIS_MNEMONIC_CLI:
 	case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED: case ZYDIS_MNEMONIC_LAHF:
-	case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_VLDMXCSR: case ZYDIS_MNEMONIC_LEAVE:
+	case ZYDIS_MNEMONIC_LEAVE:
 		return z->mnemonic == ZYDIS_MNEMONIC_LEAVE && below(4) == 0;
 	default:
 		return !(z->attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPNE | ZYDIS_ATTRIB_HAS_REPE)) || below(8) == 0;
@@ -216,6 +224,14 @@ static void random_state(void)
 	start.mxcsr = below(8) ? 0x1f80 : 0x1fa0;
 	for (unsigned n = 0; n < sizeof start.zmm / 8; n++)
 		st_le64(start.zmm[0] + 8 * n, below(2) ? rnd() : 0x3ff0000000000000 + (rnd() & 0xfffff00000000));
+	memset(start.fx, 0, sizeof start.fx);
+	st_le16(start.fx, (uint16_t)(0x40 | (below(8) ? 0x3f : below(64)) | below(16) << 8));
+	st_le16(start.fx + 2, (uint16_t)(below(8) << 11 | (below(4) ? 0 : below(16) << 8)));
+	start.fx[4] = (uint8_t)rnd();
+	for (unsigned r = 0; r < 8; r++) {
+		st_le64(start.fx + 32 + 16 * r, rnd() | 1ull << 63);
+		st_le16(start.fx + 40 + 16 * r, (uint16_t)(below(4) ? 0x3ff0 + below(32) : rnd()));
+	}
 	for (unsigned n = 0; n < 32 && !__builtin_cpu_supports("avx512f"); n++)
 		memset(start.zmm[n] + 32, 0, 32);
 	for (unsigned n = 0; n < sizeof start.mem / 8; n++)
@@ -259,6 +275,7 @@ static void run(struct result *out, unsigned loops)
 	c->eflags = 0;
 	c->fpu.mxcsr = start.mxcsr;
 	memcpy(c->fpu.zmm, start.zmm, sizeof start.zmm);
+	memcpy(c->fpu.fx, start.fx, sizeof start.fx);
 	mmu_flush_all(c);
 	mmio_reset(c);
 	c->mmio.next_write = 0;
@@ -270,6 +287,7 @@ static void run(struct result *out, unsigned loops)
 	out->rflags = cpu_get_rflags(c);
 	out->mxcsr = c->fpu.mxcsr;
 	memcpy(out->zmm, c->fpu.zmm, sizeof out->zmm);
+	memcpy(out->fx, c->fpu.fx, sizeof out->fx);
 	out->ev = h.got;
 	memcpy(out->mem, h.ram + BASE, sizeof out->mem);
 }
@@ -294,6 +312,11 @@ static unsigned differ(const struct result *a, const struct result *b, bool prin
 		for (unsigned k = 0; k < 8; k++)
 			DIFF(memcmp(&a->zmm[r][8 * k], &b->zmm[r][8 * k], 8), "  zmm%u[%u]: %" PRIx64 " %" PRIx64 "\n", r, k,
 			     ld_le64(a->zmm[r] + 8 * k), ld_le64(b->zmm[r] + 8 * k));
+	DIFF(memcmp(a->fx, b->fx, 5), "  fcw, fsw, ftw: %04x %04x %02x / %04x %04x %02x\n", ld_le16(a->fx), ld_le16(a->fx + 2), a->fx[4],
+	     ld_le16(b->fx), ld_le16(b->fx + 2), b->fx[4]);
+	for (unsigned r = 0; r < 8; r++)
+		DIFF(memcmp(a->fx + 32 + 16 * r, b->fx + 32 + 16 * r, 10), "  st%u: %04x:%016" PRIx64 " %04x:%016" PRIx64 "\n", r,
+		     ld_le16(a->fx + 40 + 16 * r), ld_le64(a->fx + 32 + 16 * r), ld_le16(b->fx + 40 + 16 * r), ld_le64(b->fx + 32 + 16 * r));
 	for (unsigned k = 0; k < sizeof a->mem; k += 8)
 		DIFF(memcmp(a->mem + k, b->mem + k, 8), "  mem %x: %" PRIx64 " %" PRIx64 "\n", BASE + k, ld_le64(a->mem + k),
 		     ld_le64(b->mem + k));
