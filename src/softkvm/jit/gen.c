@@ -88,7 +88,7 @@ bool gen_address(struct tr *t, unsigned n)
 	if (m->base == ZYDIS_REGISTER_EIP)
 		return false;
 	if (m->base == ZYDIS_REGISTER_RIP) {
-		em_imm(&t->h, ST, t->k->rip + t->b->insn[n].off + i->z.length + (uint64_t)disp);
+		em_imm(&t->h, ST, tr_end(t, n) + (uint64_t)disp);
 	} else {
 		if (m->base != ZYDIS_REGISTER_NONE)
 			base = (int)gen_get(t, insn_reg_off(m->base) / 8, SC);
@@ -129,7 +129,8 @@ static void op_stop(struct cpu *c, const struct insn *i) { }
 struct jit_site *tr_site(struct tr *t, unsigned n)
 {
 	struct jit_site *s = jit_arena(t->j, sizeof *s);
-	const struct insn *i = &t->b->insn[n];
+	const struct tinsn *ti = &t->t[n];
+	const struct insn *i = ti->in;
 
 	if (!s) {
 		t->failed = true;
@@ -137,6 +138,8 @@ struct jit_site *tr_site(struct tr *t, unsigned n)
 	}
 	s->i = *i;
 	s->need = 0;
+	s->b = ti->b;
+	s->delta = (int32_t)(ti->rip - i->off - t->k->rip);
 	s->stop = (struct insn){ .fn = op_stop, .ptr = t->k, .off = (uint16_t)(i->off + i->len), .base = R_ZERO, .index = R_ZERO };
 	return s;
 }
@@ -236,33 +239,93 @@ void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *
 		em_to(j, t->j->rw + t->j->leave);
 }
 
-/* Jump to the block at rip. A jump back counts the instructions: loops end when the budget does. */
-void gen_goto(struct tr *t, uint64_t rip, unsigned n, unsigned link)
+/* The jump is patched when the loop knows what it leads to. */
+static void leave_by_link(struct tr *t, uint64_t rip)
 {
-	struct jit_link *l = &t->k->link[link];
+	struct jit_link *l = jit_arena(t->j, sizeof *l);
 	struct em *e = &t->h;
+	uint8_t *j, *stale = NULL;
 
-	if (rip <= t->k->rip + t->b->insn[n].off) {
-		em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
-		e32(e, t->b->n);
-		em_here(&t->cold, em_jcc(e, 14));               /* jle */
-		gen_leave(&t->cold, t, rip, NULL);
+	if (!l) {
+		t->failed = true;
+		return;
 	}
-	l->from = t->k;
-	l->rip = rip;
-	l->near = !((rip ^ t->k->rip) >> 12);
-	l->stamp = 0;
+	*l = (struct jit_link){ .from = t->k, .rip = rip, .near = !((rip ^ t->k->rip) >> 12), .next = t->k->links };
+	t->k->links = l;
 	if (!l->near) {
 		em_load(e, SA, &t->j->low->stamp);
 		em_op_abs(e, true, 0x3b, SA, &l->stamp);
-		em_here(&t->cold, em_jcc(e, 5));
+		stale = em_jcc(e, 5);
 	}
-	uint8_t *j = em_jmp(e);
+	j = em_jmp(e);
+	if (!t->swapped)
+		e = &t->cold;
+	if (stale)
+		em_here(e, stale);
 	l->at = (uint32_t)(j - t->j->rw);
-	l->unlinked = (uint32_t)(t->cold.p - t->j->rw);
-	em_here(&t->cold, j);
-	gen_leave(&t->cold, t, rip, l);
-	t->k->nlinks = MAX(t->k->nlinks, link + 1);
+	l->unlinked = (uint32_t)(e->p - t->j->rw);
+	em_here(e, j);
+	gen_leave(e, t, rip, l);
+}
+
+static void jump_to_part(struct tr *t, unsigned p, uint8_t *rel32)
+{
+	if (t->part[p].at) {
+		if (!t->h.full)
+			em_to(rel32, t->part[p].at);
+	} else if (t->nfix == FIXUPS_MAX) {
+		t->failed = true;
+	} else {
+		t->fix[t->nfix].rel32 = rel32;
+		t->fix[t->nfix++].part = p;
+	}
+}
+
+void gen_jcc_part(struct tr *t, unsigned p, unsigned cc) { jump_to_part(t, p, em_jcc(&t->h, cc)); }
+
+static void leave_here(struct tr *t, uint8_t *rel32, uint64_t rip)
+{
+	em_here(&t->cold, rel32);
+	gen_leave(&t->cold, t, rip, NULL);
+}
+
+/* A jump back counts the instructions: loops end when the budget does. */
+void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
+{
+	int p = tr_part(t, rip);
+	struct em *e = &t->h;
+
+	if (p >= 0 && next && (unsigned)p == t->now + 1 && rip > t->t[n].rip) {
+		if (t->part[p].label && t->part[p].live)
+			gen_flags_save(t);
+		return;
+	}
+	if (p >= 0 ? t->part[p].live : !flags_dead_at(t, rip))
+		gen_flags_save(t);
+	if (rip <= t->t[n].rip) {
+		em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
+		e32(e, p >= 0 && t->part[p].first <= n ? n + 1 - t->part[p].first : n + 1);
+		t->in_host = false;
+		if (p >= 0 && !(next && (unsigned)p == t->now + 1)) {
+			jump_to_part(t, (unsigned)p, em_jcc(e, 15));    /* jg */
+			leave_here(t, em_jmp(e), rip);
+			return;
+		}
+		if (t->swapped) {
+			uint8_t *on = em_jcc(e, 15);
+
+			gen_leave(e, t, rip, NULL);
+			em_here(e, on);
+		} else {
+			leave_here(t, em_jcc(e, 14), rip);      /* jle */
+		}
+		if (p >= 0)
+			return;
+	}
+	if (p >= 0)
+		jump_to_part(t, (unsigned)p, em_jmp(e));
+	else
+		leave_by_link(t, rip);
 }
 
 /* -- rewriting ------------------------------------------------------------------------------------ */

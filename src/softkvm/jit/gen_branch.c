@@ -1,12 +1,7 @@
 /* Near branches, calls, returns and the stack, in 64-bit code. */
 #include "softkvm/jit/internal.h"
 
-static uint64_t target_of(const struct tr *t, unsigned n)
-{
-	return t->k->rip + t->b->insn[n].off + t->t[n].z.length + (uint64_t)t->t[n].op[0].imm.value.s;
-}
-
-static uint64_t next_of(const struct tr *t, unsigned n) { return t->k->rip + t->b->insn[n].off + t->t[n].z.length; }
+uint64_t tr_target(const struct tr *t, unsigned n) { return tr_end(t, n) + (uint64_t)t->t[n].op[0].imm.value.s; }
 
 static void lea_rsp(struct tr *t, int32_t d) { em_mem(&t->h, true, 0x8d, H_R12, H_R12, -1, 0, d); }
 
@@ -99,11 +94,6 @@ static bool leave(struct tr *t, unsigned n)
 }
 
 /* -- transfers ----------------------------------------------------------------------------------- */
-static void settle(struct tr *t)
-{
-	gen_flags_save(t);
-}
-
 static struct cold *cold_last(struct tr *t, unsigned n)
 {
 	struct cold *k = cold_new(t, n);
@@ -122,7 +112,7 @@ static void lookup(struct tr *t, unsigned n, struct cold *k)
 	struct jit_ind *ind = t->j->low->ind;
 
 	em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
-	e32(e, t->b->n);
+	e32(e, n + 1);
 	cold_from(k, em_jcc(e, 14));
 	EM(e, 0x89, 0xc1, 0x81, 0xe1);                  /* mov ecx, eax ; and ecx, mask */
 	e32(e, (1u << JIT_IND_BITS) - 1);
@@ -143,7 +133,7 @@ static bool ret(struct tr *t, unsigned n)
 	uint32_t more = i->z.raw.imm[0].size ? (uint16_t)i->z.raw.imm[0].value.u : 0;
 	struct cold *k;
 
-	settle(t);
+	gen_flags_save(t);
 	k = cold_last(t, n);
 	stack(t, k, 0, false);
 	em_mem(&t->h, true, 0x8b, SA, ST, -1, 0, 0);
@@ -158,7 +148,7 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 	const ZydisDecodedOperand *o = &t->t[n].op[0];
 	struct cold *k;
 
-	settle(t);
+	gen_flags_save(t);
 	k = cold_last(t, n);
 	if (o->type == ZYDIS_OPERAND_TYPE_MEMORY) {
 		if (!gen_address(t, n))
@@ -173,7 +163,7 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 		struct cold *k2 = cold_last(t, n);
 
 		stack(t, k2, -8, true);
-		store_imm(t, next_of(t, n));
+		store_imm(t, tr_end(t, n));
 		lea_rsp(t, -8);
 	} else {
 		lookup(t, n, k);
@@ -184,42 +174,59 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 
 static bool direct(struct tr *t, unsigned n, bool call)
 {
-	uint64_t to = target_of(t, n);
+	uint64_t to = tr_target(t, n);
 	struct cold *k;
 
 	if (!call) {
-		if (!flags_dead_at(t, to))
-			gen_flags_save(t);
-		gen_goto(t, to, n, 1);
+		gen_edge(t, to, n, true);
 		return true;
 	}
-	settle(t);
+	gen_flags_save(t);
 	k = cold_last(t, n);
 	stack(t, k, -8, true);
-	store_imm(t, next_of(t, n));
+	store_imm(t, tr_end(t, n));
 	lea_rsp(t, -8);
-	gen_goto(t, to, n, 1);
+	gen_edge(t, to, n, false);
 	return true;
+}
+
+/* Leave for `rip` if condition cc holds; what does not happen often is out of the way. */
+static void branch_if(struct tr *t, unsigned n, unsigned cc, uint64_t rip)
+{
+	int p = tr_part(t, rip);
+	bool mem = t->in_mem, host = t->in_host, back = rip <= t->t[n].rip;
+	uint8_t *j;
+
+	if (p >= 0 && back) {           /* a loop: straight on */
+		j = em_jcc(&t->h, cc ^ 1);
+		gen_edge(t, rip, n, false);
+		em_here(&t->h, j);
+	} else if (p >= 0 && !(t->part[p].live && !mem)) {
+		gen_jcc_part(t, (unsigned)p, cc);
+	} else {
+		j = em_jcc(&t->h, cc);
+		em_here(&t->cold, j);
+		tr_swap(t);
+		gen_edge(t, rip, n, false);
+		tr_swap(t);
+	}
+	t->in_mem = mem;
+	t->in_host = host;
 }
 
 static bool conditional(struct tr *t, unsigned n)
 {
-	bool host, mem;
-	uint8_t *taken;
+	unsigned cc = t->t[n].z.opcode & 15;
+	uint64_t to = tr_target(t, n), fall = tr_end(t, n);
 
 	gen_flags_load(t);
-	host = t->in_host;
-	mem = t->in_mem;
-	taken = em_jcc(&t->h, t->t[n].z.opcode & 15);
-	if (!flags_dead_at(t, next_of(t, n)))
-		gen_flags_save(t);
-	gen_goto(t, next_of(t, n), n, 0);
-	em_here(&t->h, taken);
-	t->in_host = host;
-	t->in_mem = mem;
-	if (!flags_dead_at(t, target_of(t, n)))
-		gen_flags_save(t);
-	gen_goto(t, target_of(t, n), n, 1);
+	if (tr_part(t, to) == (int)t->now + 1 && to > t->t[n].rip && tr_part(t, fall) != (int)t->now + 1) {
+		branch_if(t, n, cc ^ 1, fall);
+		gen_edge(t, to, n, true);
+	} else {
+		branch_if(t, n, cc, to);
+		gen_edge(t, fall, n, true);
+	}
 	return true;
 }
 

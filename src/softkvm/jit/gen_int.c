@@ -275,7 +275,7 @@ static bool lea(struct tr *t, unsigned n)
 	if (i->z.operand_width == 16 || i->z.address_width == 16 || m->base == ZYDIS_REGISTER_EIP)
 		return false;
 	if (m->base == ZYDIS_REGISTER_RIP) {
-		uint64_t v = t->k->rip + t->b->insn[n].off + i->z.length + (uint64_t)disp;
+		uint64_t v = tr_end(t, n) + (uint64_t)disp;
 
 		em_imm(&t->h, d, w ? v : (uint32_t)v);
 	} else {
@@ -359,7 +359,7 @@ bool gen_int(struct tr *t, unsigned n)
 	struct slots s;
 	struct cold *k;
 
-	if (t->b->insn[n].flags & IF_END)
+	if (t->t[n].in->flags & IF_END)
 		return false;
 	ok = small(t, n, &done);
 	if (done)

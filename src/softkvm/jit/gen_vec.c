@@ -63,7 +63,7 @@ static bool describe(struct tr *t, unsigned n, struct vec_op *op, bool *gpr)
 	if (op->flags & VO_MMX ? op->cls != VC_MMX || (op->flags & VO_FP) : op->cls != VC_SSE && op->cls != VC_VEX && op->cls != VC_EVEX)
 		return false;
 	/* An instruction of the stubs' must have run on this CPU once: what Zydis takes need not exist here. */
-	return !vec_op_unproven(&t->b->insn[n]);
+	return !vec_op_unproven(t->t[n].in);
 }
 
 static unsigned class_bit(const struct vec_op *op)
@@ -106,7 +106,7 @@ bool gen_vec(struct tr *t, unsigned n)
 	unsigned bit;
 	bool gpr;
 
-	if (t->b->insn[n].flags & IF_END)
+	if (t->t[n].in->flags & IF_END)
 		return false;
 	if (host_avx() && (i->z.mnemonic == ZYDIS_MNEMONIC_VZEROUPPER || i->z.mnemonic == ZYDIS_MNEMONIC_VZEROALL))
 		return vzero(t, n);

@@ -34,7 +34,7 @@ static void fldcw(struct tr *t, struct cold *k)
 bool gen_x87(struct tr *t, unsigned n)
 {
 	const struct tinsn *i = &t->t[n];
-	const struct insn *in = &t->b->insn[n];
+	const struct insn *in = t->t[n].in;
 	struct cold *k = NULL;
 	struct slots s;
 

@@ -29,10 +29,20 @@ struct jit_link {
 	uint32_t at;                    /* offset of the rel32 in the code area */
 	uint32_t unlinked;              /* where it leads while unlinked */
 	bool near;                      /* within the page: needs no stamp */
+	struct jit_link *next;          /* of the same translation */
 };
 
 /* Handler call: the instruction, and what stops the interpreter behind it. */
-struct jit_site { struct insn i, stop; uint8_t need; /* JV_* that the code behind it relies on */ };
+struct jit_site {
+	struct insn i, stop;
+	struct block *b;
+	int32_t delta;                  /* of the block's first byte from the translation's */
+	uint8_t need;                   /* JV_* that the code behind it relies on */
+};
+
+/* Decoded blocks of one page that are translated together. */
+#define REGION_PARTS 24
+#define REGION_INSNS 128
 
 struct jit_code {
 	struct block *b;
@@ -41,8 +51,9 @@ struct jit_code {
 	uint32_t mode;
 	uint32_t ver_value;             /* read by the code's entry */
 	uint32_t entry, body;           /* offsets in the code area: with and without the version check */
-	unsigned nlinks;
-	struct jit_link link[2];
+	struct jit_link *links;
+	struct block *part[REGION_PARTS];       /* [0] is b */
+	unsigned nparts;
 };
 
 /* Recent targets of indirect jumps. */
@@ -123,10 +134,14 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 
 /* -- a translation under way ------------------------------------------------------------------------ */
 struct tinsn {
+	const struct insn *in;
+	struct block *b;
+	uint64_t rip;
 	ZydisDecodedInstruction z;
 	ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
 	uint16_t tested, written, killed, live;         /* flags; live: behind the instruction */
 	bool by_handler;
+	uint8_t end;                    /* enum tend */
 };
 
 #define VEC_MAX 32
@@ -136,6 +151,18 @@ struct cold {
 	uint8_t *back;
 	struct jit_site *site;
 	bool reload_flags, final;
+};
+
+enum tend { END_NONE, END_OTHER, END_JMP, END_JCC };   /* what the last instruction of a part does */
+
+#define FIXUPS_MAX 64
+struct part {
+	struct block *b;
+	uint64_t rip;
+	unsigned first, n;              /* instructions in tr.t */
+	bool label;                     /* reached by a jump, too */
+	uint16_t live;                  /* flags at its start */
+	uint8_t *at;                    /* where it begins, once it is emitted */
 };
 
 struct tr {
@@ -149,10 +176,14 @@ struct tr {
 	uint8_t live;                   /* JV_*: known to be the host's */
 	struct decoded d;
 	bool failed;
-	uint8_t *loop;                  /* where a jump to the block itself may go */
+	struct part part[REGION_PARTS];
+	bool swapped;                   /* h is the cold part */
+	unsigned nparts, now;           /* now: the part being emitted */
+	struct { uint8_t *rel32; unsigned part; } fix[FIXUPS_MAX];
+	unsigned nfix;
 	unsigned n, ncold;
-	struct cold colds[BLOCK_MAX_INSNS * 2];
-	struct tinsn t[BLOCK_MAX_INSNS];
+	struct cold colds[REGION_INSNS * 2];
+	struct tinsn t[REGION_INSNS];
 };
 
 struct jit_site *tr_site(struct tr *t, unsigned n);
@@ -172,7 +203,15 @@ void gen_handler(struct tr *t, unsigned n);
 unsigned gen_get(struct tr *t, unsigned guest, unsigned scratch);       /* host register holding it now */
 void gen_put(struct tr *t, unsigned guest, unsigned host);
 void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l);
-void gen_goto(struct tr *t, uint64_t rip, unsigned n, unsigned link);
+/* The region's part at `rip`, -1. */
+int tr_part(const struct tr *t, uint64_t rip);
+/* From behind instruction n on at rip; flags are saved if they matter there. `next`: nothing is emitted if it comes next anyway. */
+void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next);
+void gen_jcc_part(struct tr *t, unsigned p, unsigned cc);       /* to a part, on a condition */
+/* Code goes to the cold part until this is called again; it ends with a jump. */
+static inline void tr_swap(struct tr *t) { struct em e = t->h; t->h = t->cold; t->cold = e; t->swapped = !t->swapped; }
+static inline uint64_t tr_end(const struct tr *t, unsigned n) { return t->t[n].rip + t->t[n].in->len; }
+uint64_t tr_target(const struct tr *t, unsigned n);
 /* Instruction n rewritten: registers of its modrm, opcode and VEX.vvvv fields replaced, memory operand [ST]. -1: as it is. */
 struct regs { int reg, rm, op, v; bool mem; };
 bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, struct regs r);
@@ -186,6 +225,6 @@ bool gen_x87(struct tr *t, unsigned n);
 void gen_live(struct tr *t, struct cold *k, unsigned bit);
 
 bool flags_dead_at(struct tr *t, uint64_t rip);
-static inline const uint8_t *tr_bytes(const struct tr *t, unsigned n) { return block_copy(t->b) + t->b->insn[n].off; }
+static inline const uint8_t *tr_bytes(const struct tr *t, unsigned n) { return block_copy(t->t[n].b) + t->t[n].in->off; }
 
 #endif

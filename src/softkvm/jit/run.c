@@ -100,9 +100,17 @@ void jit_revived(struct cpu *c, struct block *b)
 	if (!k)
 		return;
 	/* What it is linked to in this page was not compared. */
-	for (unsigned n = 0; n < k->nlinks; n++)
-		if (k->link[n].at)
-			link_set(j, &k->link[n], k->link[n].unlinked);
+	for (struct jit_link *l = k->links; l; l = l->next)
+		link_set(j, l, l->unlinked);
+	/* The blocks that were translated with it. */
+	for (unsigned n = 1; n < k->nparts; n++) {
+		const struct block *p = k->part[n];
+
+		if (p->ver_value != b->ver_value && !ram_same(p->host, block_copy(p), p->bytes)) {
+			b->code = NULL;
+			return;
+		}
+	}
 	k->ver_value = b->ver_value;
 }
 
@@ -155,9 +163,9 @@ uint64_t jit_call_insn(struct jit_site *s)
 	struct cpu *c = k->c;
 
 	live_settle(c);
-	c->gpr[R_BLK] = k->rip;
-	c->rip = k->rip + k->b->bytes;
-	c->blk = k->b;
+	c->gpr[R_BLK] = k->rip + (uint64_t)(int64_t)s->delta;
+	c->rip = c->gpr[R_BLK] + s->b->bytes;
+	c->blk = s->b;
 	c->block_end = NULL;
 	c->cur = &s->i;
 	s->i.fn(c, &s->i);

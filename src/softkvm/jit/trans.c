@@ -4,9 +4,9 @@
 
 #include "softkvm/jit/internal.h"
 
-#define HOT_MAX (24u << 10)
-#define COLD_MAX (96u << 10)
-#define ARENA_MAX (sizeof(struct jit_code) + 64 + BLOCK_MAX_INSNS * 3 * sizeof(struct jit_site))
+#define HOT_MAX (32u << 10)
+#define COLD_MAX (128u << 10)
+#define ARENA_MAX (sizeof(struct jit_code) + 64 + (REGION_INSNS * 3 + REGION_PARTS * 2) * sizeof(struct jit_site))
 
 void gen_colds(struct tr *t);
 insn_fn op_fetch_gp;
@@ -81,44 +81,180 @@ bool flags_dead_at(struct tr *t, uint64_t rip)
 	return false;
 }
 
-static void liveness(struct tr *t)
+/* Flags that matter behind the last instruction of a part. */
+static uint16_t live_at(struct tr *t, uint64_t rip)
 {
-	uint16_t live = JIT_ALL_FLAGS;
+	int p = tr_part(t, rip);
 
-	for (unsigned n = t->n; n--;) {
+	return p >= 0 ? t->part[p].live : flags_dead_at(t, rip) ? 0 : JIT_ALL_FLAGS;
+}
+
+static uint16_t live_out(struct tr *t, unsigned p)
+{
+	unsigned n = t->part[p].first + t->part[p].n - 1;
+
+	switch (t->t[n].end) {
+	case END_NONE: return live_at(t, tr_end(t, n));
+	case END_JMP: return live_at(t, tr_target(t, n));
+	case END_JCC: return live_at(t, tr_target(t, n)) | live_at(t, tr_end(t, n));
+	default: return JIT_ALL_FLAGS;
+	}
+}
+
+static bool part_liveness(struct tr *t, unsigned p)
+{
+	struct part *q = &t->part[p];
+	uint16_t live = live_out(t, p), was = q->live;
+
+	for (unsigned n = q->first + q->n; n-- > q->first;) {
 		struct tinsn *i = &t->t[n];
 
 		i->live = live;
 		live = i->tested | (live & ~i->killed);
 	}
+	q->live = live;
+	return live != was;
 }
 
-/* -- decoding ------------------------------------------------------------------------------------ */
-static bool decode_all(struct tr *t)
+/* Backwards over the region until nothing changes; sets only grow. */
+static void liveness(struct tr *t)
 {
-	struct block *b = t->b;
+	bool again;
+
+	for (unsigned p = 0; p < t->nparts; p++)
+		t->part[p].live = 0;
+	do {
+		again = false;
+		for (unsigned p = t->nparts; p--;)
+			again |= part_liveness(t, p);
+	} while (again);
+}
+
+/* -- the region ---------------------------------------------------------------------------------- */
+int tr_part(const struct tr *t, uint64_t rip)
+{
+	for (unsigned p = 0; p < t->nparts; p++)
+		if (t->part[p].rip == rip)
+			return (int)p;
+	return -1;
+}
+
+static enum tend end_of(const struct tinsn *i)
+{
+	if (!(i->in->flags & IF_END))
+		return END_NONE;
+	if (i->by_handler || i->z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY || i->op[0].type != ZYDIS_OPERAND_TYPE_IMMEDIATE ||
+	    !i->op[0].imm.is_relative || i->z.operand_width != 64)
+		return END_OTHER;
+	if (i->z.mnemonic == ZYDIS_MNEMONIC_JMP)
+		return END_JMP;
+	return (i->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i->z.opcode & 0xf0) == 0x70) ||
+	       (i->z.opcode_map == ZYDIS_OPCODE_MAP_0F && (i->z.opcode & 0xf0) == 0x80) ? END_JCC : END_OTHER;
+}
+
+static void decode_part(struct tr *t, struct block *b, uint64_t rip)
+{
+	struct part *p = &t->part[t->nparts++];
 	ZydisDecoder z;
 
 	decode_init(&z, t->c, b->mode);
-	t->n = b->n;
-	for (unsigned n = 0; n < t->n; n++) {
-		struct tinsn *i = &t->t[n];
+	*p = (struct part){ .b = b, .rip = rip, .first = t->n, .n = b->n };
+	for (unsigned n = 0; n < b->n; n++) {
+		struct tinsn *i = &t->t[t->n++];
 		const struct insn *in = &b->insn[n];
 
+		i->in = in;
+		i->b = b;
+		i->rip = rip + in->off;
 		i->by_handler = in->fn == op_ud || in->fn == op_fetch_gp ||
-				ZYAN_FAILED(ZydisDecoderDecodeFull(&z, tr_bytes(t, n), in->len, &i->z, i->op)) ||
+				ZYAN_FAILED(ZydisDecoderDecodeFull(&z, block_copy(b) + in->off, in->len, &i->z, i->op)) ||
 				i->z.length != in->len;
 		if (i->by_handler) {
 			i->tested = JIT_ALL_FLAGS;
 			i->written = i->killed = 0;
 			i->z.mnemonic = ZYDIS_MNEMONIC_INVALID;
-			continue;
+		} else {
+			set_flags(i);
 		}
-		set_flags(i);
-		if (in->flags & IF_END)
+		i->end = end_of(i);
+		if (i->end == END_OTHER)
 			i->tested = JIT_ALL_FLAGS, i->killed = 0;
 	}
-	return true;
+}
+
+/* The decoded block at `rip` if it may join: executed before, in the page, as valid as the first, not translated by itself. */
+static struct block *candidate(struct tr *t, uint64_t rip)
+{
+	const struct block_fast *e = &t->c->blocks->fast[block_fast_index(rip)];
+	const struct block *h = t->b;
+	struct block *b = e->blk;
+
+	if (((rip ^ t->k->rip) >> 12) || e->rip != rip || !b || b->gpa != h->gpa + (rip - t->k->rip) || b->mode != h->mode ||
+	    b->host != h->host + (rip - t->k->rip) || b->ver != h->ver || b->ver_value != h->ver_value || b->cross ||
+	    b == t->c->blocks->scratch || (b->code && b->code_gen == t->j->gen) ||
+	    t->n + b->n > REGION_INSNS || t->nparts == REGION_PARTS || tr_part(t, rip) >= 0)
+		return NULL;
+	return b;
+}
+
+/* Falls through from block to block as far as it can, then from the latest conditional jump's target. */
+static void collect(struct tr *t)
+{
+	uint64_t todo[REGION_PARTS * 2], rip = t->k->rip;
+	unsigned ntodo = 0;
+	struct block *b = t->b;
+
+	t->n = t->nparts = 0;
+	while (b) {
+		unsigned n;
+
+		decode_part(t, b, rip);
+		n = t->n - 1;
+		b = NULL;
+		if (t->t[n].end != END_OTHER) {
+			rip = t->t[n].end == END_JMP ? tr_target(t, n) : tr_end(t, n);
+			b = candidate(t, rip);
+		}
+		if (t->t[n].end == END_JCC)
+			todo[ntodo++] = tr_target(t, n);        /* at most one for each part */
+		while (!b && ntodo) {
+			rip = todo[--ntodo];
+			b = candidate(t, rip);
+		}
+	}
+}
+
+static void note_label(struct tr *t, uint64_t rip, unsigned from, bool falls)
+{
+	int p = tr_part(t, rip);
+
+	if (p >= 0 && !(falls && (unsigned)p == from + 1))
+		t->part[p].label = true;
+}
+
+/* Which parts are reached by jumps; gen_edge() and conditional() make the same choices. */
+static void labels(struct tr *t)
+{
+	for (unsigned p = 0; p < t->nparts; p++) {
+		unsigned n = t->part[p].first + t->part[p].n - 1;
+		uint64_t fall = tr_end(t, n), to = t->t[n].end >= END_JMP ? tr_target(t, n) : 0;
+
+		switch (t->t[n].end) {
+		case END_NONE:
+			note_label(t, fall, p, true);
+			break;
+		case END_JMP:
+			note_label(t, to, p, true);
+			break;
+		case END_JCC:
+			note_label(t, fall, p, true);
+			note_label(t, to, p, to > t->t[n].rip && tr_part(t, fall) != (int)p + 1);
+			break;
+		default:        /* a call's target */
+			if (!t->t[n].by_handler && t->t[n].op[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && t->t[n].op[0].imm.is_relative)
+				note_label(t, tr_target(t, n), p, false);
+		}
+	}
 }
 
 /* -- the walk ------------------------------------------------------------------------------------ */
@@ -134,11 +270,14 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 {
 	t->h = *h;
 	t->cold = *cold;
+	t->swapped = false;
 	t->in_mem = true;
 	t->in_host = false;
 	t->live = 0;
-	t->ncold = 0;
-	t->k->nlinks = 0;
+	t->ncold = t->nfix = 0;
+	t->k->links = NULL;
+	for (unsigned p = 0; p < t->nparts; p++)
+		t->part[p].at = NULL;
 }
 
 static void entry(struct tr *t)
@@ -154,37 +293,63 @@ static void entry(struct tr *t)
 	t->k->body = (uint32_t)(e->p - t->j->rw);
 }
 
+/* False: it turned out to need its handler. */
+static bool walk_insn(struct tr *t, unsigned n)
+{
+	struct em h = t->h, cold = t->cold;
+	unsigned ncold = t->ncold, nfix = t->nfix;
+
+	if (t->t[n].by_handler) {
+		gen_handler(t, n);
+		return true;
+	}
+	if (gen_one(t, n))
+		return true;
+	t->h = h;
+	t->cold = cold;
+	t->ncold = ncold;
+	t->nfix = nfix;
+	t->t[n].by_handler = true;
+	t->t[n].tested = JIT_ALL_FLAGS;
+	t->t[n].written = t->t[n].killed = 0;
+	if (t->t[n].in->flags & IF_END)
+		t->t[n].end = END_OTHER;
+	return false;
+}
+
+static void begin_part(struct tr *t, unsigned p)
+{
+	struct part *q = &t->part[p];
+
+	t->now = p;
+	if (q->label) {
+		t->in_mem = true;
+		t->in_host = false;
+		t->live = 0;
+	}
+	q->at = t->h.p;
+	for (unsigned f = 0; f < t->nfix; f++)
+		if (t->fix[f].part == p)
+			em_here(&t->h, t->fix[f].rel32);
+}
+
 /* False: some instruction turned out to need its handler, and liveness must be worked out anew. */
 static bool walk(struct tr *t)
 {
 	bool again = false;
-	unsigned n;
 
 	entry(t);
-	for (n = 0; n < t->n && !t->failed; n++) {
-		struct em h = t->h, cold = t->cold;
-		unsigned ncold = t->ncold;
+	for (unsigned p = 0; p < t->nparts && !t->failed; p++) {
+		unsigned n = t->part[p].first, end = n + t->part[p].n;
 
-		if (t->t[n].by_handler) {
-			gen_handler(t, n);
-			continue;
-		}
-		if (gen_one(t, n))
-			continue;
-		t->h = h;
-		t->cold = cold;
-		t->ncold = ncold;
-		t->t[n].by_handler = true;
-		t->t[n].tested = JIT_ALL_FLAGS;
-		t->t[n].written = t->t[n].killed = 0;
-		again = true;
+		begin_part(t, p);
+		for (; n < end && !t->failed; n++)
+			again |= !walk_insn(t, n);
+		if (!(t->t[n - 1].in->flags & IF_END))
+			gen_edge(t, tr_end(t, n - 1), n - 1, true);
 	}
 	if (again || t->failed)
 		return false;
-	if (!(t->b->insn[n - 1].flags & IF_END)) {
-		gen_flags_save(t);
-		gen_goto(t, t->k->rip + t->b->bytes, n - 1, 0);
-	}
 	gen_colds(t);
 	return true;
 }
@@ -221,13 +386,17 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	t->k = k;
 	t->tlb = j->c->tlb;
 	t->failed = false;
-	decode_all(t);
+	collect(t);
+	labels(t);
+	k->nparts = t->nparts;
+	for (unsigned p = 0; p < t->nparts; p++)
+		k->part[p] = t->part[p].b;
 	arena = j->arena;
 	do {
 		j->arena = arena;
 		reset(t, &h, &cold);
 		liveness(t);
-		if (++tries > BLOCK_MAX_INSNS + 1)
+		if (++tries > REGION_INSNS + 1)
 			t->failed = true;
 	} while (!t->failed && !walk(t));
 	if (t->failed || t->h.full || t->cold.full) {
