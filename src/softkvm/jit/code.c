@@ -103,18 +103,18 @@ void em_to(uint8_t *rel32, const uint8_t *target) { st_le32(rel32, (uint32_t)(ta
 void em_here(struct em *e, uint8_t *rel32) { if (!e->full) em_to(rel32, e->p); }
 
 /* -- thunks -------------------------------------------------------------------------------------- */
-static void load_all(struct em *e, struct cpu *c)
+static void load_all(struct em *e, struct cpu *c, const int8_t *map)
 {
 	for (unsigned g = 0; g < 16; g++)
-		if (jit_map[g] >= 0)
-			em_load(e, (unsigned)jit_map[g], &c->gpr[g]);
+		if (map[g] >= 0)
+			em_load(e, (unsigned)map[g], &c->gpr[g]);
 }
 
-static void store_all(struct em *e, struct cpu *c)
+static void store_all(struct em *e, struct cpu *c, const int8_t *map)
 {
 	for (unsigned g = 0; g < 16; g++)
-		if (jit_map[g] >= 0)
-			em_store(e, (unsigned)jit_map[g], &c->gpr[g]);
+		if (map[g] >= 0)
+			em_store(e, (unsigned)map[g], &c->gpr[g]);
 }
 
 /*
@@ -122,6 +122,7 @@ static void store_all(struct em *e, struct cpu *c)
  * leave: translated code jumps there with its result in rax.
  * call: translated code calls it with a site in eax; returns to it, goes on at other code, or leaves when the loop must
  * look (result 1): see jit_call_insn().
+ * call_out: where it goes on in the other cases.
  * live: translated code calls it with JV_* bits in eax; they are in vec_ok afterwards unless the guest may not use them.
  */
 static void thunk_call_c(struct em *e, const void *fn)
@@ -131,16 +132,42 @@ static void thunk_call_c(struct em *e, const void *fn)
 	EM(e, 0xff, 0xd0, 0x48, 0x83, 0xc4, 0x08);              /* call rax ; add rsp, 8 */
 }
 
-static void thunk_live(struct jit *j, struct em *e)
+static void thunk_live(struct jit *j, struct em *e, const int8_t *map)
 {
-	store_all(e, j->c);
+	store_all(e, j->c, map);
 	EM(e, 0x89, 0xc6);                                      /* mov esi, eax */
 	live_emit_save(e, j);
 	em_imm(e, H_RDI, (uintptr_t)j->c);
 	thunk_call_c(e, jit_live);
-	load_all(e, j->c);
+	load_all(e, j->c, map);
 	live_emit_load(e, j);
 	e8(e, 0xc3);
+}
+
+static void thunk_call(struct jit *j, struct em *e, const int8_t *map)
+{
+	store_all(e, j->c, map);
+	EM(e, 0x89, 0xc7);                                      /* mov edi, eax */
+	live_emit_save(e, j);
+	thunk_call_c(e, jit_call_insn);
+	EM(e, 0x48, 0x85, 0xc0);                                /* test rax, rax */
+	uint8_t *out = em_jcc(e, 5);
+	em_to(out, j->rw + j->call_out);
+	load_all(e, j->c, map);
+	live_emit_load(e, j);
+	e8(e, 0xc3);
+}
+
+/* `call` and `live` for code that keeps registers elsewhere: behind the code so far. */
+void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map)
+{
+	struct em e = { j->rw + j->hot, j->rw + j->hot_size, false };
+
+	m->call = (uint32_t)(e.p - j->rw);
+	thunk_call(j, &e, map);
+	m->live = (uint32_t)(e.p - j->rw);
+	thunk_live(j, &e, map);
+	j->hot = ALIGN_UP((size_t)(e.p - j->rw), 16);
 }
 
 void jit_thunks(struct jit *j)
@@ -151,32 +178,23 @@ void jit_thunks(struct jit *j)
 	j->low->host_mxcsr = 0x1f80;
 	j->enter = 0;
 	EM(&e, 0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 0x08, 0x48, 0x89, 0xf8);
-	load_all(&e, j->c);
+	load_all(&e, j->c, jit_map);
 	EM(&e, 0xff, 0xe0);
 	j->leave = (uint32_t)(e.p - j->rw);
-	store_all(&e, j->c);
+	store_all(&e, j->c, jit_map);
 	live_emit_save(&e, j);
 	look = e.p;
 	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3);
-	j->call = (uint32_t)(e.p - j->rw);
-	store_all(&e, j->c);
-	EM(&e, 0x89, 0xc7);                                     /* mov edi, eax */
-	live_emit_save(&e, j);
-	thunk_call_c(&e, jit_call_insn);
-	EM(&e, 0x48, 0x85, 0xc0);                               /* test rax, rax */
-	out = em_jcc(&e, 5);
-	load_all(&e, j->c);
-	live_emit_load(&e, j);
-	e8(&e, 0xc3);
-	em_here(&e, out);
+	j->call_out = (uint32_t)(e.p - j->rw);
 	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0x83, 0xf8, 1);          /* drop the return address ; cmp eax, 1 */
 	out = em_jcc(&e, 4);
-	load_all(&e, j->c);
+	load_all(&e, j->c, jit_map);
 	EM(&e, 0xff, 0xe0);                                     /* jmp rax */
 	em_here(&e, out);
 	em_to(em_jmp(&e), look);
-	j->live = (uint32_t)(e.p - j->rw);
-	thunk_live(j, &e);
+	j->hot = (size_t)(e.p - j->rw);
+	jit_map_thunks(j, &j->maps[0], jit_map);
+	j->nmaps = 1;
 	j->hot = JIT_THUNKS;
 	j->cold = 0;
 }

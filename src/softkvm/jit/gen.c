@@ -48,16 +48,16 @@ void gen_flags_after(struct tr *t, unsigned n)
 /* -- registers ----------------------------------------------------------------------------------- */
 unsigned gen_get(struct tr *t, unsigned guest, unsigned scratch)
 {
-	if (jit_map[guest] >= 0)
-		return (unsigned)jit_map[guest];
+	if (t->map[guest] >= 0)
+		return (unsigned)t->map[guest];
 	em_load(&t->h, scratch, &t->c->gpr[guest]);
 	return scratch;
 }
 
 void gen_put(struct tr *t, unsigned guest, unsigned host)
 {
-	if (jit_map[guest] >= 0)
-		em_mov(&t->h, (unsigned)jit_map[guest], host);
+	if (t->map[guest] >= 0)
+		em_mov(&t->h, (unsigned)t->map[guest], host);
 	else
 		em_store(&t->h, host, &t->c->gpr[guest]);
 }
@@ -159,7 +159,7 @@ static void call_site(struct em *e, struct tr *t, const struct jit_site *s)
 	e8(e, 0xe8);
 	e32(e, 0);
 	if (!e->full)
-		em_to(e->p - 4, t->j->rw + t->j->call);
+		em_to(e->p - 4, t->j->rw + t->thunks->call);
 }
 
 static void cold_emit(struct tr *t, const struct cold *k)
@@ -213,7 +213,7 @@ void gen_live(struct tr *t, struct cold *k, unsigned bit)
 	e8(e, 0xe8);
 	e32(e, 0);
 	if (!e->full)
-		em_to(e->p - 4, t->j->rw + t->j->live);
+		em_to(e->p - 4, t->j->rw + t->thunks->live);
 	e8(e, 0xf6);
 	em_abs(e, 0, &t->j->low->vec_ok);
 	e8(e, bit);
@@ -224,7 +224,7 @@ void gen_live(struct tr *t, struct cold *k, unsigned bit)
 }
 
 /* -- leaving a block ------------------------------------------------------------------------------ */
-void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l)
+static void leave_mapped(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l)
 {
 	if ((int64_t)rip == (int32_t)rip) {
 		em_op_abs(e, true, 0xc7, 0, &t->c->rip);
@@ -237,6 +237,14 @@ void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *
 	uint8_t *j = em_jmp(e);
 	if (!e->full)
 		em_to(j, t->j->rw + t->j->leave);
+}
+
+/* With registers where the map has them. */
+void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l)
+{
+	if (t->mapped)
+		map_out(e, t);
+	leave_mapped(e, t, rip, l);
 }
 
 /* The jump is patched when the loop knows what it leads to. */
@@ -260,12 +268,22 @@ static void leave_by_link(struct tr *t, uint64_t rip)
 	j = em_jmp(e);
 	if (!t->swapped)
 		e = &t->cold;
-	if (stale)
+	if (stale && t->k->map) {
 		em_here(e, stale);
+		map_out(e, t);
+		stale = em_jmp(e);
+	}
 	l->at = (uint32_t)(j - t->j->rw);
 	l->unlinked = (uint32_t)(e->p - t->j->rw);
 	em_here(e, j);
-	gen_leave(e, t, rip, l);
+	if (t->k->map) {
+		map_out(e, t);
+		l->at2 = (uint32_t)(em_jmp(e) - t->j->rw);
+		l->unlinked2 = l->at2 + 4;
+	}
+	if (stale)
+		em_here(e, stale);
+	leave_mapped(e, t, rip, l);
 }
 
 static void jump_to_part(struct tr *t, unsigned p, uint8_t *rel32)

@@ -72,8 +72,8 @@ static bool pop(struct tr *t, unsigned n)
 	k = cold_new(t, n);
 	stack(t, k, 0, false);
 	lea_rsp(t, 8);
-	em_mem(&t->h, true, 0x8b, jit_map[g] >= 0 ? (unsigned)jit_map[g] : SA, ST, -1, 0, 0);
-	if (jit_map[g] < 0)
+	em_mem(&t->h, true, 0x8b, t->map[g] >= 0 ? (unsigned)t->map[g] : SA, ST, -1, 0, 0);
+	if (t->map[g] < 0)
 		gen_put(t, g, SA);
 	back(t, n, k);
 	return true;
@@ -125,7 +125,11 @@ static void lookup(struct tr *t, unsigned n, struct cold *k)
 	em_mem(e, false, 0x8b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->code);
 }
 
-static void go(struct tr *t) { EM(&t->h, 0xff, 0xe0); }
+static void go(struct tr *t)
+{
+	map_out(&t->h, t);
+	EM(&t->h, 0xff, 0xe0);
+}
 
 static bool ret(struct tr *t, unsigned n)
 {

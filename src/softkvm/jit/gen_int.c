@@ -72,8 +72,8 @@ bool slots_load(struct tr *t, struct slots *s)
 			continue;
 		if (s->high[k] && s->write[k])
 			return false;
-		if (jit_map[g] >= 0 && !s->high[k]) {
-			s->host[k] = jit_map[g];
+		if (t->map[g] >= 0 && !s->high[k]) {
+			s->host[k] = t->map[g];
 			continue;
 		}
 		for (unsigned m = 0; m < k && !s->high[k]; m++)
@@ -104,7 +104,7 @@ bool slots_load(struct tr *t, struct slots *s)
 void slots_store(struct tr *t, const struct slots *s)
 {
 	for (unsigned k = 0; k < SL_COUNT; k++)
-		if (s->guest[k] >= 0 && s->write[k] && jit_map[s->guest[k]] < 0)
+		if (s->guest[k] >= 0 && s->write[k] && t->map[s->guest[k]] < 0)
 			em_store(&t->h, (unsigned)s->host[k], &t->c->gpr[s->guest[k]]);
 }
 
@@ -267,7 +267,7 @@ static bool lea(struct tr *t, unsigned n)
 {
 	const struct tinsn *i = &t->t[n];
 	const ZydisDecodedOperandMem *m = &i->op[1].mem;
-	unsigned g = insn_reg_off(i->op[0].reg.value) / 8, d = jit_map[g] >= 0 ? (unsigned)jit_map[g] : SA;
+	unsigned g = insn_reg_off(i->op[0].reg.value) / 8, d = t->map[g] >= 0 ? (unsigned)t->map[g] : SA;
 	int base = -1, index = -1;
 	int64_t disp = m->disp.has_displacement ? m->disp.value : 0;
 	bool w = i->z.operand_width == 64;

@@ -26,11 +26,15 @@ struct jit_link {
 	uint64_t stamp;                 /* cross-page: good under this code stamp */
 	uint64_t rip;
 	struct jit_code *from;
-	uint32_t at;                    /* offset of the rel32 in the code area */
-	uint32_t unlinked;              /* where it leads while unlinked */
+	uint32_t at, unlinked;          /* offset of the rel32 in the code area, and where it leads while unlinked */
+	uint32_t at2, unlinked2;        /* behind the registers' change to the usual places; 0: `at` is there */
 	bool near;                      /* within the page: needs no stamp */
 	struct jit_link *next;          /* of the same translation */
 };
+
+/* Thunks for a choice of registers. Number 0 is the usual one, in the fixed part of the code area. */
+#define JIT_SWAPS 4
+struct jit_map_thunks { uint32_t key, call, live; };
 
 /* Handler call: the instruction, and what stops the interpreter behind it. */
 struct jit_site {
@@ -51,6 +55,8 @@ struct jit_code {
 	uint32_t mode;
 	uint32_t ver_value;             /* read by the code's entry */
 	uint32_t entry, body;           /* offsets in the code area: with and without the version check */
+	uint32_t map;                   /* map.c */
+	uint32_t entry_same, body_same; /* the same for those who come with this map */
 	struct jit_link *links;
 	struct block *part[REGION_PARTS];       /* [0] is b */
 	unsigned nparts;
@@ -80,7 +86,9 @@ struct jit {
 	struct jit_low *low;
 	size_t low_size, arena_size, arena;
 	uint32_t gen;
-	uint32_t enter, leave, call, live;      /* thunks */
+	uint32_t enter, leave, call_out;        /* thunks */
+	struct jit_map_thunks maps[64];
+	unsigned nmaps;
 	bool off;                       /* tests: interpret, but keep translations right */
 	struct tr *tr;                  /* the translator's working memory */
 	FILE *perf_map;
@@ -115,6 +123,14 @@ uint8_t *em_jcc(struct em *e, unsigned cc);
 void em_here(struct em *e, uint8_t *rel32);                             /* that jump leads here */
 void em_to(uint8_t *rel32, const uint8_t *target);
 void jit_thunks(struct jit *j);
+void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map);
+
+/* map.c */
+struct tr;
+void map_choose(struct tr *t);
+void map_in(struct em *e, struct tr *t);
+void map_out(struct em *e, struct tr *t);
+
 int jit_code_map(struct jit *j, size_t bytes);
 void jit_code_unmap(struct jit *j);
 void *jit_arena(struct jit *j, size_t size);                            /* low memory, 64-byte aligned; NULL: full */
@@ -177,6 +193,9 @@ struct tr {
 	struct decoded d;
 	bool failed;
 	struct part part[REGION_PARTS];
+	int8_t map[16];                 /* host register of each guest register, -1: in memory */
+	const struct jit_map_thunks *thunks;
+	bool mapped;                    /* that is where registers are now */
 	bool swapped;                   /* h is the cold part */
 	unsigned nparts, now;           /* now: the part being emitted */
 	struct { uint8_t *rel32; unsigned part; } fix[FIXUPS_MAX];

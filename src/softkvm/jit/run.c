@@ -75,6 +75,7 @@ void jit_flush(struct cpu *c)
 		return;
 	c->blocks->jit_want = NULL;
 	j->hot = JIT_THUNKS;
+	j->nmaps = 1;
 	j->cold = 0;
 	j->arena = 0;
 	j->gen++;
@@ -87,9 +88,21 @@ static struct jit_code *code_of(const struct jit *j, const struct block *b)
 }
 
 /* -- links --------------------------------------------------------------------------------------- */
-static void link_set(struct jit *j, struct jit_link *l, uint32_t target)
+static void link_cut(struct jit *j, struct jit_link *l)
 {
-	em_to(j->rw + l->at, j->rw + target);
+	em_to(j->rw + l->at, j->rw + l->unlinked);
+	if (l->at2)
+		em_to(j->rw + l->at2, j->rw + l->unlinked2);
+}
+
+static void link_to(struct jit *j, struct jit_link *l, const struct jit_code *to)
+{
+	if (l->from->map == to->map) {
+		em_to(j->rw + l->at, j->rw + (l->near ? to->body_same : to->entry_same));
+	} else {
+		link_cut(j, l);
+		em_to(j->rw + (l->at2 ? l->at2 : l->at), j->rw + (l->near ? to->body : to->entry));
+	}
 }
 
 void jit_revived(struct cpu *c, struct block *b)
@@ -101,7 +114,7 @@ void jit_revived(struct cpu *c, struct block *b)
 		return;
 	/* What it is linked to in this page was not compared. */
 	for (struct jit_link *l = k->links; l; l = l->next)
-		link_set(j, l, l->unlinked);
+		link_cut(j, l);
 	/* The blocks that were translated with it. */
 	for (unsigned n = 1; n < k->nparts; n++) {
 		const struct block *p = k->part[n];
@@ -123,10 +136,10 @@ static void resolve(struct jit *j, struct jit_link *l, const struct jit_code *to
 		return;
 	if (!l->near) {
 		l->stamp = j->low->stamp;
-		link_set(j, l, to->entry);
+		link_to(j, l, to);
 	} else if (from->b->ver == to->b->ver && from->b->ver_value == to->b->ver_value &&
 		   atomic_load_explicit(from->b->ver, memory_order_acquire) == to->b->ver_value && code_of(j, from->b) == from) {
-		link_set(j, l, to->body);
+		link_to(j, l, to);
 	}
 }
 

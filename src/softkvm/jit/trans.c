@@ -5,6 +5,7 @@
 #include "softkvm/jit/internal.h"
 
 #define HOT_MAX (32u << 10)
+#define THUNKS_MAX (4u << 10)
 #define COLD_MAX (128u << 10)
 #define ARENA_MAX (sizeof(struct jit_code) + 64 + (REGION_INSNS * 3 + REGION_PARTS * 2) * sizeof(struct jit_site))
 
@@ -280,17 +281,41 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 		t->part[p].at = NULL;
 }
 
-static void entry(struct tr *t)
+static void check_version(struct em *e, struct tr *t, struct em *fail)
 {
-	struct em *e = &t->h;
-
-	t->k->entry = (uint32_t)(e->p - t->j->rw);
 	em_imm(e, SC, (uintptr_t)t->b->ver);
 	EM(e, 0x8b, 0x09);                              /* mov ecx, [rcx] */
 	em_op_abs(e, false, 0x3b, SC, &t->k->ver_value);
-	em_here(&t->cold, em_jcc(e, 5));
-	gen_leave(&t->cold, t, t->k->rip, NULL);
-	t->k->body = (uint32_t)(e->p - t->j->rw);
+	em_here(fail, em_jcc(e, 5));
+	gen_leave(fail, t, t->k->rip, NULL);
+}
+
+static void entry(struct tr *t)
+{
+	struct em *e = &t->h, *cold = &t->cold;
+	struct jit_code *k = t->k;
+	uint8_t *to, *bad;
+
+	t->mapped = false;
+	k->entry = (uint32_t)(e->p - t->j->rw);
+	check_version(e, t, cold);
+	k->body = (uint32_t)(e->p - t->j->rw);
+	k->entry_same = k->entry;
+	map_in(e, t);
+	k->body_same = (uint32_t)(e->p - t->j->rw);
+	t->mapped = k->map;
+	if (!k->map)
+		return;
+	k->entry_same = (uint32_t)(cold->p - t->j->rw);
+	em_imm(cold, SC, (uintptr_t)t->b->ver);
+	EM(cold, 0x8b, 0x09);
+	em_op_abs(cold, false, 0x3b, SC, &k->ver_value);
+	bad = em_jcc(cold, 5);
+	to = em_jmp(cold);
+	if (!cold->full)
+		em_to(to, e->p);
+	em_here(cold, bad);
+	gen_leave(cold, t, k->rip, NULL);
 }
 
 /* False: it turned out to need its handler. */
@@ -363,7 +388,7 @@ static void note(struct tr *t, const uint8_t *start)
 
 static void room(struct jit *j)
 {
-	if (j->hot_size - j->hot < HOT_MAX || j->size - j->hot_size - j->cold < COLD_MAX || j->arena_size - j->arena < ARENA_MAX)
+	if (j->hot_size - j->hot < HOT_MAX + THUNKS_MAX || j->size - j->hot_size - j->cold < COLD_MAX || j->arena_size - j->arena < ARENA_MAX)
 		jit_flush(j->c);
 }
 
@@ -388,6 +413,9 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	t->failed = false;
 	collect(t);
 	labels(t);
+	map_choose(t);
+	h.p = j->rw + j->hot;
+	h.end = h.p + HOT_MAX;
 	k->nparts = t->nparts;
 	for (unsigned p = 0; p < t->nparts; p++)
 		k->part[p] = t->part[p].b;
