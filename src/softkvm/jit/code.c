@@ -194,7 +194,6 @@ void jit_thunks(struct jit *j)
 	em_to(em_jmp(&e), look);
 	j->hot = (size_t)(e.p - j->rw);
 	jit_map_thunks(j, &j->maps[0], jit_map);
-	j->nmaps = 1;
 	j->hot = JIT_THUNKS;
 	j->cold = 0;
 }

@@ -77,8 +77,11 @@ bool slots_load(struct tr *t, struct slots *s)
 			continue;
 		}
 		for (unsigned m = 0; m < k && !s->high[k]; m++)
-			if (s->guest[m] == g && !s->high[m])
+			if (s->guest[m] == g && !s->high[m]) {
 				s->host[k] = s->host[m];
+				if (s->read[k] && !s->read[m])
+					em_load(&t->h, (unsigned)s->host[k], &t->c->gpr[g]);
+			}
 		if (s->host[k] >= 0)
 			continue;
 		if (used == s->nscratch)
@@ -94,7 +97,7 @@ bool slots_load(struct tr *t, struct slots *s)
 			e8(&t->h, 0xf0);
 			e8(&t->h, 0xc0 | (s->host[k] & 7) << 3 | (h & 7));
 			e8(&t->h, 8);
-		} else if (s->read[k] || s->write[k]) {
+		} else if (s->read[k]) {
 			em_load(&t->h, (unsigned)s->host[k], &t->c->gpr[g]);
 		}
 	}

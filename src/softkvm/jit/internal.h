@@ -34,7 +34,7 @@ struct jit_link {
 
 /* Thunks for a choice of registers. Number 0 is the usual one, in the fixed part of the code area. */
 #define JIT_SWAPS 4
-struct jit_map_thunks { uint32_t key, call, live; };
+struct jit_map_thunks { uint32_t gen, call, live; };
 
 /* Handler call: the instruction, and what stops the interpreter behind it. */
 struct jit_site {
@@ -87,8 +87,7 @@ struct jit {
 	size_t low_size, arena_size, arena;
 	uint32_t gen;
 	uint32_t enter, leave, call_out;        /* thunks */
-	struct jit_map_thunks maps[64];
-	unsigned nmaps;
+	struct jit_map_thunks maps[1 << 12];    /* by map.c's key, valid for one gen */
 	bool off;                       /* tests: interpret, but keep translations right */
 	struct tr *tr;                  /* the translator's working memory */
 	FILE *perf_map;

@@ -53,12 +53,10 @@ static unsigned part_weight(const struct tr *t, unsigned p)
 	return w;
 }
 
-/* Bits 4k..4k+3: the guest register that makes room for outside[k], 0 none. */
-static uint32_t choose(const struct tr *t)
+/* Bit k: outside[k] comes in; bit 4 + v: inside[v] makes room. */
+static unsigned choose(const struct tr *t)
 {
-	unsigned w[16] = { 0 }, loops = 0;
-	bool used[16] = { false };
-	uint32_t key = 0;
+	unsigned w[16] = { 0 }, loops = 0, key = 0;
 
 	for (unsigned p = 0; p < t->nparts; p++) {
 		unsigned by = part_weight(t, p);
@@ -68,75 +66,77 @@ static uint32_t choose(const struct tr *t)
 			count_insn(w, &t->t[t->part[p].first + n], by);
 	}
 	for (unsigned round = 0; round < JIT_SWAPS; round++) {
-		unsigned best = JIT_SWAPS, victim = 0;
+		unsigned in = JIT_SWAPS, out = ARRAY_SIZE(inside);
 
 		for (unsigned k = 0; k < JIT_SWAPS; k++)
-			if (!(key >> 4 * k & 15) && (best == JIT_SWAPS || w[outside[k]] > w[outside[best]]))
-				best = k;
+			if (!(key >> k & 1) && (in == JIT_SWAPS || w[outside[k]] > w[outside[in]]))
+				in = k;
 		for (unsigned v = 0; v < ARRAY_SIZE(inside); v++)
-			if (!used[inside[v]] && (!victim || w[inside[v]] < w[victim]))
-				victim = inside[v];
-		if (!victim || w[outside[best]] < w[victim] + (loops ? 12 : 6))
+			if (!(key >> (4 + v) & 1) && (out == ARRAY_SIZE(inside) || w[inside[v]] < w[inside[out]]))
+				out = v;
+		if (w[outside[in]] < w[inside[out]] + (loops ? 12 : 6))
 			break;
-		used[victim] = true;
-		key |= (uint32_t)victim << 4 * best;
+		key |= 1u << in | 16u << out;
 	}
 	return key;
 }
 
 /* -- thunks and swaps ---------------------------------------------------------------------------- */
-static void set_map(int8_t *map, uint32_t key)
+/* Pairs of a key: the n-th that comes in takes the place of the n-th that goes. False: no more. */
+static bool next_pair(unsigned *key, unsigned *in, unsigned *out)
 {
-	memcpy(map, jit_map, 16);
-	for (unsigned k = 0; k < JIT_SWAPS; k++) {
-		unsigned v = key >> 4 * k & 15;
+	if (!(*key & 15))
+		return false;
+	*in = outside[__builtin_ctz(*key)];
+	*out = inside[__builtin_ctz(*key >> 4)];
+	*key &= *key - 1;
+	*key = (*key & 15) | ((*key >> 4) & ((*key >> 4) - 1)) << 4;
+	return true;
+}
 
-		if (v) {
-			map[outside[k]] = jit_map[v];
-			map[v] = -1;
-		}
+static void set_map(int8_t *map, unsigned key)
+{
+	unsigned in, out;
+
+	memcpy(map, jit_map, 16);
+	while (next_pair(&key, &in, &out)) {
+		map[in] = jit_map[out];
+		map[out] = -1;
 	}
 }
 
-static void swap(struct em *e, struct tr *t, bool in)
+static void swap(struct em *e, struct tr *t, bool to_map)
 {
-	for (unsigned k = 0; k < JIT_SWAPS; k++) {
-		unsigned v = t->k->map >> 4 * k & 15, h = (unsigned)jit_map[v];
+	unsigned key = t->k->map, in, out;
 
-		if (!v)
-			continue;
-		em_store(e, h, &t->c->gpr[in ? v : outside[k]]);
-		em_load(e, h, &t->c->gpr[in ? outside[k] : v]);
+	while (next_pair(&key, &in, &out)) {
+		unsigned h = (unsigned)jit_map[out];
+
+		em_store(e, h, &t->c->gpr[to_map ? out : in]);
+		em_load(e, h, &t->c->gpr[to_map ? in : out]);
 	}
 }
 
 void map_in(struct em *e, struct tr *t) { swap(e, t, true); }
 void map_out(struct em *e, struct tr *t) { swap(e, t, false); }
 
-/* The thunks for a map; when there are too many maps, the one that needs none. */
-static const struct jit_map_thunks *thunks(struct jit *j, uint32_t key)
+static const struct jit_map_thunks *thunks(struct jit *j, unsigned key)
 {
-	struct jit_map_thunks *m = j->maps;
+	struct jit_map_thunks *m = &j->maps[key];
 	int8_t map[16];
 
-	for (; m < j->maps + j->nmaps; m++)
-		if (m->key == key)
-			return m;
-	if (j->nmaps == ARRAY_SIZE(j->maps))
-		return j->maps;
-	j->nmaps++;
-	m->key = key;
-	set_map(map, key);
-	jit_map_thunks(j, m, map);
+	if (m->gen != j->gen && key) {
+		m->gen = j->gen;
+		set_map(map, key);
+		jit_map_thunks(j, m, map);
+	}
 	return m;
 }
 
 /* After the region is known, before code is made. */
 void map_choose(struct tr *t)
 {
-	const struct jit_map_thunks *m = thunks(t->j, choose(t));
-
-	t->k->map = m->key;
-	t->thunks = m;
-	set_map(t->map, m->key);
+	t->k->map = choose(t);
+	t->thunks = thunks(t->j, t->k->map);
+	set_map(t->map, t->k->map);
 }

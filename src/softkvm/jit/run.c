@@ -75,7 +75,6 @@ void jit_flush(struct cpu *c)
 		return;
 	c->blocks->jit_want = NULL;
 	j->hot = JIT_THUNKS;
-	j->nmaps = 1;
 	j->cold = 0;
 	j->arena = 0;
 	j->gen++;

@@ -183,7 +183,7 @@ static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 	}
 }
 
-/* The decoded block at `rip` if it may join: executed before, in the page, as valid as the first, not translated by itself. */
+/* The decoded block at `rip` if it may join: executed before, in the page, as valid as the first. */
 static struct block *candidate(struct tr *t, uint64_t rip)
 {
 	const struct block_fast *e = &t->c->blocks->fast[block_fast_index(rip)];
@@ -192,7 +192,7 @@ static struct block *candidate(struct tr *t, uint64_t rip)
 
 	if (((rip ^ t->k->rip) >> 12) || e->rip != rip || !b || b->gpa != h->gpa + (rip - t->k->rip) || b->mode != h->mode ||
 	    b->host != h->host + (rip - t->k->rip) || b->ver != h->ver || b->ver_value != h->ver_value || b->cross ||
-	    b == t->c->blocks->scratch || (b->code && b->code_gen == t->j->gen) ||
+	    b == t->c->blocks->scratch ||
 	    t->n + b->n > REGION_INSNS || t->nparts == REGION_PARTS || tr_part(t, rip) >= 0)
 		return NULL;
 	return b;
