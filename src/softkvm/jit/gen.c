@@ -169,6 +169,8 @@ static void cold_emit(struct tr *t, const struct cold *k)
 	for (unsigned n = 0; n < k->nfrom; n++)
 		em_here(e, k->from[n]);
 	call_site(e, t, k->site);
+	for (unsigned n = 0; n < k->nmore; n++)
+		call_site(e, t, k->more[n]);
 	if (k->final)
 		return;
 	if (k->reload_flags)

@@ -82,13 +82,16 @@ static bool pop(struct tr *t, unsigned n)
 static bool leave(struct tr *t, unsigned n)
 {
 	struct cold *k;
+	unsigned bp;
 
 	gen_clobber(t, n);
 	k = cold_new(t, n);
-	em_mov(&t->h, ST, H_RBP);
+	bp = gen_get(t, R_RBP, SA);
+	em_mov(&t->h, ST, bp);
 	gen_check(t, k, 8, false);
-	em_mem(&t->h, true, 0x8d, H_R12, H_RBP, -1, 0, 8);
-	em_mem(&t->h, true, 0x8b, H_RBP, ST, -1, 0, 0);
+	em_mem(&t->h, true, 0x8d, H_R12, (int)bp, -1, 0, 8);
+	em_mem(&t->h, true, 0x8b, bp, ST, -1, 0, 0);
+	gen_put(t, R_RBP, bp);
 	back(t, n, k);
 	return true;
 }
@@ -131,20 +134,114 @@ static void go(struct tr *t)
 	EM(&t->h, 0xff, 0xe0);
 }
 
-static bool ret(struct tr *t, unsigned n)
+/* Its 8 bytes are at ST + at already when `at` is not negative. */
+static void ret_from(struct tr *t, unsigned n, int32_t at)
 {
 	const struct tinsn *i = &t->t[n];
 	uint32_t more = i->z.raw.imm[0].size ? (uint16_t)i->z.raw.imm[0].value.u : 0;
-	struct cold *k;
+	struct cold *k = cold_last(t, n);
 
-	gen_flags_save(t);
-	k = cold_last(t, n);
-	stack(t, k, 0, false);
-	em_mem(&t->h, true, 0x8b, SA, ST, -1, 0, 0);
+	if (at < 0)
+		stack(t, k, 0, false);
+	em_mem(&t->h, true, 0x8b, SA, ST, -1, 0, MAX(at, 0));
 	lookup(t, n, k);
 	lea_rsp(t, (int32_t)(8 + more));
 	go(t);
+}
+
+static bool ret(struct tr *t, unsigned n)
+{
+	gen_flags_save(t);
+	ret_from(t, n, -1);
 	return true;
+}
+
+/* -- runs of pushes; of pops, and the return behind them: one check ----------------------------------- */
+#define GROUP_MAX 8
+
+static int moves_reg(const struct tinsn *i, ZydisMnemonic m)
+{
+	const ZydisDecodedOperand *o = &i->op[0];
+
+	if (i->by_handler || i->z.mnemonic != m || o->type != ZYDIS_OPERAND_TYPE_REGISTER ||
+	    ZydisRegisterGetClass(o->reg.value) != ZYDIS_REGCLASS_GPR64 || o->reg.value == ZYDIS_REGISTER_RSP)
+		return -1;
+	return insn_reg_off(o->reg.value) / 8;
+}
+
+static bool plain_ret(const struct tinsn *i)
+{
+	return !i->by_handler && i->z.mnemonic == ZYDIS_MNEMONIC_RET && (i->z.opcode == 0xc2 || i->z.opcode == 0xc3) && i->z.operand_width == 64;
+}
+
+static struct cold *cold_group(struct tr *t, unsigned n, unsigned count)
+{
+	struct cold *k = cold_new(t, n);
+
+	for (unsigned m = 1; m < count; m++) {
+		k->more[k->nmore] = tr_site(t, n + m);
+		k->more[k->nmore++]->need = t->live;
+	}
+	k->site->need = t->live;
+	return k;
+}
+
+static unsigned push_group(struct tr *t, unsigned n, unsigned count)
+{
+	struct cold *k;
+
+	gen_clobber(t, n);
+	k = cold_group(t, n, count);
+	em_mem(&t->h, true, 0x8d, ST, H_R12, -1, 0, -8 * (int32_t)count);
+	gen_check(t, k, 8 * count, true);
+	for (unsigned m = 0; m < count; m++)
+		em_mem(&t->h, true, 0x89, gen_get(t, (unsigned)moves_reg(&t->t[n + m], ZYDIS_MNEMONIC_PUSH), SA), ST, -1, 0,
+		       8 * (int32_t)(count - 1 - m));
+	lea_rsp(t, -8 * (int32_t)count);
+	back(t, n + count - 1, k);
+	return count;
+}
+
+static unsigned pop_group(struct tr *t, unsigned n, unsigned count, bool returns)
+{
+	unsigned all = count + returns;
+	struct cold *k;
+
+	gen_clobber(t, n);
+	if (returns)
+		gen_flags_save(t);
+	k = cold_group(t, n, all);
+	k->final = returns;
+	em_mov(&t->h, ST, H_R12);
+	gen_check(t, k, 8 * all, false);
+	for (unsigned m = 0; m < count; m++) {
+		unsigned g = (unsigned)moves_reg(&t->t[n + m], ZYDIS_MNEMONIC_POP), h = t->map[g] >= 0 ? (unsigned)t->map[g] : SA;
+
+		em_mem(&t->h, true, 0x8b, h, ST, -1, 0, 8 * (int32_t)m);
+		if (t->map[g] < 0)
+			gen_put(t, g, SA);
+	}
+	lea_rsp(t, 8 * (int32_t)count);
+	if (returns)
+		ret_from(t, n + count, 8 * (int32_t)count);
+	else
+		back(t, n + count - 1, k);
+	return all;
+}
+
+unsigned gen_stack_group(struct tr *t, unsigned n, unsigned end)
+{
+	unsigned push = 0, pop = 0;
+	bool returns;
+
+	while (push < GROUP_MAX && n + push < end && moves_reg(&t->t[n + push], ZYDIS_MNEMONIC_PUSH) >= 0)
+		push++;
+	if (push > 1)
+		return push_group(t, n, push);
+	while (pop < GROUP_MAX && n + pop < end && moves_reg(&t->t[n + pop], ZYDIS_MNEMONIC_POP) >= 0)
+		pop++;
+	returns = pop && pop < GROUP_MAX && n + pop < end && plain_ret(&t->t[n + pop]);
+	return pop + returns > 1 ? pop_group(t, n, pop, returns) : 0;
 }
 
 static bool indirect(struct tr *t, unsigned n, bool call)

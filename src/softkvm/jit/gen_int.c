@@ -53,7 +53,8 @@ void slots_find(struct slots *s, const struct tinsn *i)
 		s->high[sl] = insn_reg_off(o->reg.value) & 1;
 		s->write[sl] = o->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
 		/* Parts of registers keep the rest; what is written on a condition keeps all. */
-		s->read[sl] = (o->actions & ZYDIS_OPERAND_ACTION_MASK_READ) || o->size < 32 || o->actions != ZYDIS_OPERAND_ACTION_WRITE;
+		/* BSF and BSR of 0 keep it as well. */
+		s->read[sl] = i->z.mnemonic == ZYDIS_MNEMONIC_BSF || i->z.mnemonic == ZYDIS_MNEMONIC_BSR || (o->actions & ZYDIS_OPERAND_ACTION_MASK_READ) || o->size < 32 || o->actions != ZYDIS_OPERAND_ACTION_WRITE;
 	}
 	s->scratch[s->nscratch++] = SA;
 	s->scratch[s->nscratch++] = SC;
@@ -355,6 +356,60 @@ static bool small(struct tr *t, unsigned n, bool *done)
 	return false;
 }
 
+/*
+ * Division, after a look at what would fault: a quotient that does not fit (0 as divisor included) is the handler's. Of IDIV only
+ * dividends that are a sign-extended rax run here, which is what compilers make.
+ */
+static bool divide(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	bool w = i->z.operand_width == 64, sign = i->z.mnemonic == ZYDIS_MNEMONIC_IDIV, ok;
+	unsigned rex = 0x40 | w << 3;
+	struct em *e = &t->h;
+	struct cold *k;
+	struct slots s;
+
+	slots_find(&s, i);
+	if (i->z.operand_width < 32 || (!s.mem && s.guest[SL_RM] < 0))
+		return false;
+	gen_clobber(t, n);
+	if (s.mem) {
+		k = gen_access(t, n, &s, &ok);
+		if (!ok)
+			return false;
+		em_mem(e, w, 0x8b, SC, ST, -1, 0, 0);   /* the guest may change it in memory: look at a copy */
+	} else {
+		k = cold_new(t, n);
+		em_mov(e, SC, gen_get(t, (unsigned)s.guest[SL_RM], SC));
+	}
+	em_mov(e, SA, H_R13);
+	if (sign) {
+		e8(e, rex);
+		EM(e, 0xc1, 0xf8);                      /* sar eax, 31 ; cmp eax, edx */
+		e8(e, w ? 63 : 31);
+		e8(e, rex);
+		EM(e, 0x39, 0xd0);
+		cold_from(k, em_jcc(e, 5));
+		e8(e, rex);
+		EM(e, 0x8d, 0x41, 0x01);                /* lea eax, [rcx + 1] ; cmp eax, 1: of 0 and -1 */
+		e8(e, rex);
+		EM(e, 0x83, 0xf8, 0x01);
+		cold_from(k, em_jcc(e, 6));
+		em_mov(e, SA, H_R13);
+	} else {
+		e8(e, rex);
+		EM(e, 0x39, 0xca);                      /* cmp edx, ecx */
+		cold_from(k, em_jcc(e, 3));
+	}
+	e8(e, rex);
+	e8(e, 0xf7);
+	e8(e, sign ? 0xf9 : 0xf1);
+	em_mov(e, H_R13, SA);
+	gen_flags_after(t, n);
+	cold_done(t, n, k);
+	return true;
+}
+
 bool gen_int(struct tr *t, unsigned n)
 {
 	const struct tinsn *i = &t->t[n];
@@ -367,6 +422,8 @@ bool gen_int(struct tr *t, unsigned n)
 	ok = small(t, n, &done);
 	if (done)
 		return ok;
+	if (i->z.mnemonic == ZYDIS_MNEMONIC_DIV || i->z.mnemonic == ZYDIS_MNEMONIC_IDIV)
+		return divide(t, n);
 	if ((!plain(i->z.mnemonic) && !rax) || !host_has(i))
 		return false;
 	slots_find(&s, i);

@@ -60,6 +60,7 @@ struct jit_code {
 	struct jit_link *links;
 	struct block *part[REGION_PARTS];       /* [0] is b */
 	unsigned nparts;
+	bool looked;                    /* at code beyond its blocks (flags_dead_at()) */
 };
 
 /* Recent targets of indirect jumps. */
@@ -84,6 +85,7 @@ struct jit {
 	size_t size, hot_size;
 	size_t hot, cold;               /* used so far; cold counts from hot_size */
 	struct jit_low *low;
+	uint32_t mxcsr_mask;            /* MXCSR bits the host has */
 	size_t low_size, arena_size, arena;
 	uint32_t gen;
 	uint32_t enter, leave, call_out;        /* thunks */
@@ -164,7 +166,8 @@ struct cold {
 	uint8_t *from[4];
 	unsigned nfrom;
 	uint8_t *back;
-	struct jit_site *site;
+	struct jit_site *site, *more[8];        /* more: of the instructions behind, in order */
+	unsigned nmore;
 	bool reload_flags, final;
 };
 
@@ -237,6 +240,7 @@ bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, stru
 /* True when done natively. */
 bool gen_int(struct tr *t, unsigned n);
 bool gen_branch(struct tr *t, unsigned n);
+unsigned gen_stack_group(struct tr *t, unsigned n, unsigned end);       /* instructions done together, 0: none */
 bool gen_vec(struct tr *t, unsigned n);
 bool gen_x87(struct tr *t, unsigned n);
 /* Instruction n needs these JV_* bits: looks unless they are known. Destroys flags; on failure to `k`. */

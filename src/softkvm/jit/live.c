@@ -148,7 +148,7 @@ static unsigned vector_bits(const struct cpu *c)
 {
 	unsigned r = 0;
 
-	if ((c->cr0 & (CR0_EM | CR0_TS)) || (c->fpu.mxcsr & ~mxcsr_mask()))
+	if ((c->cr0 & (CR0_EM | CR0_TS)) || (c->fpu.mxcsr & ~c->jit->mxcsr_mask))
 		return 0;
 	if (c->cr4 & CR4_OSFXSR)
 		r |= JV_SSE;

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "softkvm/jit/internal.h"
+#include "softkvm/vec/vec.h"
 
 
 /* -- life ---------------------------------------------------------------------------------------- */
@@ -31,6 +32,7 @@ int jit_cpu_init(struct cpu *c, size_t code_bytes)
 		return -ENOMEM;
 	j->c = c;
 	j->gen = 1;
+	j->mxcsr_mask = mxcsr_mask();
 	j->tr = calloc(1, sizeof *j->tr);
 	code_bytes = ALIGN_UP(MAX(code_bytes, (size_t)1 << 20), 4096);
 	j->arena_size = code_bytes;
@@ -104,6 +106,22 @@ static void link_to(struct jit *j, struct jit_link *l, const struct jit_code *to
 	}
 }
 
+/* The blocks that were translated with the first, which is valid again. */
+static bool parts_same(struct cpu *c, const struct jit_code *k)
+{
+	for (unsigned n = 1; n < k->nparts; n++) {
+		const struct block *p = k->part[n];
+		struct code_page page = block_page(p);
+
+		if (p->ver_value == k->b->ver_value)
+			continue;
+		mmu_code_lines(c, &page, p->gpa & 4095, p->bytes);
+		if (!ram_same(p->host, block_copy(p), p->bytes))
+			return false;
+	}
+	return true;
+}
+
 void jit_revived(struct cpu *c, struct block *b)
 {
 	struct jit *j = c->jit;
@@ -114,14 +132,9 @@ void jit_revived(struct cpu *c, struct block *b)
 	/* What it is linked to in this page was not compared. */
 	for (struct jit_link *l = k->links; l; l = l->next)
 		link_cut(j, l);
-	/* The blocks that were translated with it. */
-	for (unsigned n = 1; n < k->nparts; n++) {
-		const struct block *p = k->part[n];
-
-		if (p->ver_value != b->ver_value && !ram_same(p->host, block_copy(p), p->bytes)) {
-			b->code = NULL;
-			return;
-		}
+	if (k->looked || !parts_same(c, k)) {
+		b->code = NULL;
+		return;
 	}
 	k->ver_value = b->ver_value;
 }

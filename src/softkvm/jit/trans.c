@@ -74,7 +74,7 @@ bool flags_dead_at(struct tr *t, uint64_t rip)
 			return false;
 		left &= (uint16_t)~i.killed;
 		if (!left)
-			return true;
+			return t->k->looked = true;
 		if (off + i.z.length >= 4096)
 			return false;
 		rip += i.z.length;
@@ -368,8 +368,13 @@ static bool walk(struct tr *t)
 		unsigned n = t->part[p].first, end = n + t->part[p].n;
 
 		begin_part(t, p);
-		for (; n < end && !t->failed; n++)
-			again |= !walk_insn(t, n);
+		while (n < end && !t->failed) {
+			unsigned done = gen_stack_group(t, n, end);
+
+			if (!done)
+				again |= !walk_insn(t, n);
+			n += done ? done : 1;
+		}
 		if (!(t->t[n - 1].in->flags & IF_END))
 			gen_edge(t, tr_end(t, n - 1), n - 1, true);
 	}

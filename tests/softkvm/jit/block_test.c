@@ -161,6 +161,22 @@ static void put(struct code *c, const void *p, unsigned n)
 	c->n += n;
 }
 
+/* Runs of pushes or pops, which are translated together. */
+static void put_stack(struct code *c)
+{
+	bool pop = below(2);
+
+	for (unsigned n = 2 + below(5); n && c->count < BODY * 2 - 1; n--) {
+		uint8_t b[2] = { 0x41, (uint8_t)((pop ? 0x58 : 0x50) | below(8)) };
+		bool rex = below(2);
+
+		if (!rex && (b[1] & 7) == 4)
+			continue;
+		c->at[c->count++] = c->n;
+		put(c, b + !rex, 1 + rex);
+	}
+}
+
 /* A forward conditional jump over the next instruction or two; where it leads is known later. */
 static void put_jcc(struct code *c)
 {
@@ -181,6 +197,8 @@ static void make(struct code *c, bool vec)
 	while (c->count < n && tries++ < 2000) {
 		if (c->jumps < 3 && below(6) == 0 && !bad)
 			put_jcc(c);
+		if (below(12) == 0)
+			put_stack(c);
 		put_random(c, vec, &bad);
 	}
 	c->at[c->count] = c->n;
@@ -219,7 +237,8 @@ static void random_state(void)
 {
 	for (unsigned r = 0; r < 16; r++)
 		start.gpr[r] = value();
-	start.gpr[R_RSP] = DATA + 8192 + 2048 + 8 * below(16);
+	/* The page below is missing: runs of pushes and pops may end in the middle. */
+	start.gpr[R_RSP] = DATA + 8192 + (below(4) ? 2048 : below(2) ? 0 : 4096 - 64) + 8 * below(16);
 	start.rflags = rnd() & 0x8d5;
 	start.mxcsr = below(8) ? 0x1f80 : 0x1fa0;
 	for (unsigned n = 0; n < sizeof start.zmm / 8; n++)
