@@ -498,6 +498,13 @@ const char *block_id(const struct block *b)
 	return b->id;
 }
 
+bool block_is_remote(const struct block *b)
+{
+	while (b->child)
+		b = b->child;
+	return b->nbd;
+}
+
 const char *block_name(const struct block *b)
 {
 	return b->file;

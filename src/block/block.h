@@ -98,6 +98,7 @@ unsigned block_size(const struct block *b);             /* smallest request, 512
 bool block_read_only(const struct block *b);
 bool block_write_cache(const struct block *b);          /* false: every write is stable when it completes */
 const char *block_id(const struct block *b);
+bool block_is_remote(const struct block *b);            /* a server answers: waiting is not computing */
 const char *block_name(const struct block *b);          /* file name, for messages */
 /* At most one device owns a back end: -EBUSY names the owner. */
 int block_attach(struct block *b, const char *owner, struct err *err);

@@ -27,7 +27,7 @@
 #include "block/driver.h"
 #include "block/nbd_hello.h"
 
-enum { SLOTS = 256, LOST = -100000, CHUNK_MAX = NBD_PAYLOAD_MAX + 64, ZERO_MAX = 1 << 30, RETRY_MS = 1000, RECONNECT_MS = 10000 };
+enum { SLOTS = 256, LOST = -100000, CHUNK_MAX = NBD_PAYLOAD_MAX + 64, ZERO_MAX = 1 << 30, PIECE = 256 * 1024, TOGETHER = 16, RETRY_MS = 1000, RECONNECT_MS = 10000 };
 
 struct op {
 	uint64_t cookie, off, len;
@@ -40,7 +40,7 @@ struct op {
 	int error;                      /* from an error chunk */
 	uint64_t got;                   /* bytes of a read that came */
 	uint32_t ext_len, ext_flags;    /* of a block status */
-	pthread_cond_t cond;
+	pthread_cond_t *cond;           /* whose owner waits; one for all that it sent together */
 	struct block_req *req;          /* async */
 };
 
@@ -230,7 +230,7 @@ static void answer(struct nbd *n, struct op *op)
 	release_slot(n, op);
 	if (!op->async) {
 		op->done = true;
-		pthread_cond_signal(&op->cond);
+		pthread_cond_signal(op->cond);
 		return;
 	}
 	struct block_req *r = op->req;
@@ -263,7 +263,7 @@ static void pass_on(struct nbd *n)
 {
 	for (unsigned i = 0; i < SLOTS; i++) {
 		if (n->slot[i] && !n->slot[i]->async) {
-			pthread_cond_signal(&n->slot[i]->cond);
+			pthread_cond_signal(n->slot[i]->cond);
 			return;
 		}
 	}
@@ -365,37 +365,43 @@ static void send_or_lose(struct nbd *n, const struct op *op)
 	pthread_mutex_unlock(&n->lock);
 }
 
-/* One try on the link that is there: 0, -errno from the server, LOST. */
-static int attempt(struct nbd *n, struct op *op)
+/* One try on the link that is there, `k` requests together: 0, the first -errno from the server, LOST. */
+static int attempt(struct nbd *n, struct op *op, unsigned k)
 {
 	pthread_mutex_lock(&n->lock);
 	n->waiting++;
-	while (n->up && n->used == SLOTS)
+	while (n->up && n->used + k > SLOTS)
 		pthread_cond_wait(&n->room, &n->lock);
 	n->waiting--;
-	bool up = n->up;
-	if (up)
-		take_slot(n, op);
+	bool up = n->up, gone;
+	for (unsigned i = 0; up && i < k; i++)
+		take_slot(n, &op[i]);
 	pthread_mutex_unlock(&n->lock);
 	if (!up)
 		return LOST;
 	pthread_mutex_lock(&n->send);
-	pthread_mutex_lock(&n->lock);
-	bool gone = op->done;
-	pthread_mutex_unlock(&n->lock);
-	/* Lost from here on: sending fails, as the descriptor stays until nobody sends. */
-	if (!gone)
-		send_or_lose(n, op);
+	for (unsigned i = 0; i < k; i++) {
+		pthread_mutex_lock(&n->lock);
+		gone = op[i].done;
+		pthread_mutex_unlock(&n->lock);
+		/* Lost from here on: sending fails, as the descriptor stays until nobody sends. */
+		if (!gone)
+			send_or_lose(n, &op[i]);
+	}
 	pthread_mutex_unlock(&n->send);
 	pthread_mutex_lock(&n->lock);
-	while (!op->done) {
-		if (!n->reading && !n->thread)
-			read_until(n, op);
-		else
-			pthread_cond_wait(&op->cond, &n->lock);
+	int r = 0;
+	for (unsigned i = 0; i < k; i++) {
+		while (!op[i].done) {
+			if (!n->reading && !n->thread)
+				read_until(n, &op[i]);
+			else
+				pthread_cond_wait(op[i].cond, &n->lock);
+		}
+		r = op[i].ret == LOST || !r ? op[i].ret : r;
 	}
 	pthread_mutex_unlock(&n->lock);
-	return op->ret;
+	return r;
 }
 
 /* --- connecting --- */
@@ -506,20 +512,28 @@ static int await_link(struct nbd *n)
 	return r;
 }
 
-static int transact(struct nbd *n, struct op *op)
+static int transact_all(struct nbd *n, struct op *op, unsigned k)
 {
+	pthread_cond_t cond;
 	int r;
-	pthread_cond_init(&op->cond, NULL);
+	pthread_cond_init(&cond, NULL);
+	for (unsigned i = 0; i < k; i++)
+		op[i].cond = &cond;
 	do {
 		bool waits = n->cfg.reconnect_delay;
 		r = await_link(n);
 		if (!r)
-			r = attempt(n, op);
+			r = attempt(n, op, k);
 		if (r == LOST && !waits)
 			r = -EIO;
 	} while (r == LOST);
-	pthread_cond_destroy(&op->cond);
+	pthread_cond_destroy(&cond);
 	return r;
+}
+
+static int transact(struct nbd *n, struct op *op)
+{
+	return transact_all(n, op, 1);
 }
 
 /* --- the driver --- */
@@ -546,29 +560,40 @@ static int nbd_flush(struct block *b)
 	return transact(n, &op);
 }
 
-/* Aligned to the server's smallest block and inside of the export. */
+/*
+ * Aligned to the server's smallest block and inside of the export. What is long goes as several requests at once, so that the
+ * server reads the next piece while this one travels.
+ */
 static int rw_aligned(struct block *b, uint16_t cmd, uint64_t off, const struct iovec *iov, int cnt, uint64_t len, unsigned flags)
 {
 	struct nbd *n = b->nbd;
-	uint64_t max = max_payload(n);
+	uint64_t piece = MIN(max_payload(n), (uint64_t)PIECE);
 	bool fua = cmd == NBD_WRITE && wants_fua(b, flags), can = n->hello.flags & NBD_SEND_FUA;
-	struct iovec few[16], *v = NULL;
+	struct op one = { .cmd = cmd, .flags = fua && can ? NBD_FUA : 0, .off = off, .len = len, .iov = iov, .iovcnt = cnt };
 	int r = 0;
-	if (len > max) {
-		v = cnt <= 16 ? few : calloc((size_t)cnt, sizeof *v);
-		if (!v)
-			return -ENOMEM;
+	if (len <= piece) {
+		r = transact(n, &one);
+		return !r && fua && !can ? nbd_flush(b) : r;
 	}
+	struct op *op = calloc(TOGETHER, sizeof *op);
+	struct iovec *v = calloc((size_t)cnt + TOGETHER, sizeof *v); /* a cut between two pieces makes one entry more */
+	if (!op || !v)
+		r = -ENOMEM;
 	for (uint64_t done = 0; !r && done < len;) {
-		uint64_t part = MIN(len - done, max);
-		struct op op = { .cmd = cmd, .flags = fua && can ? NBD_FUA : 0, .off = off + done, .len = part, .iov = v ? v : iov, .iovcnt = cnt };
-		if (v)
-			op.iovcnt = iov_slice(v, iov, cnt, done, part);
-		r = transact(n, &op);
-		done += part;
+		unsigned k = 0;
+		for (int used = 0; k < TOGETHER && done < len; k++) {
+			op[k] = one;
+			op[k].off = off + done;
+			op[k].len = MIN(len - done, piece);
+			op[k].iov = v + used;
+			op[k].iovcnt = iov_slice(v + used, iov, cnt, done, op[k].len);
+			used += op[k].iovcnt;
+			done += op[k].len;
+		}
+		r = transact_all(n, op, k);
 	}
-	if (v != few)
-		free(v);
+	free(op);
+	free(v);
 	return !r && fua && !can ? nbd_flush(b) : r;
 }
 

@@ -15,6 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "block/nbd.h"
 #include "cli/img.h"
 
 enum { PIECE = 2 << 20, COMPARE_PIECE = 512 << 10, THREADS_MAX = 16 };
@@ -383,9 +384,12 @@ int img_convert(int argc, char **argv)
 	if (v.compress && !a.sparse)
 		a.sparse = 4096;
 	a.cr.file = argv[argc - 1];
-	/* More threads than processors only wait for each other. */
-	a.threads = MIN(a.threads, (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L));
 	int r = open_sources(&v, argv + optind, (unsigned)(argc - 1 - optind), &so);
+	/* More threads than processors only wait for each other, unless a server is what they wait for. */
+	bool remote = nbd_is_name(a.cr.file);
+	for (unsigned i = 0; i < v.nsrc; i++)
+		remote |= block_is_remote(v.src[i]);
+	a.threads = remote ? a.threads : MIN(a.threads, (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L));
 	if (!r)
 		r = convert(&v, &a);
 	for (unsigned i = 0; i < v.nsrc; i++)
