@@ -571,6 +571,8 @@ static int rw_aligned(struct block *b, uint16_t cmd, uint64_t off, const struct 
 	bool fua = cmd == NBD_WRITE && wants_fua(b, flags), can = n->hello.flags & NBD_SEND_FUA;
 	struct op one = { .cmd = cmd, .flags = fua && can ? NBD_FUA : 0, .off = off, .len = len, .iov = iov, .iovcnt = cnt };
 	int r = 0;
+	if (!len)
+		return 0; /* the protocol leaves open what an empty request means */
 	if (len <= piece) {
 		r = transact(n, &one);
 		return !r && fua && !can ? nbd_flush(b) : r;
