@@ -121,6 +121,7 @@ struct cpu {
 	_Atomic uint32_t requests;      /* (atomic) */
 	_Atomic bool code_store;        /* (atomic) a store to a page with code may be under way: mmu/code.c */
 	int32_t budget;                 /* instructions until the loop looks at the clock */
+	int32_t charged;                /* of it, what was taken for slow work rather than for instructions */
 	uint8_t cpl;
 	uint8_t code_bits;              /* 16, 32, 64: CS.L / CS.D */
 	uint8_t stack_bits;             /* 16, 32, 64: SS.B */
@@ -203,6 +204,13 @@ struct cpu {
 };
 
 enum { SHADOW_STI = 1, SHADOW_MOV_SS = 2 };
+
+/* Work worth `n` instructions: so the loop looks at the clock, requests and signals in time (docs/engine.md: 100 us). */
+static inline void cpu_charge(struct cpu *c, int32_t n)
+{
+	c->budget -= n;
+	c->charged += n;
+}
 
 /* -- flags ------------------------------------------------------------------------------------ */
 static inline uint64_t cpu_get_rflags(const struct cpu *c)

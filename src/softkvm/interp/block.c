@@ -11,6 +11,8 @@
 
 static const _Atomic uint32_t never_matches = 0;        /* marked pages are odd */
 
+#define DECODE_COST 128         /* instructions' worth of time, per instruction */
+
 /* Room for the worst: with an end behind the last instruction and a second page. */
 static size_t block_size(unsigned n, unsigned bytes)
 {
@@ -159,6 +161,7 @@ static bool revive(struct cpu *c, struct block *b)
 	mmu_code_lines(c, &first, b->gpa & 4095, x ? 4096 - (b->gpa & 4095) : b->bytes);
 	if (x)
 		mmu_code_lines(c, &x->second, 0, b->bytes - (4096 - (b->gpa & 4095)));
+	cpu_charge(c, DECODE_COST);
 	if (!same_bytes(b)) {
 		c->stats.code_invalidations++;
 		return false;
@@ -369,6 +372,7 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 		watch_block(c, b, &s->page[0]);
 	}
 	c->stats.blocks_decoded++;
+	cpu_charge(c, DECODE_COST * b->n);
 	return b;
 }
 

@@ -16,6 +16,7 @@
 #include "softkvm/vm.h"
 
 #define BUDGET 16384
+#define SLOW_INSN 8     /* a handler that returns to the loop costs that many of those that go on by themselves */
 #define GO_ON ((enum run_result)-1)
 
 /* -- RIP --------------------------------------------------------------------------------------- */
@@ -162,7 +163,8 @@ static void count_insns(struct cpu *c)
 {
 	struct block_cache *bc = c->blocks;
 
-	c->stats.insns += (uint64_t)(int64_t)(bc->budget_start - c->budget);
+	c->stats.insns += (uint64_t)(int64_t)(bc->budget_start - c->budget - c->charged);
+	c->charged = 0;
 	c->budget = bc->budget_start = BUDGET;
 	bc->pauses = 0;
 }
@@ -255,6 +257,7 @@ static void run_block(struct cpu *c, struct block *b)
 	do {
 		c->cur = i;
 		i->fn(c, i);
+		cpu_charge(c, SLOW_INSN);
 		if (unlikely(mmio_pending(c)))
 			break;
 		i = c->cur + 1; /* handlers may have gone on to others */

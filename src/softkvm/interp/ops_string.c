@@ -266,7 +266,7 @@ static bool quick(struct cpu *c, const struct insn *i, enum str op, unsigned siz
 	}
 	c->gpr[R_RDI] += len;
 	c->gpr[R_RCX] = 0;
-	c->budget -= (int32_t)(len / 64);
+	cpu_charge(c, (int32_t)(len / 16));
 	return true;
 }
 
@@ -298,12 +298,12 @@ static bool repeat(struct cpu *c, const struct insn *i, enum str op, unsigned si
 			break;
 		if (count && (bytes >= RUN_BYTES || slow >= RUN_SLOW || mmio_pending(c) || c->blocks->stepping ||
 			      c->trap_db || atomic_load_explicit(&c->requests, memory_order_relaxed))) {
-			c->budget -= (int32_t)(slow + bytes / 64);
+			cpu_charge(c, (int32_t)(slow * 8 + bytes / 16));
 			c->rip = cpu_cur_rip(c);
 			return false;
 		}
 	}
-	c->budget -= (int32_t)(slow + bytes / 64);
+	cpu_charge(c, (int32_t)(slow * 8 + bytes / 16));
 	return !mmio_pending(c);
 }
 

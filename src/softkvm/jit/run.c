@@ -8,6 +8,7 @@
 #include "softkvm/jit/internal.h"
 #include "softkvm/vec/vec.h"
 
+#define SLOW_INSN 32    /* instructions' worth of time that a call of a handler may take */
 
 /* -- life ---------------------------------------------------------------------------------------- */
 static bool addressable(const struct cpu *c)
@@ -194,6 +195,7 @@ uint64_t jit_call_insn(struct jit_site *s)
 	c->block_end = NULL;
 	c->cur = &s->i;
 	s->i.fn(c, &s->i);
+	cpu_charge(c, SLOW_INSN);
 	if (unlikely(atomic_load_explicit(&c->code_store, memory_order_relaxed)))
 		atomic_store_explicit(&c->code_store, false, memory_order_release);
 	if (s->i.flags & IF_END) {
