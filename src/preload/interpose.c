@@ -142,6 +142,8 @@ int ioctl(int fd, unsigned long req, ...)
 	va_end(ap);
 	/* KVM's requests come often; others are rare on files of ours, and the number may be another file's by now. */
 	p = (req >> 8 & 0xff) == KVMIO ? table_get(fd) : table_maybe(fd) ? table_get_checked(fd) : NULL;
+	if (!p && (req >> 8 & 0xff) == KVMIO)
+		p = table_adopt(fd);
 	if (!p)
 		return foreign_ioctl(fd, req, arg);
 	r = kvm_ioctl(fd, p, req, arg);
@@ -154,9 +156,14 @@ int ioctl(int fd, unsigned long req, ...)
 void *mmap(void *addr, size_t len, int prot, int flags, int fd, off_t off)
 {
 	struct pfile *p = flags & MAP_ANONYMOUS ? NULL : table_maybe(fd) ? table_get_checked(fd) : NULL;
+	enum file_type type;
 	void *m;
 	int err;
 
+	if (!p && !(flags & MAP_ANONYMOUS))
+		p = table_adopt(fd);
+	if (!p && !(flags & MAP_ANONYMOUS) && table_used() && table_foreign(fd, &type))
+		return errno = ENODEV, MAP_FAILED;
 	if (!p)
 		return (void *)RAW(SYS_mmap, addr, len, prot, flags, fd, off);
 	m = kvm_mmap(p, addr, len, prot, flags, off);

@@ -56,6 +56,9 @@ int table_enter(int fd, enum file_type type, struct softkvm_file *file);
 /* A descriptor that is not in the table, but was made as ours by another process (exec, SCM_RIGHTS). */
 bool table_foreign(int fd, enum file_type *type);
 
+/* A descriptor that came to us again on a way that is not interposed (SCM_RIGHTS): what it leads to, with a reference, and entered. */
+struct pfile *table_adopt(int fd);
+
 /* Descriptors that softkvm uses inside; close_range() and closefrom() leave them alone. */
 void internal_add(int fd);
 bool internal_remove(int fd);

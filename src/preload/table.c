@@ -1,5 +1,6 @@
 /* Descriptors to softkvm files. */
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/memfd.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -188,7 +189,12 @@ static const char *const names[FILE_TYPES] = { "softkvm", "softkvm-vm", "softkvm
 
 int table_new_fd(enum file_type type, bool cloexec)
 {
-	return (int)RAW(SYS_memfd_create, names[type], cloexec ? MFD_CLOEXEC : 0);
+	int fd = (int)RAW(SYS_memfd_create, names[type], MFD_ALLOW_SEALING | (cloexec ? MFD_CLOEXEC : 0));
+
+	/* Nobody shall write to it or map it, whose mapping, empty as it is, would fault. */
+	if (fd >= 0 && type != FILE_STATS)
+		RAW(SYS_fcntl, fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL);
+	return fd;
 }
 
 int table_enter(int fd, enum file_type type, struct softkvm_file *file)
@@ -233,6 +239,42 @@ bool table_foreign(int fd, enum file_type *type)
 		}
 	}
 	return false;
+}
+
+/* The entry that leads to the memfd `ino`, with a reference. */
+static struct pfile *find_file(ino_t ino)
+{
+	struct mm_page *m = table_lock();
+	struct pfile *found = NULL;
+
+	for (unsigned i = 0; i < CHUNKS && !found; i++) {
+		_Atomic(struct pfile *) *c = atomic_load_explicit(&chunks[i], memory_order_acquire);
+
+		for (unsigned k = 0; c && k < CHUNK && !found; k++) {
+			struct pfile *p = atomic_load(&c[k]);
+
+			if (p && p->ino == ino)
+				found = p;
+		}
+	}
+	if (found)
+		found->refs++;
+	table_unlock(m);
+	return found;
+}
+
+struct pfile *table_adopt(int fd)
+{
+	enum file_type type;
+	struct pfile *p;
+	struct stat st;
+
+	if (!table_used() || !table_foreign(fd, &type) || RAW(SYS_fstat, fd, &st))
+		return NULL;
+	p = find_file(st.st_ino);
+	if (p)
+		table_set(fd, p);
+	return p;
 }
 
 /* -- softkvm's own ---------------------------------------------------------------------------- */
