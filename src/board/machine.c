@@ -565,6 +565,11 @@ int machine_create(struct machine **out, const struct machine_config *cfg, struc
 	return 0;
 }
 
+void machine_on_vcpu_start(struct machine *m, int (*fn)(void *opaque), void *opaque)
+{
+	vcpus_on_start(m->vcpus, fn, opaque);
+}
+
 int machine_run(struct machine *m)
 {
 	struct err err = { 0 };

@@ -51,6 +51,8 @@ struct machine_config {
 
 /* Everything but running: 0 with *out set, or -errno with nothing left behind. */
 int machine_create(struct machine **out, const struct machine_config *cfg, struct err *err);
+/* Before machine_run(): see vcpus_on_start(). */
+void machine_on_vcpu_start(struct machine *m, int (*fn)(void *opaque), void *opaque);
 /* Start the vCPUs and run the loop until the machine ends; the process's exit status. */
 int machine_run(struct machine *m);
 /* Any thread. `status` is for MACHINE_EXIT (the debug exit device). MACHINE_STOP stops vCPUs and devices (an I/O error whose

@@ -73,7 +73,7 @@ static const struct option_def table[] = {
 	{ "log-file", "FILE", CTX_RUN, opt_logfile, "Write the log there instead of to standard error.", NULL },
 	{ "log", "LEVEL", CTX_RUN, opt_log_level, "error, warn (default), info or debug.", NULL },
 	{ "msg", "timestamp=on|off", CTX_QEMU, opt_msg, "Time stamps in messages.", NULL },
-	{ "sandbox", "off", CTX_QEMU, opt_sandbox, "Only 'off'.", NULL },
+	{ "sandbox", "on|off[,obsolete=][,elevateprivileges=][,spawn=][,resourcecontrol=allow|deny]", BOTH, opt_sandbox, "System calls are filtered (seccomp), the vCPU threads' most; default: on, with all groups but resourcecontrol denied, and spawn where the network needs scripts.", NULL },
 	{ "stats", NULL, BOTH, opt_stats, "At the end, print what softkvm counted on each vCPU, and the guest's speed.", NULL },
 	{ "version", NULL, BOTH, opt_version, "Print the version.", NULL },
 	{ "help", NULL, BOTH, opt_help, "Print this.", NULL },
@@ -147,16 +147,45 @@ int opt_msg(struct vm_opts *o, const char *arg, struct err *err)
 	return ret;
 }
 
+/* One of QEMU's groups of calls: allow or deny. */
+static int sandbox_group(struct keyvals *l, const char *key, bool *allowed, struct err *err)
+{
+	const char *v = keyvals_get(l, key);
+
+	if (!v)
+		return 0;
+	if (!strcmp(v, "allow"))
+		*allowed = true;
+	else if (!strcmp(v, "deny") || (!strcmp(v, "children") && !strcmp(key, "elevateprivileges")))
+		*allowed = false;       /* children: a filtered process cannot gain privileges by execve() either */
+	else
+		return err_set(err, -EINVAL, "-sandbox %s: '%s' is neither allow nor deny", key, v);
+	return 0;
+}
+
 int opt_sandbox(struct vm_opts *o, const char *arg, struct err *err)
 {
+	struct sandbox_config *c = &o->sandbox;
 	bool on = true;
 	struct keyvals l;
 	int ret = keyvals_parse(&l, "-sandbox", arg, "enable", err);
 
+	if (ret)
+		return ret;
+	sandbox_default(c);
+	o->spawn_given = keyvals_get(&l, "spawn") != NULL;
+	ret = keyvals_bool(&l, "-sandbox", "enable", &on, err);
 	if (!ret)
-		ret = keyvals_bool(&l, "-sandbox", "enable", &on, err);
-	if (!ret && on)
-		ret = err_set(err, -ENOTSUP, "-sandbox on: the seccomp filter is not there yet; use -sandbox off");
+		ret = sandbox_group(&l, "obsolete", &c->obsolete, err);
+	if (!ret)
+		ret = sandbox_group(&l, "elevateprivileges", &c->elevate, err);
+	if (!ret)
+		ret = sandbox_group(&l, "spawn", &c->spawn, err);
+	if (!ret)
+		ret = sandbox_group(&l, "resourcecontrol", &c->resources, err);
+	if (!ret)
+		ret = keyvals_end(&l, "-sandbox", err);
+	c->on = on;
 	keyvals_free(&l);
 	return ret;
 }

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -26,6 +27,7 @@ struct session {
 	int signal_fd;
 	struct loop_watch *signal_watch;
 	bool pidfile_written;
+	struct sandbox *sandbox;
 };
 
 static void quit(void *opaque)
@@ -180,6 +182,38 @@ static int session_start(struct session *s, struct err *err)
 	return ret ? ret : pidfile_write(s, err);
 }
 
+/* Does something that was asked for start programs later: a tap's script at the end, a command behind the user network? */
+static bool starts_programs(const struct vm_opts *o)
+{
+	for (unsigned i = 0; i < o->nnetdevs; i++) {
+		const char *t = o->netdevs[i].text;
+
+		if (strstr(t, "cmd:") || (!strncmp(t, "tap", 3) && !strstr(t, "downscript=no") && !strstr(t, "fd=")))
+			return true;
+	}
+	return false;
+}
+
+/* Everything is open, the guest did not run yet. */
+static int session_sandbox(struct session *s, struct err *err)
+{
+	struct sandbox_config *c = &s->o->sandbox;
+	int ret;
+
+	if (!c->on)
+		return 0;
+	if (!s->o->spawn_given && starts_programs(s->o))
+		c->spawn = true;
+	tzset();        /* reads its file now */
+	ret = workers_spawn_on_loop(s->workers);
+	if (ret)
+		return err_set_errno(err, ret, "cannot start a thread");
+	ret = sandbox_enter(&s->sandbox, c, err);
+	if (!ret)
+		machine_on_vcpu_start(s->machine, sandbox_enter_vcpu, s->sandbox);
+	return ret;
+}
+
 static void session_end(struct session *s)
 {
 	if (s->machine)
@@ -196,6 +230,7 @@ static void session_end(struct session *s)
 	for (unsigned i = 0; s->devices && i < s->o->ndevices; i++)
 		free((void *)(uintptr_t)s->devices[i].props);
 	free(s->devices);
+	sandbox_free(s->sandbox);
 	if (s->pidfile_written)
 		unlink(s->o->pidfile);
 }
@@ -237,7 +272,7 @@ int vm_run(struct vm_opts *o)
 	struct err err = { 0 };
 	int status = 1;
 
-	if (session_start(&s, &err)) {
+	if (session_start(&s, &err) || session_sandbox(&s, &err)) {
 		session_end(&s);        /* first, so that the terminal is sane when the message appears */
 		fprintf(stderr, "lodge: %s\n", err.msg);
 		return 1;

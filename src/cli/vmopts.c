@@ -23,6 +23,7 @@ void vmopts_init(struct vm_opts *o, bool qemu)
 		.qemu = qemu, .type = "q35", .accel = ACCEL_AUTO, .cpus = 1, .log_level = LOG_WARN,
 		.mem_size = qemu ? 128ull << 20 : 512ull << 20,
 	};
+	sandbox_default(&o->sandbox);
 }
 
 char *vmopts_printf(struct vm_opts *o, const char *fmt, ...)

@@ -14,6 +14,7 @@
 #include "board/machine.h"
 #include "tls/tls.h"
 #include "base/keyvals.h"
+#include "cli/sandbox.h"
 
 struct vm_device { struct keyvals opts; };              /* "driver" is the class */
 struct vm_throttle { char *name; struct throttle_limits limits; };  /* -object throttle-group */
@@ -43,6 +44,8 @@ struct vm_opts {
 	     timestamps, stats;
 	int64_t rtc_offset;
 	int log_level;
+	struct sandbox_config sandbox;
+	bool spawn_given;               /* -sandbox spawn= was said */
 	VM_LIST(vm_device, devices);
 	VM_LIST(vm_drive, drives);
 	VM_LIST(vm_node, nodes);

@@ -275,6 +275,12 @@ unsigned kvm_vcpu_counters(struct kvm_vcpu *v, struct kvm_counter *out, unsigned
 	return v->f.p->counters ? v->f.p->counters(&v->f, out, max) : 0;
 }
 
+void kvm_vcpu_prepare(struct kvm_vcpu *v)
+{
+	if (v->f.p->prepare)
+		v->f.p->prepare(&v->f);
+}
+
 int kvm_vcpu_run(struct kvm_vcpu *v)
 {
 	return v->f.p->ioctl(&v->f, KVM_RUN, 0, NULL);

@@ -54,6 +54,8 @@ unsigned kvm_vcpu_id(const struct kvm_vcpu *v);
 /* What the provider counts on a vCPU, by name; how many of them were stored. 0: it counts nothing (Linux KVM). */
 struct kvm_counter { const char *name; uint64_t value; };
 unsigned kvm_vcpu_counters(struct kvm_vcpu *v, struct kvm_counter *out, unsigned max);
+/* On the thread that will run it, before its rights are cut: the provider opens what running takes. */
+void kvm_vcpu_prepare(struct kvm_vcpu *v);
 /* KVM_RUN: 0, or -EINTR, -EAGAIN, ... */
 int kvm_vcpu_run(struct kvm_vcpu *v);
 

@@ -24,6 +24,7 @@ struct kvm_provider {
 	void (*munmap)(struct kvm_file *f, void *p, size_t len);
 	void (*close)(struct kvm_file *f);
 	int (*code_written)(struct kvm_file *vm, uint64_t gpa, uint64_t len);   /* NULL: not needed */
+	void (*prepare)(struct kvm_file *vcpu);         /* NULL: nothing to do */
 	unsigned (*counters)(struct kvm_file *vcpu, struct kvm_counter *out, unsigned max);     /* NULL: none */
 };
 

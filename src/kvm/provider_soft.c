@@ -67,7 +67,12 @@ static unsigned soft_counters(struct kvm_file *vcpu, struct kvm_counter *out, un
 	return n;
 }
 
+static void soft_prepare(struct kvm_file *vcpu)
+{
+	softkvm_vcpu_prepare(vcpu->soft);
+}
+
 const struct kvm_provider kvm_provider_soft = {
 	.name = "soft", .open = soft_open, .ioctl = soft_ioctl, .mmap = soft_mmap, .munmap = soft_munmap,
-	.close = soft_close, .code_written = soft_code_written, .counters = soft_counters,
+	.close = soft_close, .code_written = soft_code_written, .counters = soft_counters, .prepare = soft_prepare,
 };

@@ -43,6 +43,8 @@ struct vcpus {
 	pthread_mutex_t lock, ring_lock;
 	pthread_cond_t wake, parked;    /* for vCPU threads; for those who wait for them */
 	bool paused, stopping;
+	int (*on_start)(void *opaque);
+	void *on_start_opaque;
 	unsigned n;
 	struct cpu cpu[];
 };
@@ -276,12 +278,39 @@ static bool park(struct cpu *c)
 	return go;
 }
 
+void vcpus_on_start(struct vcpus *s, int (*fn)(void *opaque), void *opaque)
+{
+	s->on_start = fn;
+	s->on_start_opaque = opaque;
+}
+
+/* The first thing on a vCPU's thread; false: it must not run. */
+static bool enter(struct cpu *c)
+{
+	struct vcpus *s = c->set;
+	kvm_vcpu_prepare(c->v);
+	int r = s->on_start ? s->on_start(s->on_start_opaque) : 0;
+	if (!r)
+		return true;
+	log_error("vcpu%u: the thread cannot be sandboxed: %s", c->index, strerror(-r));
+	if (s->h->internal_error)
+		s->h->internal_error(s->opaque, c->index, kvm_vcpu_run_area(c->v), r);
+	pthread_mutex_lock(&s->lock);
+	c->running = false;
+	c->halted = true;
+	pthread_cond_broadcast(&s->parked);
+	pthread_mutex_unlock(&s->lock);
+	return false;
+}
+
 static void *cpu_thread(void *arg)
 {
 	struct cpu *c = arg;
 	char name[16];
 	snprintf(name, sizeof name, "vcpu%u", c->index);
 	pthread_setname_np(pthread_self(), name);
+	if (!enter(c))
+		return NULL;
 	while (park(c)) {
 		while (!__atomic_load_n(&c->attention, __ATOMIC_SEQ_CST)) {
 			if (run_once(c) == VCPU_STOP) {

@@ -39,6 +39,11 @@ void vcpus_destroy(struct vcpus *s);            /* stops the threads; not from a
 unsigned vcpus_count(const struct vcpus *s);
 struct kvm_vcpu *vcpus_get(struct vcpus *s, unsigned i);
 
+/*
+ * Before vcpus_start(): `fn` runs on each vCPU's thread before all else there (a sandbox), after the provider did what needs
+ * more rights than running a guest. When it fails (-errno) the vCPU reports an internal error instead of running.
+ */
+void vcpus_on_start(struct vcpus *s, int (*fn)(void *opaque), void *opaque);
 int vcpus_start(struct vcpus *s, struct err *err);      /* threads, paused; vcpus_resume() runs them */
 /* End the threads and wait for them; a handler that is running finishes first. Not from a vCPU's thread. */
 void vcpus_stop(struct vcpus *s);

@@ -73,6 +73,11 @@ void iothread_destroy(struct iothread *t);
 struct workers;
 int workers_create(struct workers **out, struct loop *l, unsigned max_threads, struct err *err);
 void workers_destroy(struct workers *w);        /* waits for work in flight */
+/*
+ * From now on threads are started on the loop's thread, not on the one that submits work (a vCPU's: what may call less would
+ * hand that on to the worker). Starts one, so that work goes on whatever the loop does.
+ */
+int workers_spawn_on_loop(struct workers *w);
 int workers_submit(struct workers *w, loop_fn *work, loop_fn *done, void *opaque);
 
 #endif

@@ -21,7 +21,7 @@ struct workers {
 	pthread_cond_t more, gone;
 	struct work *head, **tail;
 	unsigned max, threads, idle, queued;
-	bool stop;
+	bool stop, by_loop, asked;      /* by_loop: threads are started on the loop's; asked: to start one */
 };
 
 int workers_create(struct workers **out, struct loop *l, unsigned max_threads, struct err *err)
@@ -98,6 +98,39 @@ static int spawn(struct workers *w)
 	return -r;
 }
 
+/* On the loop's thread: one more, if there is still work for it. */
+static void spawn_asked(void *opaque)
+{
+	struct workers *w = opaque;
+	pthread_mutex_lock(&w->lock);
+	w->asked = false;
+	if (!w->stop && w->queued > w->idle && w->threads < w->max)
+		spawn(w);
+	pthread_mutex_unlock(&w->lock);
+}
+
+/* The lock is held. 0 when somebody will do the work that is about to be queued. */
+static int more_threads(struct workers *w)
+{
+	int r = 0;
+	if (!w->by_loop || loop_on_thread(w->loop)) {
+		r = spawn(w);
+	} else if (!w->asked) {
+		w->asked = true;
+		loop_post(w->loop, spawn_asked, w);
+	}
+	return w->threads ? 0 : r; /* slower, but it gets done */
+}
+
+int workers_spawn_on_loop(struct workers *w)
+{
+	pthread_mutex_lock(&w->lock);
+	int r = w->threads ? 0 : spawn(w);
+	w->by_loop = !r;
+	pthread_mutex_unlock(&w->lock);
+	return r;
+}
+
 int workers_submit(struct workers *w, loop_fn *work, loop_fn *done, void *opaque)
 {
 	struct work *k = calloc(1, sizeof *k);
@@ -108,11 +141,8 @@ int workers_submit(struct workers *w, loop_fn *work, loop_fn *done, void *opaque
 	k->opaque = opaque;
 	pthread_mutex_lock(&w->lock);
 	int r = w->stop ? -ESHUTDOWN : 0;
-	if (!r && w->queued >= w->idle && w->threads < w->max) {
-		r = spawn(w);
-		if (w->threads)
-			r = 0; /* slower, but it gets done */
-	}
+	if (!r && w->queued >= w->idle && w->threads < w->max)
+		r = more_threads(w);
 	if (!r) {
 		*w->tail = k;
 		w->tail = &k->next;
@@ -135,6 +165,8 @@ void workers_destroy(struct workers *w)
 	while (w->threads)
 		pthread_cond_wait(&w->gone, &w->lock);
 	pthread_mutex_unlock(&w->lock);
+	if (w->by_loop)
+		loop_cancel(w->loop, spawn_asked, w);
 	pthread_mutex_destroy(&w->lock);
 	pthread_cond_destroy(&w->more);
 	pthread_cond_destroy(&w->gone);

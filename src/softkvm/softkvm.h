@@ -62,6 +62,12 @@ int softkvm_code_written(struct softkvm_file *vm, uint64_t gpa, uint64_t len);
  */
 #define SOFTKVM_CAP_TRANSLATE 0x4c4f0002
 
+/*
+ * On the thread that will call KVM_RUN, before its system calls are restricted: opens the files that running opens otherwise when
+ * it comes to need them. No more than a hint.
+ */
+void softkvm_vcpu_prepare(struct softkvm_file *vcpu);
+
 /* Counters of one vCPU for `info jit`, the benchmark and tests; relaxed reads. */
 struct softkvm_stats {
 	uint64_t insns, blocks_decoded, blocks_run, tlb_fills, tlb_flushes, slow_loads, slow_stores,

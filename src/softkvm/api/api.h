@@ -129,6 +129,7 @@ long mce_set(struct cpu *c, const struct kvm_x86_mce *m);
 void clock_vm_init(struct vm *vm);
 uint64_t clock_get(struct vm *vm, struct kvm_clock_data *d);    /* kvmclock now, ns */
 void clock_set(struct vm *vm, const struct kvm_clock_data *d);
+void clock_steal_open(struct vcpu_api *a);     /* for the calling thread */
 int tsc_set_khz(struct cpu *c, uint32_t khz);
 void tsc_synchronize(struct cpu *c, uint64_t value);            /* a host write of the TSC */
 void tsc_write_guest(struct cpu *c, uint64_t value);

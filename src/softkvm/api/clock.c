@@ -153,22 +153,30 @@ static void wall_clock_write(struct cpu *c, uint64_t gpa)
 	phys_write(c->vm, gpa, &w.version, 4);
 }
 
+/* The file that counts how long this thread waited for a CPU; opened once for each thread that runs the vCPU. */
+void clock_steal_open(struct vcpu_api *a)
+{
+	int tid = (int)syscall(SYS_gettid);
+	char name[64];
+
+	if (a->tid == tid)
+		return;
+	if (a->steal_fd >= 0)
+		close(a->steal_fd);
+	snprintf(name, sizeof name, "/proc/self/task/%d/schedstat", tid);
+	a->steal_fd = open(name, O_RDONLY | O_CLOEXEC);
+	a->tid = tid;
+	a->run_delay = UINT64_MAX;      /* another thread: start over */
+}
+
 /* ns this thread was runnable but did not run, from /proc; false where the host keeps no such count. */
 static bool run_delay(struct vcpu_api *a, uint64_t *out)
 {
-	char name[64], buf[96];
-	int tid = (int)syscall(SYS_gettid);
+	char buf[96];
 	unsigned long long run, delay;
 	ssize_t n;
 
-	if (a->tid != tid) {
-		if (a->steal_fd >= 0)
-			close(a->steal_fd);
-		snprintf(name, sizeof name, "/proc/self/task/%d/schedstat", tid);
-		a->steal_fd = open(name, O_RDONLY | O_CLOEXEC);
-		a->tid = tid;
-		a->run_delay = UINT64_MAX;      /* another thread: start over */
-	}
+	clock_steal_open(a);
 	if (a->steal_fd < 0 || (n = pread(a->steal_fd, buf, sizeof buf - 1, 0)) <= 0)
 		return false;
 	buf[n] = 0;
@@ -271,7 +279,7 @@ int kvmclock_msr_write(struct cpu *c, uint32_t msr, uint64_t v, bool host)
 	if (p == &a->wall_clock && !host)
 		wall_clock_write(c, v);
 	if (p == &a->steal_time) {
-		a->tid = 0;
+		a->run_delay = UINT64_MAX;
 		if (!host)
 			steal_write(c);
 	}

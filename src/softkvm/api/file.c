@@ -135,6 +135,12 @@ int softkvm_code_written(struct softkvm_file *f, uint64_t gpa, uint64_t len)
 	return 0;
 }
 
+void softkvm_vcpu_prepare(struct softkvm_file *f)
+{
+	if (f->kind == FILE_VCPU)
+		clock_steal_open(f->vcpu->api);
+}
+
 int softkvm_vcpu_stats(struct softkvm_file *f, struct softkvm_stats *s)
 {
 	const uint64_t *from;
