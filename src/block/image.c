@@ -291,3 +291,14 @@ int image_make_empty(struct block *b, struct err *err)
 	int r = need_qcow2(b, true, "backing file", err);
 	return r ? r : qcow2_make_empty(b, err);
 }
+
+int image_bitmap_read(struct block *b, const char *name, struct image_bits *out, struct err *err)
+{
+	for (struct block *n = b; n; n = image_backing(n)) {
+		struct err e = { 0 };
+		int r = n->qcow2 ? qcow2_bitmap_read(n, name, out, &e) : -ENOENT;
+		if (r != -ENOENT)
+			return r ? err_set(err, r, "%s", e.msg) : 0;
+	}
+	return err_set(err, -ENOENT, "Bitmap '%s' is not found", name);
+}

@@ -81,6 +81,9 @@ struct image_check {
 	void (*say)(void *opaque, const char *line);    /* a finding; may be NULL */
 	void *opaque;
 };
+/* A copy of a persistent bitmap as it is now, of the image or of the first one below it that has it. The caller frees `bits`. */
+struct image_bits { uint64_t *bits, nbits; unsigned gran_bits; bool follows; /* enabled: writes will set more */ };
+int image_bitmap_read(struct block *b, const char *name, struct image_bits *out, struct err *err);
 enum image_bitmap_op { BITMAP_ADD, BITMAP_REMOVE, BITMAP_CLEAR, BITMAP_ENABLE, BITMAP_DISABLE, BITMAP_MERGE };
 /* granularity: bytes, 0: by the cluster size (add); source, source_name: what to merge in. */
 struct image_bitmap_arg { uint64_t granularity; struct block *source; const char *source_name; };

@@ -749,8 +749,8 @@ static int nbd_map(struct block *b, uint64_t off, uint64_t len, struct block_ext
 	if (end <= off)
 		return 0; /* less than a block: call it data */
 	e->len = MIN(len, end - off);
-	if (n->cfg.bitmap) { /* QEMU's rule: dirty shows as data, clean as a hole */
-		e->data = op.ext_flags & 1;
+	if (n->cfg.bitmap) { /* QEMU's rule: what is dirty shows as no data */
+		e->data = e->has_offset = !(op.ext_flags & 1);
 		return 0;
 	}
 	e->data = !(op.ext_flags & NBD_STATE_HOLE);

@@ -65,7 +65,10 @@ struct nbd_export {
 	struct block *blk;              /* opened with workers; the caller closes it after nbd_server_free() */
 	uint64_t off, len;              /* the part that is shown */
 	bool writable, multi_conn, depth;
-	const char *bitmap;             /* NULL: none */
+	const char *bitmap;             /* NULL: none; its name, and its content: */
+	const uint64_t *bits;           /* the caller's, until nbd_server_free() */
+	uint64_t nbits;
+	unsigned gran_bits;
 };
 
 int nbd_server_new(struct nbd_server **out, const struct nbd_server_opts *o, struct err *err);

@@ -389,9 +389,21 @@ static void do_trim(struct nbd_job *j)
 
 static uint32_t state_of(const struct block_extent *e, unsigned context)
 {
+	if (context == CTX_BITMAP)
+		return e->data;
 	if (context == CTX_DEPTH)
 		return e->present ? e->depth + 1 : 0;
 	return (e->data ? 0 : NBD_STATE_HOLE) | (e->zero ? NBD_STATE_ZERO : 0);
+}
+
+/* How far from `off` on the bitmap says the same. */
+static void bitmap_extent(const struct nbd_export *x, uint64_t off, uint64_t len, struct block_extent *e)
+{
+	uint64_t i = off >> x->gran_bits, last = (off + len - 1) >> x->gran_bits;
+	bool dirty = i < x->nbits && x->bits[i / 64] >> (i % 64) & 1;
+	while (++i <= last && (i < x->nbits && x->bits[i / 64] >> (i % 64) & 1) == dirty)
+		;
+	*e = (struct block_extent){ .len = MIN(len, (i << x->gran_bits) - off), .data = dirty };
 }
 
 /* { length, flags } pairs of one context; returns how many, or -errno. */
@@ -403,7 +415,12 @@ static int gather(struct nbd_job *j, unsigned context, uint8_t *out)
 	for (unsigned steps = 0; at < end && steps < 4 * EXTENTS_MAX; steps++) {
 		struct block_extent e;
 		uint64_t start = ALIGN_DOWN(at, (uint64_t)512);
-		int r = image_map(ex->e.blk, NULL, start, MIN(ALIGN_UP(end, (uint64_t)512), size) - start, &e);
+		uint64_t room = MIN(ALIGN_UP(end, (uint64_t)512), size) - start;
+		int r = 0;
+		if (context == CTX_BITMAP)
+			bitmap_extent(&ex->e, start, room, &e);
+		else
+			r = image_map(ex->e.blk, NULL, start, room, &e);
 		if (r || e.len <= at - start)
 			return r ? r : -EIO;
 		uint64_t len = MIN(start + e.len, end) - at;

@@ -492,3 +492,25 @@ int qcow2_bitmap(struct block *b, enum image_bitmap_op op, const char *name, con
 	q_go(q, &all);
 	return r;
 }
+
+int qcow2_bitmap_read(struct block *b, const char *name, struct image_bits *out, struct err *err)
+{
+	struct qcow2 *q = b->qcow2;
+	struct qbitmap *m = NULL;
+	pthread_mutex_lock(&q->lock);
+	int r = load_directory(q) ? err_set(err, -EIO, "%s: the bitmap directory cannot be read", b->file) : find_usable(q, name, &m, err);
+	if (!r && load_bits(q, m))
+		r = err_set(err, -EIO, "%s: bitmap '%s' cannot be read", b->file, name);
+	if (!r) {
+		size_t size = (m->nbits / 64 + 1) * 8;
+		*out = (struct image_bits){ .nbits = m->nbits, .gran_bits = m->gran, .follows = m->flags & AUTO, .bits = malloc(size) };
+		if (out->bits)
+			memcpy(out->bits, m->bits, size);
+		else
+			r = err_set(err, -ENOMEM, "out of memory");
+	}
+	if (!q->tracking)
+		q_bitmaps_free(q); /* from disk again, next time */
+	pthread_mutex_unlock(&q->lock);
+	return r;
+}

@@ -49,6 +49,7 @@ static void help(void)
 	     "  -t, --persistent          don't exit on the last connection\n  -v, --verbose             say why connections failed\n"
 	     "  -x, --export-name=NAME    expose export by name (default is empty string)\n  -D, --description=TEXT    export a human-readable description\n\n"
 	     "Exposing part of the image:\n  -o, --offset=OFFSET       offset into the image\n"
+	     "  -B, --bitmap=NAME         expose a persistent dirty bitmap (qemu:dirty-bitmap:NAME)\n"
 	     "  -A, --allocation-depth    expose the allocation depth (qemu:allocation-depth)\n\n"
 	     "General purpose options:\n  -L, --list                list exports available from another NBD server\n"
 	     "  --object type,id=ID,...   tls-creds-x509, tls-creds-psk, authz-simple, authz-list, authz-list-file, secret\n"
@@ -266,7 +267,7 @@ static int check_args(const struct nbd_args *a)
 
 /* --- serving --- */
 
-struct running { struct nbd_args *a; struct serve sv; struct workers *w; struct block *blk; struct nbd_server *s; int dev; };
+struct running { struct nbd_args *a; struct serve sv; struct workers *w; struct block *blk; struct nbd_server *s; struct image_bits bits; int dev; };
 
 static void client_gone(void *opaque, unsigned left)
 {
@@ -314,11 +315,11 @@ static int make_server(struct running *r, struct nbd_export *e, struct err *err)
 	uint64_t size = block_length(r->blk);
 	if (a->offset > size)
 		return err_set(err, -EINVAL, "Offset (%llu) has to be smaller than image size (%llu)", (unsigned long long)a->offset, (unsigned long long)size);
-	if (a->bitmap)
-		return err_set(err, -ENOTSUP, "-B %s: exporting bitmaps is not supported yet", a->bitmap);
 	*e = (struct nbd_export){ .name = a->name ? a->name : "", .desc = a->desc, .blk = r->blk, .off = a->offset, .len = size - a->offset,
 				  .writable = !block_read_only(r->blk), .multi_conn = a->shared != 1, .depth = a->depth };
-	ret = nbd_server_new(&r->s, &o, err);
+	ret = a->bitmap ? serve_bitmap(e, a->bitmap, &r->bits, err) : 0;
+	if (!ret)
+		ret = nbd_server_new(&r->s, &o, err);
 	return ret ? ret : nbd_server_add(r->s, e, err);
 }
 
@@ -405,6 +406,7 @@ static int serve_image(struct nbd_args *a)
 		fail("%s", err.msg);
 	int lost = block_close_checked(r.blk);
 	workers_destroy(r.w);
+	free(r.bits.bits);
 	return ret ? 1 : lost ? fail("%s: %s", a->file, strerror(-lost)) : 0;
 }
 

@@ -4,7 +4,7 @@
 #ifndef CLI_SERVE_H
 #define CLI_SERVE_H
 
-#include "block/block.h"
+#include "block/image.h"
 #include "block/nbd.h"
 #include "tls/tls.h"
 
@@ -30,6 +30,9 @@ void serve_wait(struct serve *s);
 void serve_end(struct serve *s);
 /* Descriptors that a service manager passed (LISTEN_FDS), the first one is 3; 0: none. */
 unsigned serve_passed(void);
+
+/* Show a bitmap as a context of the export; its content is the caller's to free. */
+int serve_bitmap(struct nbd_export *e, const char *name, struct image_bits *bits, struct err *err);
 
 /* nbd_dev.c: the kernel's client (-c, -d). `fd` is the kernel's end of a connected pair. */
 int nbd_dev_attach(const char *dev, int fd, const struct nbd_export *e, struct err *err);

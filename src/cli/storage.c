@@ -160,7 +160,7 @@ static int export_nbd(struct storage *s, struct keyvals *l, struct block *b, con
 	if (!r && !s->nbd)
 		r = err_set(err, -EINVAL, "NBD server not running (give --nbd-server first)");
 	if (!r && (keyvals_get(l, "bitmap") || keyvals_get(l, "bitmaps.0")))
-		r = err_set(err, -ENOTSUP, "--export: exporting bitmaps is not supported yet");
+		r = err_set(err, -ENOTSUP, "--export: bitmaps are not supported by the storage daemon yet (lodge nbd -B shows one)");
 	if (!r && writable && block_read_only(b))
 		r = err_set(err, -EINVAL, "Cannot export read-only node as writable");
 	if (!r)

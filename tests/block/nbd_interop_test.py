@@ -133,6 +133,26 @@ def test_server_data():
     assert not os.path.exists(s), "the socket stayed"
 
 
+def test_bitmap():
+    """A persistent bitmap, as qemu-nbd shows it, through both clients."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", "b.qcow2", "8M")
+    run("qemu-img", "bitmap", "--add", "-g", "32k", "b.qcow2", "b0")
+    run("qemu-io", "-c", "write 0 1k", "-c", "write 1M 100k", "-c", "write 8388096 512", "b.qcow2")
+    run("qemu-img", "bitmap", "--disable", "b.qcow2", "b0")
+    p, s = serve("-f", "qcow2", "-r", "-e", "4", "-B", "b0", "b.qcow2")
+    q, t = serve("-f", "qcow2", "-r", "-e", "4", "-B", "b0", "b.qcow2", tool="qemu-nbd")
+    a, b = (json.loads(run("nbdinfo", "--map=qemu:dirty-bitmap:b0", "--json", uri(x))) for x in (s, t))
+    assert merged(a) == merged(b) and len(merged(a)) > 3, (a, b)
+    assert run("qemu-nbd", "-L", "-k", s) == run("qemu-nbd", "-L", "-k", t)
+    for tool in (lodge_img, "qemu-img"):
+        flat = f"driver=nbd,server.type=unix,server.path={s},x-dirty-bitmap=qemu:dirty-bitmap:b0"
+        out = json.loads(run(tool, "map", "--output=json", "--image-opts", flat))
+        assert [(e["length"], e["data"]) for e in out] == [(n, k[0] == 0) for k, n in merged(a)], (tool, out, a)
+    stop(p)
+    stop(q)
+    assert "not found" in run(lodge_nbd, "-k", sock(), "-f", "qcow2", "-B", "nope", "b.qcow2", ok=(1,))
+
+
 def test_random():
     """Random requests of any alignment, many in flight, against a model; libnbd checks the protocol."""
     rnd = random.Random(5)
