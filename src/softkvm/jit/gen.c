@@ -137,10 +137,13 @@ struct jit_site *tr_site(struct tr *t, unsigned n)
 		return (struct jit_site *)t->j->low->arena;
 	}
 	s->i = *i;
+	s->stop = (struct insn){ .fn = op_stop, .off = (uint16_t)(i->off + i->len) };
 	s->need = 0;
 	s->b = ti->b;
-	s->delta = (int32_t)(ti->rip - i->off - t->k->rip);
-	s->stop = (struct insn){ .fn = op_stop, .ptr = t->k, .off = (uint16_t)(i->off + i->len), .base = R_ZERO, .index = R_ZERO };
+	s->n = ti->b->n;
+	s->bytes = ti->b->bytes;
+	s->delta = (int16_t)(ti->rip - i->off - t->k->rip);     /* both in one page */
+	s->code = (uint32_t)(uintptr_t)t->k;
 	return s;
 }
 

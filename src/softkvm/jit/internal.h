@@ -2,6 +2,7 @@
 #ifndef SOFTKVM_JIT_INTERNAL_H
 #define SOFTKVM_JIT_INTERNAL_H
 
+#include <stddef.h>
 #include <stdio.h>
 
 #include "softkvm/jit/jit.h"
@@ -36,13 +37,30 @@ struct jit_link {
 #define JIT_SWAPS 4
 struct jit_map_thunks { uint32_t gen, call, live; };
 
-/* Handler call: the instruction, and what stops the interpreter behind it. */
+/*
+ * Handler call: the instruction, and behind it what stops the interpreter, which looks at no more of that than fn, flags, off
+ * and len. The rest of it is ours: one cache line has all that a call needs.
+ */
 struct jit_site {
-	struct insn i, stop;
-	struct block *b;
-	int32_t delta;                  /* of the block's first byte from the translation's */
-	uint8_t need;                   /* JV_* that the code behind it relies on */
+	struct insn i;
+	union {
+		struct insn stop;
+		struct {
+			insn_fn *stop_fn;
+			struct block *b;
+			int16_t delta;          /* of the block's first byte from the translation's */
+			uint8_t n;              /* the block's instructions */
+			uint8_t need;           /* JV_* that the code behind it relies on */
+			uint16_t stop_flags, stop_off;
+			uint8_t stop_len, unused;
+			uint16_t bytes;         /* the block's */
+			uint32_t code;          /* struct jit_code, in low memory */
+		};
+	};
 };
+_Static_assert(sizeof(struct jit_site) == 64 && offsetof(struct jit_site, stop.flags) == offsetof(struct jit_site, stop_flags) &&
+	       offsetof(struct jit_site, stop.off) == offsetof(struct jit_site, stop_off) &&
+	       offsetof(struct jit_site, stop.len) == offsetof(struct jit_site, stop_len), "jit_site: the stop is an insn");
 
 /* Decoded blocks of one page that are translated together. */
 #define REGION_PARTS 24

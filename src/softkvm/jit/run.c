@@ -185,12 +185,12 @@ static uint64_t next_code(struct cpu *c, struct jit *j)
  */
 uint64_t jit_call_insn(struct jit_site *s)
 {
-	const struct jit_code *k = s->stop.ptr;
+	const struct jit_code *k = (const struct jit_code *)(uintptr_t)s->code;
 	struct cpu *c = k->c;
 
 	live_settle(c);
 	c->gpr[R_BLK] = k->rip + (uint64_t)(int64_t)s->delta;
-	c->rip = c->gpr[R_BLK] + s->b->bytes;
+	c->rip = c->gpr[R_BLK] + s->bytes;
 	c->blk = s->b;
 	c->block_end = NULL;
 	c->cur = &s->i;
@@ -199,7 +199,7 @@ uint64_t jit_call_insn(struct jit_site *s)
 	if (unlikely(atomic_load_explicit(&c->code_store, memory_order_relaxed)))
 		atomic_store_explicit(&c->code_store, false, memory_order_release);
 	if (s->i.flags & IF_END) {
-		c->budget -= k->b->n;
+		c->budget -= s->n;
 		return next_code(c, c->jit);
 	}
 	if (c->block_end || mmio_pending(c))

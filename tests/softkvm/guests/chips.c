@@ -168,6 +168,7 @@ static void timer(void)
 	wait(0x45, 4);
 	CHECK(ap(TMCCT) <= 500000);
 	aw(LVTT, 0x30045);
+	window();                       /* one that came just before */
 	clear();
 	delay(4000000);
 	window();
