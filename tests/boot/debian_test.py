@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 
@@ -111,5 +112,53 @@ def killed_after_sync(start):
             assert hashlib.sha256(data).hexdigest() == want, name
 
 
+def program_32bit(start):
+    """A static i386 program under the 64-bit kernel gives what it gives natively."""
+    with tempfile.TemporaryDirectory() as tmp:
+        program = os.path.join(tmp, "g32")
+        source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "guest32.c")
+        subprocess.run(["cc", "-m32", "-O1", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-no-pie", "-mno-sse",
+                        "-o", program, source], check=True)
+        disk = disk_copy(tmp)
+        subprocess.run(["/sbin/debugfs", "-w", "-R", f"write {program} g32", disk], check=True, capture_output=True)
+        guest = start(*args(disk))
+        shell(guest)
+        got = guest.run("cp /mnt/g32 /tmp/g32 && chmod 755 /tmp/g32 && /tmp/g32 && /tmp/g32")
+        assert re.fullmatch(r"(32-bit ok [0-9a-f]{8}\n)\1", got), got
+        try:
+            native = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+            assert got == native * 2, (got, native)
+        except OSError:
+            print("  this host runs no 32-bit programs: not compared")
+        power_off(guest)
+
+
+def other_kernel(start, flavour):
+    """Another of Debian's kernels (tools/guest --kernel): disk, network, two CPUs, nothing bad in its log."""
+    folder = f"{GUEST}/{flavour}"
+    if not os.path.exists(f"{folder}/initramfs"):
+        print(f"no {flavour} kernel: run 'tools/guest --kernel {flavour}' first")
+        sys.exit(77)
+    with tempfile.TemporaryDirectory() as tmp:
+        guest = start("run", "--kernel", f"{folder}/vmlinuz", "--initrd", f"{folder}/initramfs", "--append", "console=ttyS0", "--memory", "1G",
+                      "--disk", f"{disk_copy(tmp)},format=raw", "--net", "user", "--accel", "soft", "--cpus", "2")
+        shell(guest)
+        print("  " + guest.run("uname -r").strip())
+        assert guest.run("nproc").strip() == "2"
+        assert "10.0.2.15" in guest.run("ip -4 addr show eth0")
+        guest.run("dd if=/dev/urandom of=/mnt/f bs=64k count=64 2>/dev/null; sync; echo 3 >/proc/sys/vm/drop_caches; sha256sum /mnt/f")
+        bad = [line for line in guest.run("dmesg").splitlines() if re.search(r"WARNING|BUG:|Call Trace|Oops|soft lockup|rcu:.*stall", line)]
+        assert not bad, "\n".join(bad)
+        power_off(guest)
+
+
+def kernel_generic(start):
+    other_kernel(start, "generic")
+
+
+def kernel_backports(start):
+    other_kernel(start, "backports")
+
+
 if __name__ == "__main__":
-    vm.main([one_cpu, four_cpus, killed_after_sync])
+    vm.main([one_cpu, four_cpus, killed_after_sync, program_32bit, kernel_generic, kernel_backports])
