@@ -306,9 +306,11 @@ static int convert(struct convert *v, struct convert_args *a)
 		r = img_fail("%s: cannot write: %s", target, strerror(-c));
 	if (!r && final && rename(a->cr.file, final))
 		r = img_fail("%s: %s", final, strerror(errno));
-	if (final && r)
+	if (final && r && a->cr.file != target) /* never what was there before */
 		unlink(a->cr.file);
 	unfinished = NULL;
+	if (a->cr.file != target)
+		free((char *)(uintptr_t)a->cr.file);
 	free(final);
 	keyvals_free(&l);
 	if (!r)
