@@ -18,7 +18,7 @@
 #include "block/nbd.h"
 #include "cli/img.h"
 
-enum { PIECE = 2 << 20, COMPARE_PIECE = 512 << 10, THREADS_MAX = 16 };
+enum { PIECE = 2 << 20, COMPARE_PIECE = 512 << 10, THREADS_MAX = 16, BENCH_THREADS = 64 };
 
 static bool all_zero(const uint8_t *p, uint64_t n)
 {
@@ -644,8 +644,10 @@ int img_bench(int argc, char **argv)
 		       (unsigned long long)k.count, k.write ? "write" : "read", (unsigned long long)k.size, (long long)depth,
 		       (unsigned long long)k.off, (unsigned long long)k.step);
 	struct timespec t0, t1;
-	pthread_t t[THREADS_MAX];
-	unsigned n = 0, want = (unsigned)MIN(depth, (int64_t)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)THREADS_MAX));
+	/* Past the page cache the depth is what the device shall see; with it more threads than processors only wait for each other. */
+	bool direct = o.cache && (!strcmp(o.cache, "none") || !strcmp(o.cache, "off") || !strcmp(o.cache, "directsync"));
+	pthread_t t[BENCH_THREADS];
+	unsigned n = 0, want = (unsigned)MIN(depth, direct ? BENCH_THREADS : (int64_t)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)THREADS_MAX));
 	pthread_mutex_init(&k.lock, NULL);
 	clock_gettime(CLOCK_MONOTONIC, &t0);
 	while (n + 1 < want && !pthread_create(&t[n], NULL, bencher, &k))

@@ -44,14 +44,16 @@ static int usage_keys(struct keyvals *l, const char *prefix, struct block_opts *
 	    (ret = keyvals_bool(l, what, KEY("cache.direct"), &direct, err)) ||
 	    (ret = keyvals_bool(l, what, KEY("cache.no-flush"), &noflush, err)) ||
 	    (ret = keyvals_only(l, what, KEY("locking"), "auto|on", err)) ||
-	    (ret = keyvals_only(l, what, KEY("force-share"), "off", err)) ||
-	    (ret = keyvals_only(l, what, KEY("detect-zeroes"), "off", err)))
+	    (ret = keyvals_only(l, what, KEY("force-share"), "off", err)))
 		return ret;
 	if ((v = get(l, prefix, "discard", key))) {
 		if (strcmp(v, "unmap") && strcmp(v, "ignore"))
 			return err_set(err, -EINVAL, "-blockdev: discard=%s is neither ignore nor unmap", v);
 		b->discard_unmap = !strcmp(v, "unmap");
 	}
+	ret = detect_zeroes_key(what, get(l, prefix, "detect-zeroes", key), b, err);
+	if (ret)
+		return ret;
 	b->read_only = ro;
 	b->cache = noflush ? CACHE_UNSAFE : direct ? CACHE_NONE : CACHE_WRITEBACK;
 	return block_aio_key(what, get(l, prefix, "aio", key), b, err);

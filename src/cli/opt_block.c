@@ -38,6 +38,16 @@ int block_aio_key(const char *what, const char *v, struct block_opts *b, struct 
 	return 0;
 }
 
+int detect_zeroes_key(const char *what, const char *v, struct block_opts *b, struct err *err)
+{
+	if (!v)
+		return 0;
+	b->detect_zeroes = !strcmp(v, "on") || !strcmp(v, "unmap");
+	if (!b->detect_zeroes && strcmp(v, "off"))
+		return err_set(err, -EINVAL, "%s: detect-zeroes=%s is none of off, on, unmap", what, v);
+	return strcmp(v, "unmap") || b->discard_unmap ? 0 : err_set(err, -EINVAL, "%s: detect-zeroes=unmap is not allowed without discard=unmap", what);
+}
+
 /* Keys that say how a file is used, shared by all three options. */
 static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 {
@@ -60,7 +70,7 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	if ((ret = keyvals_bool(l, what, "readonly", &b->read_only, err)) ||
 	    (ret = keyvals_bool(l, what, "read-only", &b->read_only, err)) ||
 	    (ret = keyvals_bool(l, what, "snapshot", &b->snapshot, err)) ||
-	    (ret = keyvals_only(l, what, "detect-zeroes", "off", err)) ||
+	    (ret = detect_zeroes_key(what, keyvals_get(l, "detect-zeroes"), b, err)) ||
 	    (ret = block_aio_key(what, keyvals_get(l, "aio"), b, err)) ||
 	    (ret = throttle_keys(l, what, "throttling.", &d->limits, err)) ||
 	    (ret = keyvals_only(l, what, "copy-on-read", "off", err)))
