@@ -248,7 +248,7 @@ static int check_request(const struct block *b, const struct block_req *r)
 		return 0;
 	if (r->op > BLOCK_ZERO || (r->off | r->len) & (b->size - 1))
 		return -EINVAL;
-	if (range_bad(r->off, r->len, b->length))
+	if (range_bad(r->off, r->len, block_length(b)))
 		return -EINVAL;
 	if (b->read_only && r->op != BLOCK_READ)
 		return -EPERM;
@@ -311,12 +311,13 @@ static void on_worker(void *opaque)
 	block_finish(r);
 }
 
+/* What others wait for must not wait for a worker: those may all be among the others. */
 void block_by_worker(struct block_req *r)
 {
 	struct block *b = r->blk;
-	if (b->workers && !workers_submit(b->workers, on_worker, NULL, r))
+	if (!(r->flags & BLOCK_REQ_BELOW) && b->workers && !workers_submit(b->workers, on_worker, NULL, r))
 		return;
-	on_worker(r); /* no workers: slower, but it gets done */
+	on_worker(r); /* slower, but it gets done */
 }
 
 void block_dispatch(struct block_req *r)
@@ -332,6 +333,7 @@ void block_dispatch(struct block_req *r)
 bool block_submit_below(struct block *leaf, struct block_req *r)
 {
 	r->blk = leaf;
+	r->flags |= BLOCK_REQ_BELOW;
 	pthread_mutex_lock(&leaf->lock);
 	leaf->in_flight++;
 	pthread_mutex_unlock(&leaf->lock);

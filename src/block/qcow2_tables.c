@@ -355,9 +355,8 @@ static int uncount_old(struct qbuild *w, struct err *err)
 
 int qbuild_commit(struct qbuild *w, struct err *err)
 {
-	struct qcow2 *q = w->q, shape = *q;
+	struct qcow2 *q = w->q, shape = { .ref_bits = 1u << w->h.refcount_order };
 	struct newrefs nr = { 0 };
-	shape.ref_bits = 1u << w->h.refcount_order;
 	shape.ref_per_block_bits = w->h.cluster_bits + 3 - w->h.refcount_order;
 	shape.ref_max = shape.ref_bits == 64 ? INT64_MAX : BIT(shape.ref_bits) - 1;
 	int r = uncount_old(w, err);
@@ -386,6 +385,6 @@ int qbuild_commit(struct qbuild *w, struct err *err)
 	pthread_mutex_lock(&q->comp_lock);
 	q->comp_entry = 0;
 	pthread_mutex_unlock(&q->comp_lock);
-	q->b->length = ALIGN_DOWN(q->h.size, (uint64_t)512);
+	__atomic_store_n(&q->b->length, ALIGN_DOWN(q->h.size, (uint64_t)512), __ATOMIC_RELAXED);
 	return q_load_tables(q, err);
 }

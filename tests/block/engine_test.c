@@ -91,14 +91,13 @@ static void slot_start(struct bed *t, struct slot *s, unsigned i, uint8_t *model
 	block_submit(t->b, &s->r);
 }
 
-static void deep(struct bed *t, unsigned rounds)
+/* Requests in slots [from, to), one at a time in each; `model` is the caller's there. */
+static void deep_part(struct bed *t, unsigned rounds, unsigned from, unsigned to, uint8_t *model)
 {
-	static uint8_t model[SIZE];
 	struct slot s[DEPTH] = { 0 };
 	pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 	pthread_cond_t cond = PTHREAD_COND_INITIALIZER;
-	memset(model, 0, SIZE);
-	for (unsigned i = 0; i < DEPTH; i++) {
+	for (unsigned i = from; i < to; i++) {
 		assert_int_equal(posix_memalign((void **)&s[i].buf, 4096, 64 * 512), 0);
 		s[i].lock = &lock;
 		s[i].cond = &cond;
@@ -106,7 +105,7 @@ static void deep(struct bed *t, unsigned rounds)
 	}
 	for (unsigned k = 0; k < rounds; k++) {
 		bool more = rand() % 2;
-		for (unsigned i = 0; i < DEPTH; i++) {
+		for (unsigned i = from; i < to; i++) {
 			pthread_mutex_lock(&lock);
 			bool busy = s[i].busy;
 			pthread_mutex_unlock(&lock);
@@ -118,22 +117,76 @@ static void deep(struct bed *t, unsigned rounds)
 		block_unplug(t->b);
 		pthread_mutex_lock(&lock);
 		for (bool idle = false; !idle;) {
-			for (unsigned i = 0; i < DEPTH; i++)
+			for (unsigned i = from; i < to; i++)
 				idle |= !s[i].busy;
 			if (!idle)
 				pthread_cond_wait(&cond, &lock);
 		}
 		pthread_mutex_unlock(&lock);
 	}
-	block_drain(t->b);
-	for (unsigned i = 0; i < DEPTH; i++)
+	pthread_mutex_lock(&lock);
+	for (unsigned i = from; i < to; i++)
+		while (s[i].busy)
+			pthread_cond_wait(&cond, &lock);
+	pthread_mutex_unlock(&lock);
+	for (unsigned i = from; i < to; i++) {
 		slot_check(&s[i], model);
+		free(s[i].buf);
+	}
+}
+
+static void check_all(struct bed *t, const uint8_t *model)
+{
+	block_drain(t->b);
 	uint8_t *all = malloc(SIZE);
 	assert_int_equal(image_read(t->b, 0, all, SIZE), 0);
 	assert_memory_equal(all, model, SIZE);
 	free(all);
-	for (unsigned i = 0; i < DEPTH; i++)
-		free(s[i].buf);
+}
+
+static uint8_t model[SIZE];
+
+static void deep(struct bed *t, unsigned rounds)
+{
+	memset(model, 0, SIZE);
+	deep_part(t, rounds, 0, DEPTH, model);
+	check_all(t, model);
+}
+
+/* Several queues: each thread submits to its own pieces, while snapshots are made of the whole. */
+struct submitter { struct bed *t; unsigned from, to; };
+
+static void *submit_part(void *opaque)
+{
+	struct submitter *s = opaque;
+	deep_part(s->t, 60, s->from, s->to, model);
+	return NULL;
+}
+
+static void test_queues(void **state)
+{
+	for (int cache = CACHE_WRITEBACK; cache <= CACHE_NONE; cache++) {
+		struct submitter s[3];
+		pthread_t th[3];
+		struct bed t;
+		bed_open(&t, (struct block_opts){ .cache = (enum block_cache)cache, .discard_unmap = true }, true);
+		memset(model, 0, SIZE);
+		for (unsigned i = 0; i < 3; i++) {
+			s[i] = (struct submitter){ &t, i * DEPTH / 3, (i + 1) * DEPTH / 3 };
+			pthread_create(&th[i], NULL, submit_part, &s[i]);
+		}
+		for (unsigned i = 0; i < 4; i++) {
+			usleep(2000);
+			assert_int_equal(image_snapshot_create(t.b, "s", NULL), 0);
+		}
+		for (unsigned i = 0; i < 3; i++)
+			pthread_join(th[i], NULL);
+		check_all(&t, model);
+		struct image_check c = { 0 };
+		assert_int_equal(image_check(t.b, 0, &c, NULL), 0);
+		assert_int_equal(c.corruptions + c.errors, 0);
+		bed_close(&t);
+	}
 }
 
 static void test_deep(void **state)
@@ -296,7 +349,7 @@ static void test_resize(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_deep), cmocka_unit_test(test_move), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
+		cmocka_unit_test(test_deep), cmocka_unit_test(test_queues), cmocka_unit_test(test_move), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
 		cmocka_unit_test(test_resize),
 	};
 	close(mkstemp(path));
