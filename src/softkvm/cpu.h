@@ -200,6 +200,7 @@ struct cpu {
 
 	struct softkvm_stats stats;
 	bool in_unwind_scope;           /* cpu_raise() has somewhere to go */
+	bool client_fault;              /* the exit under way is EFAULT: memory of a slot is not mapped (fault.h) */
 	jmp_buf unwind;
 };
 

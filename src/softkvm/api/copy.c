@@ -7,11 +7,11 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "softkvm/api/api.h"
+#include "softkvm/fault.h"
 
 #define STACK_NEAR 65536u       /* from the frame that copies to the caller's object */
 
@@ -62,10 +62,7 @@ int copy_from_client(void *dst, uintptr_t src, size_t len)
 
 		return process_vm_readv(getpid(), &l, 1, &r, 1, 0) == (ssize_t)len ? 0 : -EFAULT;
 	}
-	if (!src)
-		return -EFAULT;
-	memcpy(dst, (const void *)src, len);
-	return 0;
+	return src ? fault_copy(dst, (const void *)src, len) : -EFAULT;
 }
 
 int copy_to_client(uintptr_t dst, const void *src, size_t len)
@@ -77,8 +74,5 @@ int copy_to_client(uintptr_t dst, const void *src, size_t len)
 
 		return process_vm_writev(getpid(), &l, 1, &r, 1, 0) == (ssize_t)len ? 0 : -EFAULT;
 	}
-	if (!dst)
-		return -EFAULT;
-	memcpy((void *)dst, src, len);
-	return 0;
+	return dst ? fault_copy((void *)dst, src, len) : -EFAULT;
 }

@@ -18,6 +18,7 @@
 
 #include "softkvm/api/api.h"
 #include "softkvm/events.h"
+#include "softkvm/fault.h"
 #include "softkvm/irqchip.h"
 #include "softkvm/mmu.h"
 
@@ -30,11 +31,14 @@
 static void signals_enter(struct vcpu *v)
 {
 	/* The C library's own signals too, which its wrapper would leave out: pthread_cancel() must not find us in here. */
-	uint64_t all = ~(SIGBIT(SIGSEGV) | SIGBIT(SIGBUS) | SIGBIT(SIGFPE) | SIGBIT(SIGILL) | SIGBIT(SIGTRAP) | SIGBIT(SIGSYS) |
-			 SIGBIT(SIGABRT));
+	const uint64_t faults = SIGBIT(SIGSEGV) | SIGBIT(SIGBUS) | SIGBIT(SIGFPE) | SIGBIT(SIGILL);
+	uint64_t all = ~(faults | SIGBIT(SIGTRAP) | SIGBIT(SIGSYS) | SIGBIT(SIGABRT)), saved;
 
 	sigemptyset(&v->api->saved);
 	syscall(SYS_rt_sigprocmask, SIG_BLOCK, &all, &v->api->saved, sizeof all);
+	memcpy(&saved, &v->api->saved, sizeof saved);
+	if (saved & faults)     /* blocked, they would end the process (fault.h) */
+		syscall(SYS_rt_sigprocmask, SIG_UNBLOCK, &faults, NULL, sizeof faults);
 	v->api->effective = v->api->saved;
 	if (v->has_sigmask) {
 		sigemptyset(&v->api->effective);
@@ -239,6 +243,16 @@ static int run_wait_sipi(struct vcpu *v)
 	return 0;
 }
 
+/* RUN_EXIT because memory of a slot is not mapped: EFAULT, and the instruction starts over on the next entry. */
+static int client_fault(struct cpu *c)
+{
+	if (!c->client_fault)
+		return 0;
+	c->client_fault = false;
+	c->run->exit_reason = KVM_EXIT_UNKNOWN;
+	return -EFAULT;
+}
+
 static int run_guest(struct vcpu *v)
 {
 	struct cpu *c = &v->cpu;
@@ -253,7 +267,7 @@ static int run_guest(struct vcpu *v)
 		vm_leave_running(c);
 		switch (res) {
 		case RUN_EXIT:
-			return 0;
+			return client_fault(c);
 		case RUN_EINTR:
 			atomic_fetch_and(&c->requests, ~(uint32_t)REQ_EXIT);
 			if (ring_full(v->ring)) {
@@ -358,6 +372,8 @@ static long run_locked(struct vcpu *v)
 		return -EINVAL;
 	if (complete(c))
 		return 0;
+	if ((r = client_fault(c)))
+		return r;
 	if (immediate_exit(c))
 		return -EINTR;
 	if (v->has_sigmask && signal_pending(v))
@@ -376,8 +392,12 @@ long vcpu_run(struct vcpu *v)
 	long r;
 
 	signals_enter(v);
+	if (!v->api->ran)
+		fault_install();
+	fault_enter(&v->cpu);
 	v->api->ran = true;
 	r = run_locked(v);
+	fault_enter(NULL);
 	save_run(&v->cpu);
 	sync_out(v);
 	v->cpu.stats.exits++;

@@ -121,6 +121,15 @@ uint32_t block_mode(const struct cpu *c, bool one)
 	       (c->tlb == c->tlbs[TLB_KERNEL_AC] ? BM_AC : 0);
 }
 
+/* While code is fetched there is no current instruction: RIP is what cpu_cur_rip() must say. */
+void block_no_insn(struct cpu *c)
+{
+	static const struct insn none = { .fn = op_ud, .flags = IF_END, .base = R_ZERO, .index = R_ZERO };
+
+	c->cur = &none;
+	c->gpr[R_BLK] = c->rip;
+}
+
 /* -- validity ---------------------------------------------------------------------------------- */
 static bool same_bytes(const struct block *b)
 {
@@ -154,7 +163,11 @@ static bool revive(struct cpu *c, struct block *b)
 {
 	struct block_cross *x = b->cross ? block_cross(b) : NULL;
 	struct code_page first = block_page(b);
-	uint32_t v0 = mmu_code_mark(c, &first), v1 = x ? mmu_code_mark(c, &x->second) : 0;
+	uint32_t v0, v1;
+
+	block_no_insn(c);
+	v0 = mmu_code_mark(c, &first);
+	v1 = x ? mmu_code_mark(c, &x->second) : 0;
 
 	if (x ? v0 == x->page_ver[0] && v1 == x->page_ver[1] : v0 == b->ver_value)
 		return true;            /* the page slept */
@@ -438,9 +451,6 @@ static struct block *block_slow(struct cpu *c, uint32_t mode, uint64_t lin)
 	return block_finish(c, &s);
 }
 
-/* While code is fetched there is no current instruction: RIP is what cpu_cur_rip() must say. */
-static const struct insn no_insn = { .fn = op_ud, .flags = IF_END, .base = R_ZERO, .index = R_ZERO };
-
 /* Links and lookups have died, but the block is what it was at this address: one look at the instruction TLB says so. */
 static bool same_again(struct cpu *c, struct block_fast *e, uint64_t stamp)
 {
@@ -449,8 +459,7 @@ static bool same_again(struct cpu *c, struct block_fast *e, uint64_t stamp)
 
 	if (!e->stamp || (uint32_t)e->stamp != (uint32_t)stamp || !(stamp & BM_CODE64) || (stamp & BM_ONE) || b->cross)
 		return false;
-	c->cur = &no_insn;
-	c->gpr[R_BLK] = c->rip;
+	block_no_insn(c);
 	mmu_fetch(c, e->rip, &pg);
 	if (!pg.host || pg.host + (e->rip & 4095) != b->host || pg.ver != b->ver || !block_valid(c, b))
 		return false;
@@ -474,8 +483,7 @@ struct block *block_get(struct cpu *c, uint32_t mode)
 	c->code_stamp = mode & (BM_ONE | BM_SEG) ? CODE_STAMP_NONE : stamp;
 	if (likely(e->rip == lin && !(mode & BM_SEG)) && (likely(e->stamp == stamp) ? block_valid(c, e->blk) : same_again(c, e, stamp)))
 		return e->blk;
-	c->cur = &no_insn;
-	c->gpr[R_BLK] = c->rip;
+	block_no_insn(c);
 	b = block_slow(c, mode, lin);
 	c->code_stamp = mode & (BM_ONE | BM_SEG) ? CODE_STAMP_NONE : stamp;   /* a flush cleared it */
 	if (b != bc->scratch)

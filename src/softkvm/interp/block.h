@@ -126,6 +126,8 @@ uint32_t block_mode(const struct cpu *c, bool one);
 struct block *block_get(struct cpu *c, uint32_t mode);
 /* Forget everything. Never while a block runs. */
 void block_flush(struct cpu *c);
+/* No instruction runs: cpu_cur_rip() is cpu->rip. Before guest memory is read between instructions. */
+void block_no_insn(struct cpu *c);
 /* Do not follow links made before this point: all, or those at CPL 3 (`user`), or those below. */
 void block_new_generation(struct cpu *c);
 void block_new_generation_of(struct cpu *c, unsigned user);

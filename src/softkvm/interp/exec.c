@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "softkvm/events.h"
+#include "softkvm/fault.h"
 #include "softkvm/interp/block.h"
 #include "softkvm/irqchip.h"
 #include "softkvm/jit/jit.h"
@@ -390,6 +391,7 @@ enum run_result engine_run(struct cpu *c)
 		c->run->internal.ndata = 0;
 		return RUN_EXIT;
 	}
+	fault_enter(c);
 	why = _setjmp(c->unwind);
 	c->in_unwind_scope = true;
 	r = why ? resume(c, why) : engine_start(c);

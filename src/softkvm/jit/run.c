@@ -5,10 +5,23 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "softkvm/fault.h"
 #include "softkvm/jit/internal.h"
 #include "softkvm/vec/vec.h"
 
 #define SLOW_INSN 32    /* instructions' worth of time that a call of a handler may take */
+
+/* -- faults -------------------------------------------------------------------------------------- */
+/*
+ * Memory that the client unmapped, met in translated code itself rather than in a handler: registers are the host's and nothing
+ * says which, so this is not served yet and goes to the client's handler of SIGSEGV.
+ */
+static bool jit_fault(struct cpu *c, struct fault *f)
+{
+	if (c->jit && f->pc - (uintptr_t)c->jit->rx < c->jit->size)
+		f->client = false;
+	return false;
+}
 
 /* -- life ---------------------------------------------------------------------------------------- */
 static bool addressable(const struct cpu *c)
@@ -46,6 +59,7 @@ int jit_cpu_init(struct cpu *c, size_t code_bytes)
 		return r;
 	}
 	jit_thunks(j);
+	fault_serve(FAULT_CODE, jit_fault);
 	if (getenv("LODGE_PERF_MAP")) {
 		char name[64];
 

@@ -11,8 +11,8 @@
 
 #include "softkvm/api/api.h"
 #include "softkvm/cpu.h"
+#include "softkvm/fault.h"
 #include "softkvm/mmu/phys.h"
-#include "softkvm/ram.h"
 #include "softkvm/vm.h"
 
 #define MAX_SLOT_PAGES ((1ull << 31) - 1)
@@ -104,11 +104,13 @@ static int phys_copy(struct vm *vm, uint64_t gpa, void *buf, unsigned len, bool 
 			if (!p || (write && ro))
 				return -EFAULT;
 			if (pass && write) {
-				ram_copy(p, b, n);
+				if (fault_copy(p, b, n))
+					return -EFAULT;
 				phys_mark_dirty(vm, NULL, s, a);
 				page_code_written(&s->ver[(a - s->gpa) >> 12]);
 			} else if (pass) {
-				ram_copy(b, p, n);
+				if (fault_copy(b, p, n))
+					return -EFAULT;
 			}
 			a += n;
 			b += n;

@@ -21,6 +21,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "softkvm/fault.h"
 #include "softkvm/mmu.h"
 #include "softkvm/mmu/phys.h"
 
@@ -129,7 +130,7 @@ static bool same(struct code_watch *w, const struct watched *p)
 		uint64_t rest = ~(left >> first);
 		unsigned n = rest ? (unsigned)__builtin_ctzll(rest) : 64;
 
-		if (!ram_same(p->host + first * LINE, copy + first * LINE, (size_t)n * LINE))
+		if (!fault_same(p->host + first * LINE, copy + first * LINE, (size_t)n * LINE))
 			return false;
 		left = first + n < 64 ? left & ~0ull << (first + n) : 0;
 	}
@@ -237,7 +238,8 @@ static bool lines_add(struct code_watch *w, struct watched *p, unsigned off, con
 	for (unsigned l = off / LINE; l <= (off + len - 1) / LINE; l++) {
 		if (p->lines >> l & 1)
 			continue;
-		ram_copy(copy + l * LINE, p->host + l * LINE, LINE);
+		if (fault_copy(copy + l * LINE, p->host + l * LINE, LINE))
+			return false;
 		p->lines |= 1ull << l;
 	}
 	return !memcmp(copy + off, bytes, len);

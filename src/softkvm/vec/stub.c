@@ -12,20 +12,18 @@
  * everything is thrown away together with the decoded blocks that point into it (vec_flush()).
  *
  * Where Zydis accepts bytes that the host CPU does not, or the guest has unmasked a SIMD exception, the
- * stub traps: the handler of SIGILL and SIGFPE, which looks only at program counters inside the stub area
- * of the running thread and passes everything else on, makes the stub return early. Nothing was stored
- * then. vCPU threads must not block these two signals.
+ * stub traps, as it does where the client unmapped the memory of the operand: stub_fault() makes it return
+ * early (fault.h). Nothing was stored then.
  */
 #include <cpuid.h>
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <unistd.h>
 
 #include "base/log.h"
+#include "softkvm/fault.h"
 #include "softkvm/vec/vec.h"
 
 #define CODE_SIZE (2u << 20)
@@ -155,49 +153,27 @@ bool host_has_isa(int isa)
 	}
 }
 
-/* -- SIGILL and SIGFPE -------------------------------------------------------------------------- */
-static __thread const struct vec_cache *running;
+/* -- faults in stubs ---------------------------------------------------------------------------- */
 static __thread uint32_t fault_mxcsr;
-static struct sigaction old_ill, old_fpe;
-static pthread_once_t signals_once = PTHREAD_ONCE_INIT;
 
-static void on_signal(int sig, siginfo_t *si, void *uctx)
+static bool stub_fault(struct cpu *c, struct fault *f)
 {
-	const struct sigaction *old = sig == SIGFPE ? &old_fpe : &old_ill;
-	ucontext_t *u = uctx;
-	const struct vec_cache *v = running;
-	uint64_t pc = (uint64_t)u->uc_mcontext.gregs[REG_RIP];
+	const struct vec_cache *v = c->vec;
+	mcontext_t *m = &f->uc->uc_mcontext;
 
-	if (v && pc - (uintptr_t)v->rx < CODE_SIZE) {
-		fault_mxcsr = u->uc_mcontext.fpregs->mxcsr;
-		u->uc_mcontext.fpregs->mxcsr = 0x1f80;
-		u->uc_mcontext.gregs[REG_RIP] = (greg_t)(uintptr_t)v->rx;       /* the `ret` at its start */
-		u->uc_mcontext.gregs[REG_RAX] = sig == SIGFPE ? STUB_FP_FAULT : STUB_UNDEFINED;
-		return;
-	}
-	if (old->sa_flags & SA_SIGINFO)
-		old->sa_sigaction(sig, si, uctx);
-	else if (old->sa_handler != SIG_DFL && old->sa_handler != SIG_IGN)
-		old->sa_handler(sig);
-	else
-		sigaction(sig, old, NULL);      /* the instruction traps again and ends the process */
-}
-
-static void signals_install(void)
-{
-	struct sigaction sa = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER };
-
-	sigemptyset(&sa.sa_mask);
-	sigaction(SIGILL, &sa, &old_ill);
-	sigaction(SIGFPE, &sa, &old_fpe);
+	if (!v || f->pc - (uintptr_t)v->rx >= CODE_SIZE || ((f->sig == SIGSEGV || f->sig == SIGBUS) && !f->client))
+		return false;
+	fault_mxcsr = m->fpregs->mxcsr;
+	m->fpregs->mxcsr = 0x1f80;
+	m->gregs[REG_RIP] = (greg_t)(uintptr_t)v->rx;   /* the `ret` at its start */
+	m->gregs[REG_RAX] = f->client ? STUB_NO_MEMORY : f->sig == SIGFPE ? STUB_FP_FAULT : STUB_UNDEFINED;
+	return true;
 }
 
 enum stub_end stub_try(struct cpu *c, const struct vec_op *op, void *mem, uint32_t *mxcsr)
 {
-	int r;
+	int r = op->code(c, mem);
 
-	running = c->vec;
-	r = op->code(c, mem);
 	if (likely(!r)) {
 		((struct vec_op *)(uintptr_t)op)->proven = true;
 		return STUB_DONE;
@@ -207,14 +183,21 @@ enum stub_end stub_try(struct cpu *c, const struct vec_op *op, void *mem, uint32
 	if (host_avx())
 		__asm__ volatile("vzeroupper");
 	*mxcsr = fault_mxcsr;
-	return r == STUB_FP_FAULT ? STUB_FP_FAULT : STUB_UNDEFINED;
+	return (enum stub_end)r;
 }
 
-bool stub_run(struct cpu *c, const struct vec_op *op, void *mem)
+enum stub_end stub_run(struct cpu *c, const struct vec_op *op, void *mem)
 {
 	uint32_t mxcsr;
 
-	return stub_try(c, op, mem, &mxcsr) == STUB_DONE;
+	return stub_try(c, op, mem, &mxcsr);
+}
+
+void stub_refuse(struct cpu *c, enum stub_end end)
+{
+	if (end == STUB_NO_MEMORY)
+		fault_client(c);
+	cpu_ud(c);
 }
 
 /* -- the cache ---------------------------------------------------------------------------------- */
@@ -267,7 +250,7 @@ static struct vec_cache *cache_get(struct cpu *c)
 		return NULL;
 	}
 	cache_clear(v);
-	pthread_once(&signals_once, signals_install);
+	fault_serve(FAULT_STUB, stub_fault);
 	return c->vec = v;
 }
 

@@ -55,8 +55,10 @@ static bool misaligned(struct cpu *c, const struct vec_op *op)
 /* -- MXCSR -------------------------------------------------------------------------------------- */
 static void run_plain(struct cpu *c, const struct vec_op *op, void *mem)
 {
-	if (unlikely(!stub_run(c, op, mem)))
-		cpu_ud(c);
+	enum stub_end end = stub_run(c, op, mem);
+
+	if (unlikely(end != STUB_DONE))
+		stub_refuse(c, end);
 }
 
 /* One run under the guest's control word. An unmasked exception leaves the stub before it stores anything. */
@@ -70,8 +72,8 @@ static __attribute__((noinline)) void run_with_control(struct cpu *c, const stru
 	if (end == STUB_DONE)
 		flags = _mm_getcsr();
 	_mm_setcsr(HOST_MXCSR);
-	if (end == STUB_UNDEFINED)
-		cpu_ud(c);
+	if (end == STUB_UNDEFINED || end == STUB_NO_MEMORY)
+		stub_refuse(c, end);
 	c->fpu.mxcsr = mx | (flags & MX_FLAGS);
 	if (end == STUB_FP_FAULT)
 		cpu_raise(c, c->cr4 & CR4_OSXMMEXCPT ? EXC_XM : EXC_UD);

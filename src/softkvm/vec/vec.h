@@ -61,10 +61,11 @@ struct vec_op {
 /* The op with this contents (code is ignored), making its stub; NULL when the cache is full (vec_decode_full() then). */
 struct vec_op *stub_get(struct cpu *c, const struct vec_op *want);
 /* Call a stub. STUB_FP_FAULT: an unmasked SIMD exception; *mxcsr is the register as the CPU left it. */
-enum stub_end { STUB_DONE, STUB_UNDEFINED, STUB_FP_FAULT };
+enum stub_end { STUB_DONE, STUB_UNDEFINED, STUB_FP_FAULT, STUB_NO_MEMORY /* the client's is gone */ };
 enum stub_end stub_try(struct cpu *c, const struct vec_op *op, void *mem, uint32_t *mxcsr);
-/* With all exceptions masked. False: the host calls the instruction undefined. */
-bool stub_run(struct cpu *c, const struct vec_op *op, void *mem);
+/* With all exceptions masked. What is not STUB_DONE ends in stub_refuse(), after the caller put its state right. */
+enum stub_end stub_run(struct cpu *c, const struct vec_op *op, void *mem);
+_Noreturn void stub_refuse(struct cpu *c, enum stub_end end);
 /* True when the instruction could be rewritten. */
 bool stub_rewrite(struct vec_shape *s, const struct decoded *d);
 bool host_has_isa(int isa_set);

@@ -79,15 +79,17 @@ static void x87_run(struct cpu *c, const struct insn *i, const struct vec_op *op
 	uint16_t cw = ld_le16(c->fpu.fx + FX_FCW);
 	bool ignored = pending(&c->fpu);
 	uint8_t old[24];
+	enum stub_end end;
 
 	memcpy(old, c->fpu.fx, 24);
 	if (unlikely(ignored)) {                /* CR0.NE clear: a host exception must not come of it */
 		st_le16(c->fpu.fx + FX_FCW, cw | 0x3f);
 		x87_normalise(&c->fpu);
 	}
-	if (unlikely(!stub_run(c, op, mem))) {
+	end = stub_run(c, op, mem);
+	if (unlikely(end != STUB_DONE)) {
 		memcpy(c->fpu.fx, old, 24);
-		cpu_ud(c);
+		stub_refuse(c, end);
 	}
 	set_pointers(c, i, op, old);
 	if (unlikely(ignored)) {

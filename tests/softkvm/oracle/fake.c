@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "oracle.h"
+#include "softkvm/fault.h"
 #include "softkvm/interp/block.h"
 #include "softkvm/sys.h"
 #include "softkvm/vec/vec.h"
@@ -72,6 +73,7 @@ int engine_init(void)
 	if (posix_memalign((void **)&cpu, 64, sizeof *cpu))
 		return -1;
 	memset(cpu, 0, sizeof *cpu);
+	fault_enter(cpu);
 	tlb = calloc(1, sizeof *tlb);
 	cpu->tlb = tlb;
 	cpu->blocks = calloc(1, sizeof *cpu->blocks);
