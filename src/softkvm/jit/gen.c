@@ -327,7 +327,7 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 		gen_flags_save(t);
 	if (rip <= t->t[n].rip) {
 		em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
-		e32(e, p >= 0 && t->part[p].first <= n ? n + 1 - t->part[p].first : n + 1);
+		e32(e, p >= 0 && t->part[p].first <= n ? n + 1 - t->part[p].first : tr_count(t, n));
 		t->in_host = false;
 		if (p >= 0 && !(next && (unsigned)p == t->now + 1)) {
 			jump_to_part(t, (unsigned)p, em_jcc(e, 15));    /* jg */

@@ -115,7 +115,7 @@ static void lookup(struct tr *t, unsigned n, struct cold *k)
 	struct jit_ind *ind = t->j->low->ind;
 
 	em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
-	e32(e, n + 1);
+	e32(e, tr_count(t, n));
 	cold_from(k, em_jcc(e, 14));
 	EM(e, 0x89, 0xc1, 0x81, 0xe1);                  /* mov ecx, eax ; and ecx, mask */
 	e32(e, (1u << JIT_IND_BITS) - 1);

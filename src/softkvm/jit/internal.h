@@ -251,6 +251,8 @@ void gen_jcc_part(struct tr *t, unsigned p, unsigned cc);       /* to a part, on
 static inline void tr_swap(struct tr *t) { struct em e = t->h; t->h = t->cold; t->cold = e; t->swapped = !t->swapped; }
 static inline uint64_t tr_end(const struct tr *t, unsigned n) { return t->t[n].rip + t->t[n].in->len; }
 uint64_t tr_target(const struct tr *t, unsigned n);
+/* For the budget: instructions of the part up to n; which of the others ran is not known. */
+static inline uint32_t tr_count(const struct tr *t, unsigned n) { return n + 1 - t->part[t->now].first; }
 /* Instruction n rewritten: registers of its modrm, opcode and VEX.vvvv fields replaced, memory operand [ST]. -1: as it is. */
 struct regs { int reg, rm, op, v; bool mem; };
 bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, struct regs r);
