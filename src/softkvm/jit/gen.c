@@ -71,17 +71,15 @@ static const ZydisDecodedOperandMem *mem_operand(const struct tinsn *i)
 	return NULL;
 }
 
-bool gen_address(struct tr *t, unsigned n)
+bool gen_address_at(struct tr *t, unsigned n, int64_t disp)
 {
 	const struct tinsn *i = &t->t[n];
 	const ZydisDecodedOperandMem *m = mem_operand(i);
-	int64_t disp;
 	int base = -1, index = -1;
 	bool wide = i->z.address_width == 64;
 
 	if (!m || (i->z.address_width != 64 && i->z.address_width != 32))
 		return false;
-	disp = m->disp.has_displacement ? m->disp.value : 0;
 	if (m->index != ZYDIS_REGISTER_NONE && ZydisRegisterGetClass(m->index) != ZYDIS_REGCLASS_GPR64 &&
 	    ZydisRegisterGetClass(m->index) != ZYDIS_REGCLASS_GPR32)
 		return false;
@@ -105,6 +103,13 @@ bool gen_address(struct tr *t, unsigned n)
 	if (m->segment == ZYDIS_REGISTER_FS || m->segment == ZYDIS_REGISTER_GS)
 		em_op_abs(&t->h, true, 0x03, ST, &t->c->seg[m->segment == ZYDIS_REGISTER_FS ? SEG_FS : SEG_GS].base);
 	return true;
+}
+
+bool gen_address(struct tr *t, unsigned n)
+{
+	const ZydisDecodedOperandMem *m = mem_operand(&t->t[n]);
+
+	return m && gen_address_at(t, n, m->disp.has_displacement ? m->disp.value : 0);
 }
 
 void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
@@ -353,7 +358,7 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 
 /* -- rewriting ------------------------------------------------------------------------------------ */
 /* modrm and what follows it: the immediate. */
-static void put_tail(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r)
+static void put_tail(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r, int8_t disp)
 {
 	unsigned end = i->z.length;
 
@@ -363,10 +368,12 @@ static void put_tail(struct em *e, const struct tinsn *i, const uint8_t *bytes, 
 		if (r.reg >= 0)
 			m = (uint8_t)((m & 0xc7) | (r.reg & 7) << 3);
 		if (r.mem)
-			m = (uint8_t)((m & 0x38) | 7);
+			m = (uint8_t)((m & 0x38) | 7 | (disp ? 0x40 : 0));
 		else if (r.rm >= 0)
 			m = (uint8_t)((m & 0xf8) | (r.rm & 7));
 		e8(e, m);
+		if (r.mem && disp)
+			e8(e, (uint8_t)disp);
 	}
 	for (unsigned k = 0; k < 2; k++)
 		if (i->z.raw.imm[k].size)
@@ -377,7 +384,7 @@ static void put_tail(struct em *e, const struct tinsn *i, const uint8_t *bytes, 
 		e8(e, bytes[end]);
 }
 
-static bool put_legacy(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r)
+static bool put_legacy(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r, int8_t disp)
 {
 	const ZydisDecodedInstruction *z = &i->z;
 	unsigned rex = 0x40 | z->raw.rex.W << 3 | z->raw.rex.R << 2 | z->raw.rex.X << 1 | z->raw.rex.B;
@@ -410,11 +417,11 @@ static bool put_legacy(struct em *e, const struct tinsn *i, const uint8_t *bytes
 	default: return false;
 	}
 	e8(e, opcode);
-	put_tail(e, i, bytes, r);
+	put_tail(e, i, bytes, r, disp);
 	return true;
 }
 
-static bool put_vex(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r)
+static bool put_vex(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r, int8_t disp)
 {
 	const uint8_t *v = bytes + i->z.raw.vex.offset;
 	unsigned b1, b2;
@@ -440,7 +447,7 @@ static bool put_vex(struct em *e, const struct tinsn *i, const uint8_t *bytes, s
 	e8(e, b1);
 	e8(e, b2);
 	e8(e, i->z.opcode);
-	put_tail(e, i, bytes, r);
+	put_tail(e, i, bytes, r, disp);
 	return true;
 }
 
@@ -462,15 +469,15 @@ static bool put_evex(struct em *e, const struct tinsn *i, const uint8_t *bytes, 
 	e8(e, p1);
 	e8(e, v[3]);
 	e8(e, i->z.opcode);
-	put_tail(e, i, bytes, r);
+	put_tail(e, i, bytes, r, 0);
 	return true;
 }
 
 bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, struct regs r)
 {
 	switch (i->z.encoding) {
-	case ZYDIS_INSTRUCTION_ENCODING_LEGACY: return put_legacy(&t->h, i, bytes, r);
-	case ZYDIS_INSTRUCTION_ENCODING_VEX: return put_vex(&t->h, i, bytes, r);
+	case ZYDIS_INSTRUCTION_ENCODING_LEGACY: return put_legacy(&t->h, i, bytes, r, t->mem_disp);
+	case ZYDIS_INSTRUCTION_ENCODING_VEX: return put_vex(&t->h, i, bytes, r, t->mem_disp);
 	case ZYDIS_INSTRUCTION_ENCODING_EVEX: return put_evex(&t->h, i, bytes, r);
 	default: return false;
 	}

@@ -131,7 +131,10 @@ struct cold *gen_access(struct tr *t, unsigned n, const struct slots *s, bool *o
 	struct cold *k = NULL;
 
 	*ok = true;
-	if (s->mem) {
+	t->mem_disp = 0;
+	if (s->mem && t->row) {
+		t->mem_disp = (int8_t)((s->mem->mem.disp.has_displacement ? s->mem->mem.disp.value : 0) - t->row_low);
+	} else if (s->mem) {
 		gen_clobber(t, n);
 		*ok = gen_address(t, n) && s->mem->size >= 8 && s->mem->size <= 512;
 		k = cold_new(t, n);
@@ -286,7 +289,7 @@ static bool lea(struct tr *t, unsigned n)
 		if (m->base != ZYDIS_REGISTER_NONE)
 			base = (int)gen_get(t, insn_reg_off(m->base) / 8, SC);
 		if (m->index != ZYDIS_REGISTER_NONE)
-			index = (int)gen_get(t, insn_reg_off(m->index) / 8, ST);
+			index = (int)gen_get(t, insn_reg_off(m->index) / 8, SA);
 		em_mem(&t->h, w && i->z.address_width == 64, 0x8d, d, base, index,
 		       m->scale == 8 ? 3 : m->scale == 4 ? 2 : m->scale == 2 ? 1 : 0, (int32_t)disp);
 	}
@@ -310,6 +313,13 @@ static bool xchg_acc(struct tr *t, unsigned n)
 	e8(&t->h, 0xc0 | (H_R13 & 7) << 3 | (h & 7));
 	gen_put(t, g, h);
 	return true;
+}
+
+static bool nothing(ZydisMnemonic m);
+
+bool int_row(const struct tinsn *i)
+{
+	return (plain(i->z.mnemonic) && host_has(i)) || i->z.mnemonic == ZYDIS_MNEMONIC_LEA || nothing(i->z.mnemonic) || with_rax(i);
 }
 
 static bool nothing(ZydisMnemonic m)
@@ -427,6 +437,8 @@ bool gen_int(struct tr *t, unsigned n)
 	if ((!plain(i->z.mnemonic) && !rax) || !host_has(i))
 		return false;
 	slots_find(&s, i);
+	if (t->row)
+		s.nscratch = 2;         /* ST is taken */
 	if (s.implicit && !s.mem && !rax && !cl && accumulator(t, n))
 		return true;
 	if (s.other || bit_string(i, &s) ||

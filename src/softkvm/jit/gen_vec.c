@@ -115,6 +115,7 @@ bool gen_vec(struct tr *t, unsigned n)
 	slots_find(&s, i);
 	s.other = false;
 	bit = class_bit(&op);
+	t->mem_disp = 0;
 	/* Checks destroy flags: all of them together. */
 	if (!(t->live & bit) || s.mem) {
 		gen_clobber(t, n);

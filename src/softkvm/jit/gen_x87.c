@@ -54,6 +54,7 @@ bool gen_x87(struct tr *t, unsigned n)
 		gen_check(t, k, s.mem->size / 8, s.mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE);
 	}
 	t->live |= JV_X87;
+	t->mem_disp = 0;
 	if (i->z.mnemonic == ZYDIS_MNEMONIC_FLDCW) {
 		fldcw(t, k);
 	} else if (i->z.mnemonic != ZYDIS_MNEMONIC_FWAIT) {

@@ -216,6 +216,9 @@ struct tr {
 	int8_t map[16];                 /* host register of each guest register, -1: in memory */
 	const struct jit_map_thunks *thunks;
 	bool mapped;                    /* that is where registers are now */
+	bool row;                       /* in a row (gen_group.c): ST is the host address of displacement row_low */
+	int64_t row_low;
+	int8_t mem_disp;                /* of the operand from ST */
 	bool swapped;                   /* h is the cold part */
 	unsigned nparts, now;           /* now: the part being emitted */
 	struct { uint8_t *rel32; unsigned part; } fix[FIXUPS_MAX];
@@ -235,6 +238,7 @@ void gen_flags_save(struct tr *t);              /* to cpu->aflags if only the ho
 void gen_flags_load(struct tr *t);              /* to the host if only cpu->aflags has them; uses SA */
 void gen_clobber(struct tr *t, unsigned n);     /* EFLAGS are about to be destroyed before instruction n ran */
 void gen_flags_after(struct tr *t, unsigned n); /* instruction n has run natively */
+bool gen_address_at(struct tr *t, unsigned n, int64_t disp);     /* with another displacement */
 bool gen_address(struct tr *t, unsigned n);     /* ST = linear address of the memory operand; false: cannot */
 /* ST = host address of the access at linear ST, or to the cold path; uses SC. */
 void gen_check(struct tr *t, struct cold *k, unsigned size, bool write);
@@ -261,10 +265,17 @@ bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, stru
 bool gen_int(struct tr *t, unsigned n);
 bool gen_branch(struct tr *t, unsigned n);
 unsigned gen_stack_group(struct tr *t, unsigned n, unsigned end);       /* instructions done together, 0: none */
+bool int_row(const struct tinsn *i);            /* may stand in a row */
 bool gen_vec(struct tr *t, unsigned n);
 bool gen_x87(struct tr *t, unsigned n);
 /* Instruction n needs these JV_* bits: looks unless they are known. Destroys flags; on failure to `k`. */
 void gen_live(struct tr *t, struct cold *k, unsigned bit);
+
+/* gen_group.c */
+struct row { int64_t low, high; bool write; };
+unsigned row_find(struct tr *t, unsigned n, unsigned end, struct row *r);
+struct cold *row_begin(struct tr *t, unsigned n, unsigned count, const struct row *r);
+void row_end(struct tr *t, unsigned last, struct cold *k);
 
 bool flags_dead_at(struct tr *t, uint64_t rip);
 static inline const uint8_t *tr_bytes(const struct tr *t, unsigned n) { return block_copy(t->t[n].b) + t->t[n].in->off; }

@@ -276,6 +276,7 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 	t->in_host = false;
 	t->live = 0;
 	t->ncold = t->nfix = 0;
+	t->row = false;
 	t->k->links = NULL;
 	for (unsigned p = 0; p < t->nparts; p++)
 		t->part[p].at = NULL;
@@ -342,6 +343,21 @@ static bool walk_insn(struct tr *t, unsigned n)
 	return false;
 }
 
+static bool walk_row(struct tr *t, unsigned n, unsigned count, const struct row *r)
+{
+	struct cold *k = row_begin(t, n, count, r);
+	bool ok = true;
+
+	if (!k) {
+		t->failed = true;
+		return false;
+	}
+	for (unsigned m = 0; m < count; m++)
+		ok &= walk_insn(t, n + m);
+	row_end(t, n + count - 1, k);
+	return ok;
+}
+
 static void begin_part(struct tr *t, unsigned p)
 {
 	struct part *q = &t->part[p];
@@ -370,8 +386,11 @@ static bool walk(struct tr *t)
 		begin_part(t, p);
 		while (n < end && !t->failed) {
 			unsigned done = gen_stack_group(t, n, end);
+			struct row r;
 
-			if (!done)
+			if (!done && (done = row_find(t, n, end, &r)))
+				again |= !walk_row(t, n, done, &r);
+			else if (!done)
 				again |= !walk_insn(t, n);
 			n += done ? done : 1;
 		}

@@ -177,6 +177,23 @@ static void put_stack(struct code *c)
 	}
 }
 
+/* Instructions that use one base, which share a check. Flags that matter later are defined by all of these. */
+static void put_row(struct code *c)
+{
+	static const uint8_t ops[] = { 0x01, 0x03, 0x89, 0x8b, 0x39, 0x3b, 0x31, 0x29, 0x88, 0x8a, 0x8b, 0x89, 0x8d, 0x11 };
+	unsigned base = below(8), high = below(2);
+
+	if (base == 4)
+		base = 6;
+	for (unsigned n = 2 + below(6); n && c->count < BODY * 2 - 1; n--) {
+		uint8_t b[4] = { (uint8_t)(0x40 | below(2) << 3 | below(2) << 2 | high), ops[below(sizeof ops)],
+				 (uint8_t)(0x40 | below(8) << 3 | base), (uint8_t)(below(80) - 20) };
+
+		c->at[c->count++] = c->n;
+		put(c, b, 4);
+	}
+}
+
 /* A forward conditional jump over the next instruction or two; where it leads is known later. */
 static void put_jcc(struct code *c)
 {
@@ -199,6 +216,8 @@ static void make(struct code *c, bool vec)
 			put_jcc(c);
 		if (below(12) == 0)
 			put_stack(c);
+		if (!bad && below(6) == 0)
+			put_row(c);
 		put_random(c, vec, &bad);
 	}
 	c->at[c->count] = c->n;
