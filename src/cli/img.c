@@ -171,7 +171,7 @@ int img_output(const char *text, bool *json)
 	return *json || !strcmp(text, "human") ? 0 : img_fail("--output must be used with human or json as argument.");
 }
 
-void json_string(const char *s)
+void img_json_string(const char *s)
 {
 	putchar('"');
 	for (; *s; s++) {

@@ -35,7 +35,7 @@ enum { OPT_OBJECT = 256, OPT_IMAGE_OPTS, OPT_OUTPUT, OPT_BACKING_CHAIN, OPT_SIZE
        OPT_BITMAP_ADD = 300 /* and the other image_bitmap_ops */ };
 int img_getopt(int argc, char **argv, const char *shorts);
 int img_output(const char *text, bool *json);
-void json_string(const char *s);
+void img_json_string(const char *s);
 /* -o of create, convert, amend, measure: 0, or 1 after telling why. `seen` names what was given. */
 struct img_create_seen { bool size, version, lazy, refcount_bits, data_raw, other; };
 int img_create_options(struct image_create *c, struct keyvals *l, struct img_create_seen *seen);

@@ -114,10 +114,10 @@ static void json_snapshots(const struct image_info *i, int at)
 		if (s->icount != UINT64_MAX)
 			printf("%*s\"icount\": %llu,\n", at + 8, "", (unsigned long long)s->icount);
 		printf("%*s\"vm-clock-nsec\": %llu,\n%*s\"name\": ", at + 8, "", (unsigned long long)(s->vm_clock_ns % 1000000000), at + 8, "");
-		json_string(s->name);
+		img_json_string(s->name);
 		printf(",\n%*s\"date-sec\": %u,\n%*s\"date-nsec\": %u,\n%*s\"vm-clock-sec\": %llu,\n%*s\"id\": ", at + 8, "", s->date_sec, at + 8, "",
 		       s->date_nsec, at + 8, "", (unsigned long long)(s->vm_clock_ns / 1000000000), at + 8, "");
-		json_string(s->id);
+		img_json_string(s->id);
 		printf(",\n%*s\"vm-state-size\": %llu\n%*s}%s\n", at + 8, "", (unsigned long long)s->vm_state_size, at + 4, "",
 		       k + 1 < i->nsnapshots ? "," : "");
 	}
@@ -138,7 +138,7 @@ static void json_bitmaps(const struct image_info *i, int at)
 		if (m->automatic)
 			printf("%*s\"auto\"\n", at + 12, "");
 		printf("%*s],\n%*s\"name\": ", at + 8, "", at + 8, "");
-		json_string(m->name);
+		img_json_string(m->name);
 		printf(",\n%*s\"granularity\": %llu\n%*s}%s\n", at + 8, "", (unsigned long long)m->granularity, at + 4, "",
 		       k + 1 < i->nbitmaps ? "," : "");
 	}
@@ -158,7 +158,7 @@ static void json_specific(const struct image_info *i, int at)
 	printf("%*s\"refcount-bits\": %u%s\n", in, "", i->refcount_bits, i->version >= 3 ? "," : "");
 	if (i->version >= 3 && i->data_file) {
 		printf("%*s\"data-file\": ", in, "");
-		json_string(i->data_file);
+		img_json_string(i->data_file);
 		printf(",\n%*s\"data-file-raw\": %s,\n", in, "", i->data_raw ? "true" : "false");
 	}
 	if (i->version >= 3)
@@ -174,12 +174,12 @@ static void json_info(const struct info *n, int at)
 	at += 4;
 	if (n->i.backing && n->i.backing_format) {
 		printf("%*s\"backing-filename-format\": ", at, "");
-		json_string(n->i.backing_format);
+		img_json_string(n->i.backing_format);
 		puts(",");
 	}
 	json_snapshots(&n->i, at);
 	printf("%*s\"virtual-size\": %llu,\n%*s\"filename\": ", at, "", (unsigned long long)block_length(n->b), at, "");
-	json_string(n->file);
+	img_json_string(n->file);
 	puts(",");
 	if (n->i.cluster_size)
 		printf("%*s\"cluster-size\": %u,\n", at, "", n->i.cluster_size);
@@ -191,9 +191,9 @@ static void json_info(const struct info *n, int at)
 	if (n->i.backing) {
 		char *full = full_backing(n->file, n->i.backing);
 		printf("%*s\"full-backing-filename\": ", at, "");
-		json_string(full ? full : n->i.backing);
+		img_json_string(full ? full : n->i.backing);
 		printf(",\n%*s\"backing-filename\": ", at, "");
-		json_string(n->i.backing);
+		img_json_string(n->i.backing);
 		puts(",");
 		free(full);
 	}
@@ -390,7 +390,7 @@ static void json_check(const struct image_check *c, const char *file, const char
 	if (c->allocated)
 		printf("    \"allocated-clusters\": %llu,\n", (unsigned long long)c->allocated);
 	printf("    \"filename\": ");
-	json_string(file);
+	img_json_string(file);
 	printf(",\n    \"format\": \"%s\"", format);
 	if (c->fragmented)
 		printf(",\n    \"fragmented-clusters\": %llu", (unsigned long long)c->fragmented);

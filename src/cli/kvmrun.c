@@ -117,7 +117,9 @@ int verb_kvm_run(int argc, char **argv)
 	const char *why;
 
 	if (argc && (!strcmp(argv[0], "--help") || !strcmp(argv[0], "-h")))
-		return puts("Usage: lodge kvm-run [--] COMMAND [ARGUMENT...]\n\nRun a program that uses KVM; its /dev/kvm is Lodge's own implementation."), 0;
+		return puts("Usage: lodge kvm-run [--] COMMAND [ARGUMENT...]\n\nRun a program that uses KVM; its /dev/kvm is Lodge's own implementation,\n"
+			    "whether the host has KVM or not. The program must be x86-64 and dynamically\nlinked. Its exit status is the result; 126: it "
+			    "cannot be run so, 127: not found."), 0;
 	if (argc && !strcmp(argv[0], "--"))
 		argc--, argv++;
 	else if (argc && argv[0][0] == '-')
