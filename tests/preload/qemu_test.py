@@ -33,7 +33,7 @@ class Qemu(vm.Vm):
     def __init__(self, lodge, tmp, *args, accel="kvm"):
         self.path = os.path.join(tmp, f"monitor{time.monotonic_ns()}")
         super().__init__([lodge, "kvm-run", "--", QEMU, "-accel", accel, "-nodefaults", "-display", "none", "-serial", "stdio",
-                          "-monitor", f"unix:{self.path},server=on,wait=off", *args], timeout=240)
+                          "-monitor", f"unix:{self.path},server=on,wait=off", *args], timeout=600)
         self.mon = None
 
     def hmp(self, command):
@@ -208,11 +208,11 @@ def to_shell(q):
     q.expect(r"ready\n")
 
 
-def boot(q, cpus):
+def boot(q, cpus, net):
     to_shell(q)
     assert re.search(rf"^{cpus}$", q.run("nproc"), re.M)     # the kernel may say something in between
     assert "file system" in q.run("cat /mnt/README")
-    assert "10.0.2." in q.run("ip -4 addr show eth0")
+    assert not net or "10.0.2." in q.run("ip -4 addr show eth0")
     q.run("wget -q -O /dev/null http://10.0.2.2:1/ || true; dd if=/dev/vda of=/dev/null bs=1M count=64 2>/dev/null")
     q.send("poweroff -f\n")
     assert q.wait() == 0
@@ -223,11 +223,12 @@ def direct(lodge, source, tmp):
     image = disk(tmp, "qcow2")
     for chips, machine, cpu, cpus in (("on", "q35", "host", 2), ("split", "q35", "EPYC", 2), ("off", "pc", "host", 1),
                                       ("on", "pc", "qemu64", 1), ("split", "q35", "Haswell-noTSX", 1)):
+        net = chips != "off"    # there its interrupts get lost: docs/kvm-run.md
         q = Qemu(lodge, tmp, "-M", machine, "-cpu", cpu, *debian(cpus), "-drive", f"file={image},if=virtio,snapshot=on", "-nic",
-                 "user,model=virtio-net-pci", accel=f"kvm,kernel-irqchip={chips}")
+                 "user,model=virtio-net-pci" if net else "none", accel=f"kvm,kernel-irqchip={chips}")
         try:
             begin = time.monotonic()
-            boot(q, cpus)
+            boot(q, cpus, net)
             print(f"     {chips} {machine} {cpu} {cpus} CPU: {time.monotonic() - begin:.1f} s", flush=True)
         except AssertionError as err:
             raise AssertionError(f"{chips} {machine} {cpu} {cpus}: {err}\n{q.log[-3000:]}") from None
