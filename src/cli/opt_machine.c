@@ -31,9 +31,14 @@ static int accel_mode(struct vm_opts *o, struct keyvals *l, struct err *err)
 
 	if (!v)
 		return 0;
-	if (strcmp(v, "interp") && strcmp(v, "translate"))
-		return err_set(err, -EINVAL, "-accel mode: '%s' is neither interp nor translate", v);
-	o->soft_mode = strcmp(v, "interp") ? SOFT_TRANSLATE : SOFT_INTERP;
+	if (!strcmp(v, "interp"))
+		o->soft_mode = SOFT_INTERP;
+	else if (!strcmp(v, "translate"))
+		o->soft_mode = SOFT_TRANSLATE;
+	else if (!strcmp(v, "lockstep"))
+		o->soft_mode = SOFT_LOCKSTEP;
+	else
+		return err_set(err, -EINVAL, "-accel mode: '%s' is none of interp, translate, lockstep", v);
 	return 0;
 }
 

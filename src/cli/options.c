@@ -20,7 +20,7 @@ static const struct option_def table[] = {
 
 	{ "machine", "TYPE[,KEY=VALUE...]", BOTH, opt_machine, "Machine type, q35 or microvm ('help' lists them), and accel=.", "Machine" },
 	{ "M", "TYPE[,KEY=VALUE...]", CTX_QEMU, opt_machine, NULL, NULL },
-	{ "accel", "kvm|soft|auto[,mode=interp|translate]", BOTH, opt_accel, "What runs the guest: /dev/kvm, softkvm, or (default) the faster of the two here. 'tcg' means soft; mode: how softkvm executes guest code.", NULL },
+	{ "accel", "kvm|soft|auto[,mode=interp|translate|lockstep]", BOTH, opt_accel, "What runs the guest: /dev/kvm, softkvm, or (default) the faster of the two here. 'tcg' means soft; mode: how softkvm executes guest code.", NULL },
 	{ "enable-kvm", NULL, CTX_QEMU, opt_enable_kvm, "The same as -accel kvm.", NULL },
 	{ "cpu", "MODEL[,+FEATURE][,-FEATURE]", BOTH, opt_cpu, "CPU model and features; 'help' lists them. Default: host.", NULL },
 	{ "cpus", "N", CTX_RUN, opt_cpus, "Number of CPUs, 1 to 64.", NULL },

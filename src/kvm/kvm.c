@@ -151,7 +151,7 @@ int kvm_vm_create(struct kvm_vm **out, struct kvm *k, struct err *err)
 
 void kvm_vm_soft_mode(struct kvm_vm *vm, enum kvm_soft_mode mode)
 {
-	struct kvm_enable_cap cap = { .cap = SOFTKVM_CAP_TRANSLATE, .args = { mode == SOFT_TRANSLATE } };
+	struct kvm_enable_cap cap = { .cap = SOFTKVM_CAP_TRANSLATE, .args = { mode - SOFT_INTERP } };
 
 	if (mode != SOFT_DEFAULT && vm->f.p->code_written)
 		vm->f.p->ioctl(&vm->f, KVM_ENABLE_CAP, (uintptr_t)&cap, NULL);

@@ -19,7 +19,7 @@ struct kvm_vcpu;
 
 enum kvm_accel { ACCEL_AUTO, ACCEL_KVM, ACCEL_SOFT };
 /* How softkvm executes guest code; see kvm_vm_soft_mode(). */
-enum kvm_soft_mode { SOFT_DEFAULT, SOFT_INTERP, SOFT_TRANSLATE };
+enum kvm_soft_mode { SOFT_DEFAULT, SOFT_INTERP, SOFT_TRANSLATE, SOFT_LOCKSTEP };
 
 /* AUTO: whichever is faster here (a calibration of a millisecond or two, logged). */
 int kvm_open(struct kvm **out, enum kvm_accel accel, struct err *err);

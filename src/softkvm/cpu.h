@@ -107,6 +107,13 @@ struct mmio_log {
 	uint16_t next_write;    /* posted writes already handed to user space */
 };
 
+/* Who watches a vCPU in tests (jit/lockstep.h): called on its own thread. */
+struct cpu_watch {
+	void (*page)(struct cpu *c, uint8_t *host_page);        /* may be written from now on */
+	void (*once)(struct cpu *c);            /* the current instruction acts on more than vCPU and memory; may unwind */
+	bool one;                               /* the next instruction is to be interpreted alone */
+};
+
 struct cpu {
 	/* Hot. The order matters to cache lines and later to the translator's displacements. */
 	uint64_t gpr[R_COUNT];
@@ -147,6 +154,7 @@ struct cpu {
 	bool split_held;                /* inside mem_lock(): cpu_unwind() calls mem_unlock() */
 	struct block_cache *blocks;
 	struct jit *jit;                /* the translator (jit/jit.h); NULL: interpret everything */
+	struct cpu_watch *watch;        /* NULL but in tests */
 	struct vec_cache *vec;          /* stubs of vector instructions (vec/stub.c), made when first needed */
 
 	struct event ev;                /* being delivered, or injected and waiting */

@@ -112,6 +112,7 @@ int mmu_cpu_init(struct cpu *c);
 void mmu_cpu_free(struct cpu *c);
 void mmu_flush_all(struct cpu *c);              /* global entries too; own thread */
 void mmu_flush_nonglobal(struct cpu *c);
+void mmu_drop_data(struct cpu *c);              /* the TLB of data only, own thread: not architectural, for lockstep */
 /* A CR3 write; `keep`: bit 63 was set, so what is known of the new PCID still stands. Sets cpu->cr3. */
 void mmu_switch(struct cpu *c, uint64_t cr3, bool keep);
 void mmu_flush_pcid(struct cpu *c, unsigned pcid);      /* INVPCID of one, any kind: not its global entries */

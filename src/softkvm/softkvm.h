@@ -56,9 +56,9 @@ int softkvm_code_written(struct softkvm_file *vm, uint64_t gpa, uint64_t len);
 
 /*
  * softkvm's own: how vCPUs made from now on execute guest code. KVM_ENABLE_CAP(SOFTKVM_CAP_TRANSLATE) on a VM with
- * args[0] 0: interpret, 1: translate; args[1]: bytes of memory for translations, all vCPUs together (0: 128 MiB). A vCPU
+ * args[0] 0: interpret, 1: translate, 2: both in lockstep (tests); args[1]: bytes of memory for translations, all vCPUs together (0: 128 MiB). A vCPU
  * that cannot have memory at addresses which translated code reaches is interpreted. Without the call the variable
- * LODGE_SOFT_MODE (interp, translate) of the environment decides: a knob for tests.
+ * LODGE_SOFT_MODE (interp, translate, translate-at-once, lockstep) of the environment decides: a knob for tests.
  */
 #define SOFTKVM_CAP_TRANSLATE 0x4c4f0002
 

@@ -63,6 +63,7 @@ struct vm {
 		uint32_t user_msr;              /* KVM_MSR_EXIT_REASON_* */
 		uint64_t hypercall_exits;       /* bits 1 << KVM_HC_* */
 		bool translate;                 /* SOFTKVM_CAP_TRANSLATE */
+		unsigned jit_mode;              /* enum jit_mode */
 		uint64_t code_bytes;            /* for all vCPUs */
 		uint64_t quirks_off;            /* KVM_X86_QUIRK_* */
 	} policy;

@@ -56,6 +56,25 @@ def power_off(guest):
     assert status == 0, f"exit status {status}"
 
 
+def lockstep(start, whole=False):
+    """Translator and interpreter side by side from the first instruction: no difference on the way."""
+    guest = start("run", "--kernel", f"{GUEST}/vmlinuz", "--initrd", f"{GUEST}/initramfs", "--append", "console=ttyS0 earlyprintk=ttyS0",
+                  "--memory", "512M", "--accel", "soft,mode=lockstep", timeout=900)
+    if whole:
+        shell(guest)
+        power_off(guest)
+        counted = re.search(r"lockstep: .* no difference", guest.log)
+        assert counted, "the machine ended without a summary"
+        print(counted.group())
+    else:
+        guest.expect(r"Linux version")
+    assert "first difference" not in guest.log, "translator and interpreter differ"
+
+
+def lockstep_whole(start):
+    lockstep(start, True)
+
+
 def one_cpu(start):
     with tempfile.TemporaryDirectory() as tmp:
         disk = disk_copy(tmp)
@@ -161,4 +180,5 @@ def kernel_backports(start):
 
 
 if __name__ == "__main__":
-    vm.main([one_cpu, four_cpus, killed_after_sync, program_32bit, kernel_generic, kernel_backports])
+    vm.main([one_cpu, four_cpus, killed_after_sync, program_32bit, kernel_generic, kernel_backports, lockstep] +
+            ([lockstep_whole] if "lockstep_whole" in sys.argv else []))

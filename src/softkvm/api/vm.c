@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include "softkvm/api/api.h"
+#include "softkvm/jit/jit.h"
 #include "softkvm/bus.h"
 #include "softkvm/irqchip.h"
 
@@ -51,11 +52,15 @@ static void vm_free(struct vm *vm)
 	free(vm);
 }
 
-static bool translate_default(void)
+static void mode_default(struct vm_policy *p)
 {
 	const char *mode = getenv("LODGE_SOFT_MODE");
 
-	return !mode || strcmp(mode, "interp");
+	p->translate = !mode || strcmp(mode, "interp");
+	if (mode && !strcmp(mode, "translate-at-once"))
+		p->jit_mode = JIT_AT_ONCE;
+	else if (mode && !strcmp(mode, "lockstep"))
+		p->jit_mode = JIT_LOCKSTEP;
 }
 
 int vm_new(struct vm **out)
@@ -66,7 +71,7 @@ int vm_new(struct vm **out)
 	if (!vm)
 		return r;
 	locks_init(vm);
-	vm->policy.translate = translate_default();
+	mode_default(&vm->policy);
 	vm->policy.code_bytes = 128u << 20;
 	vm->api = calloc(1, sizeof *vm->api);
 	if (!vm->api)

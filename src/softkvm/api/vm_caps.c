@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "softkvm/api/api.h"
+#include "softkvm/jit/jit.h"
 #include "softkvm/irqchip.h"
 
 #define USER_MSR_REASONS (KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER)
@@ -92,9 +93,10 @@ static long enable_locked(struct vm *vm, const struct kvm_enable_cap *cap)
 	case KVM_CAP_DIRTY_LOG_RING_ACQ_REL:
 		return ring_enable(vm, a);
 	case SOFTKVM_CAP_TRANSLATE:
-		if (a > 1)
+		if (a > 2)
 			return -EINVAL;
 		p->translate = a;
+		p->jit_mode = a == 2 ? JIT_LOCKSTEP : JIT_NORMAL;
 		if (cap->args[1])
 			p->code_bytes = cap->args[1];
 		return 0;

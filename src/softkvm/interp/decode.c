@@ -121,11 +121,16 @@ static bool families(struct insn *i, const struct decoded *d)
 {
 	const struct insn blank = *i;
 
-	if (ops_decode(i, d))
+	if (ops_decode(i, d)) {
+		if (d->z.mnemonic == ZYDIS_MNEMONIC_RDRAND || d->z.mnemonic == ZYDIS_MNEMONIC_RDSEED)
+			i->flags |= IF_ONCE;
 		return true;
+	}
 	*i = blank;
-	if (sys_decode(i, d))
+	if (sys_decode(i, d)) {
+		i->flags |= IF_ONCE;
 		return true;
+	}
 	*i = blank;
 	return vec_decode(i, d);
 }

@@ -290,7 +290,7 @@ static enum run_result run_one(struct cpu *c)
 			return r;
 		step_begin(c);
 	}
-	mode = block_mode(c, step || mmio_pending(c));
+	mode = block_mode(c, step || mmio_pending(c) || (unlikely(c->watch) && c->watch->one));
 	b = block_get(c, mode);
 	want = bc->want;
 	if (want && c->code_stamp != CODE_STAMP_NONE) {

@@ -109,6 +109,8 @@ struct jit {
 	uint32_t enter, leave, call_out;        /* thunks */
 	struct jit_map_thunks maps[1 << 12];    /* by map.c's key, valid for one gen */
 	bool off;                       /* tests: interpret, but keep translations right */
+	struct lockstep *lock;          /* lockstep.h, or NULL */
+	unsigned threshold;             /* times a block is interpreted first */
 	struct tr *tr;                  /* the translator's working memory */
 	FILE *perf_map;
 };
@@ -277,6 +279,7 @@ unsigned row_find(struct tr *t, unsigned n, unsigned end, struct row *r);
 struct cold *row_begin(struct tr *t, unsigned n, unsigned count, const struct row *r);
 void row_end(struct tr *t, unsigned last, struct cold *k);
 
+void tinsn_flags(struct tinsn *i);              /* tested, written, killed, from the decoded instruction */
 bool flags_dead_at(struct tr *t, uint64_t rip);
 static inline const uint8_t *tr_bytes(const struct tr *t, unsigned n) { return block_copy(t->t[n].b) + t->t[n].in->off; }
 

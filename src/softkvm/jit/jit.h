@@ -19,8 +19,11 @@ enum jit_result {
 	JIT_LOOK,       /* cpu->cur was executed by its handler; the loop settles what it left */
 };
 
+/* JIT_AT_ONCE: blocks are translated when they run first (tests). JIT_LOCKSTEP: lockstep.h. */
+enum jit_mode { JIT_NORMAL, JIT_AT_ONCE, JIT_LOCKSTEP };
+
 /* 0, -ENOMEM or -ENOTSUP (host without BMI2, context not in low memory). Without it everything is interpreted. */
-int jit_cpu_init(struct cpu *c, size_t code_bytes);
+int jit_cpu_init(struct cpu *c, size_t code_bytes, enum jit_mode mode);
 void jit_cpu_free(struct cpu *c);
 /* `b` is valid at cpu->rip. */
 enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode);

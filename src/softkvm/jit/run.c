@@ -6,7 +6,7 @@
 #include <unistd.h>
 
 #include "softkvm/fault.h"
-#include "softkvm/jit/internal.h"
+#include "softkvm/jit/lockstep.h"
 #include "softkvm/vec/vec.h"
 
 #define SLOW_INSN 32    /* instructions' worth of time that a call of a handler may take */
@@ -34,7 +34,7 @@ static bool addressable(const struct cpu *c)
 	return true;
 }
 
-int jit_cpu_init(struct cpu *c, size_t code_bytes)
+int jit_cpu_init(struct cpu *c, size_t code_bytes, enum jit_mode mode)
 {
 	struct jit *j;
 	int r;
@@ -47,6 +47,7 @@ int jit_cpu_init(struct cpu *c, size_t code_bytes)
 	j->c = c;
 	j->gen = 1;
 	j->mxcsr_mask = mxcsr_mask();
+	j->threshold = mode == JIT_AT_ONCE ? 0 : mode == JIT_LOCKSTEP ? 3 : JIT_THRESHOLD;
 	j->tr = calloc(1, sizeof *j->tr);
 	code_bytes = ALIGN_UP(MAX(code_bytes, (size_t)1 << 20), 4096);
 	j->arena_size = code_bytes;
@@ -54,6 +55,8 @@ int jit_cpu_init(struct cpu *c, size_t code_bytes)
 	j->low = low_alloc(j->low_size);
 	r = j->tr && j->low && low_is(j->low, j->low_size) ? jit_code_map(j, code_bytes) : -ENOMEM;
 	c->jit = j;
+	if (!r && mode == JIT_LOCKSTEP)
+		r = lockstep_init(j);
 	if (r) {
 		jit_cpu_free(c);
 		return r;
@@ -75,6 +78,7 @@ void jit_cpu_free(struct cpu *c)
 
 	if (!j)
 		return;
+	lockstep_free(j);
 	if (j->perf_map)
 		fclose(j->perf_map);
 	jit_code_unmap(j);
@@ -181,7 +185,7 @@ static uint64_t next_code(struct cpu *c, struct jit *j)
 	uint64_t stamp;
 	uint32_t mode;
 
-	if (unlikely(block_boundary_due(c) || mmio_pending(c) || c->tlb == c->tlbs[TLB_NONE] || c->data_bp || j->off))
+	if (unlikely(j->lock || block_boundary_due(c) || mmio_pending(c) || c->tlb == c->tlbs[TLB_NONE] || c->data_bp || j->off))
 		return 1;
 	block_check_generation(c);
 	mode = block_mode(c, false);
@@ -208,6 +212,8 @@ uint64_t jit_call_insn(struct jit_site *s)
 	c->blk = s->b;
 	c->block_end = NULL;
 	c->cur = &s->i;
+	if (unlikely(c->watch) && (s->i.flags & IF_ONCE))
+		c->watch->once(c);
 	s->i.fn(c, &s->i);
 	cpu_charge(c, SLOW_INSN);
 	if (unlikely(atomic_load_explicit(&c->code_store, memory_order_relaxed)))
@@ -236,7 +242,7 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 	return JIT_DONE;
 }
 
-enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode)
+enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode)
 {
 	struct jit *j = c->jit;
 	struct jit_link *want = c->blocks->jit_want;
@@ -249,7 +255,7 @@ enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode)
 	c->blocks->want = NULL;
 	if (unlikely(!k || k->rip != c->rip || k->mode != mode)) {
 		if ((mode & (BM_CODE64 | BM_SEG | BM_ONE)) != BM_CODE64 || b->cross || b == c->blocks->scratch ||
-		    c->tlb == c->tlbs[TLB_NONE] || j->off || b->runs++ < JIT_THRESHOLD)
+		    c->tlb == c->tlbs[TLB_NONE] || j->off || b->runs++ < j->threshold)
 			return JIT_NOT;
 		if (k)
 			b->runs = 0;
@@ -266,4 +272,9 @@ enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode)
 	ind = &j->low->ind[c->rip & ((1u << JIT_IND_BITS) - 1)];
 	*ind = (struct jit_ind){ .rip = c->rip, .stamp = j->low->stamp, .code = (uintptr_t)(j->rx + k->entry) };
 	return run_code(c, j, k);
+}
+
+enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode)
+{
+	return unlikely(c->jit->lock) ? lockstep_run(c->jit, b, mode) : jit_run_translated(c, b, mode);
 }

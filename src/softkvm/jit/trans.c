@@ -28,7 +28,7 @@ static bool may_not_write(const struct tinsn *i)
 	}
 }
 
-static void set_flags(struct tinsn *i)
+void tinsn_flags(struct tinsn *i)
 {
 	const ZydisAccessedFlags *f = i->z.cpu_flags;
 
@@ -69,7 +69,7 @@ bool flags_dead_at(struct tr *t, uint64_t rip)
 		default:
 			return false;
 		}
-		set_flags(&i);
+		tinsn_flags(&i);
 		if (i.tested & left)
 			return false;
 		left &= (uint16_t)~i.killed;
@@ -175,7 +175,7 @@ static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 			i->written = i->killed = 0;
 			i->z.mnemonic = ZYDIS_MNEMONIC_INVALID;
 		} else {
-			set_flags(i);
+			tinsn_flags(i);
 		}
 		i->end = end_of(i);
 		if (i->end == END_OTHER)

@@ -115,6 +115,8 @@ static uint32_t translate(struct cpu *c, uint64_t lin, unsigned len, enum access
 	unsigned mode = tlb_mode_of(c, as);
 
 	if (is_write(acc)) {
+		if (unlikely(c->watch))
+			c->watch->page(c, page);
 		if (cache)
 			tlb_writer_comes(c, page, lin);
 		bool grant = tlb_grant_write(c, s, w.gpa, len, cache);
@@ -228,6 +230,8 @@ static void mmio_write_frag(struct cpu *c, uint64_t gpa, const uint8_t *buf, uns
 /* Cut into what the KVM API can carry: at most 8 bytes each. */
 static void mmio_part(struct cpu *c, uint64_t gpa, uint8_t *buf, unsigned len, bool write)
 {
+	if (unlikely(c->watch))
+		c->watch->once(c);
 	while (len) {
 		unsigned n = MIN(len, 8u);
 

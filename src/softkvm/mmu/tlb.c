@@ -174,6 +174,15 @@ static void itlb_clear(struct cpu *c, bool global_too)
 		fetch_changed(c, 0);
 }
 
+void mmu_drop_data(struct cpu *c)
+{
+	for (unsigned i = 0; i < TLB_NONE; i++) {
+		table_clear(c, tlb_full(c->tlbs[i]), 0);
+		table_clear(c, tlb_full(c->tlbs[i]), 1);
+	}
+	pwc_flush(c->itlb);
+}
+
 void mmu_flush_all(struct cpu *c)
 {
 	for (unsigned i = 0; i < TLB_NONE; i++) {

@@ -442,7 +442,7 @@ int main(int argc, char **argv)
 	memcpy(low, h.ram, sizeof low);
 	h.cpu.cr4 |= CR4_OSFXSR | CR4_OSXSAVE;
 	h.cpu.xcr0 = 0xe7;
-	if (jit_cpu_init(&h.cpu, 4 << 20)) {
+	if (jit_cpu_init(&h.cpu, 4 << 20, JIT_NORMAL)) {
 		printf("no translator here\n");
 		return 77;
 	}
