@@ -246,8 +246,13 @@ _Noreturn void cpu_raise_err(struct cpu *c, unsigned vector, uint32_t error);
 _Noreturn void cpu_raise_pf(struct cpu *c, uint64_t addr, uint32_t error);
 static inline _Noreturn void cpu_ud(struct cpu *c) { cpu_raise(c, EXC_UD); }
 static inline _Noreturn void cpu_gp(struct cpu *c, uint32_t error) { cpu_raise_err(c, EXC_GP, error); }
-/* KVM_EXIT_INTERNAL_ERROR / KVM_INTERNAL_ERROR_EMULATION with the instruction's bytes. */
+/*
+ * The instruction cannot be emulated. With KVM_CAP_EXIT_ON_EMULATION_FAILURE KVM_EXIT_INTERNAL_ERROR, suberror EMULATION, with
+ * its bytes where they could be read. Without it, as on Linux: #UD at CPL > 0; at CPL 0 that exit, and #UD is left queued.
+ */
 _Noreturn void cpu_emulation_failed(struct cpu *c);
+/* That exit, whoever runs: it is the engine that cannot go on. */
+_Noreturn void cpu_engine_failed(struct cpu *c);
 /* The loop stops after the current instruction, which goes on normally. */
 void cpu_leave_after(struct cpu *c);
 

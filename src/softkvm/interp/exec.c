@@ -84,7 +84,7 @@ void cpu_raise_pf(struct cpu *c, uint64_t addr, uint32_t error)
 					.error = error, .payload = addr, .has_payload = true });
 }
 
-void cpu_emulation_failed(struct cpu *c)
+_Noreturn void cpu_engine_failed(struct cpu *c)
 {
 	struct kvm_run *r = c->run;
 	const struct block *b = c->blk;
@@ -93,13 +93,26 @@ void cpu_emulation_failed(struct cpu *c)
 	memset(&r->emulation_failure, 0, sizeof r->emulation_failure);
 	r->exit_reason = KVM_EXIT_INTERNAL_ERROR;
 	r->emulation_failure.suberror = KVM_INTERNAL_ERROR_EMULATION;
+	r->emulation_failure.ndata = 1;
 	if (b && i && i->len && i->off + i->len <= b->bytes) {
 		r->emulation_failure.ndata = 4;
 		r->emulation_failure.flags = KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES;
 		r->emulation_failure.insn_size = i->len;
 		memcpy(r->emulation_failure.insn_bytes, block_copy(b) + i->off, MIN(i->len, 15));
 	}
+	mmio_reset(c);          /* nothing of the instruction has happened */
 	cpu_unwind(c, UNWIND_EXIT);
+}
+
+void cpu_emulation_failed(struct cpu *c)
+{
+	if (c->vm && !c->vm->policy.emulation_exit) {
+		if (c->cpl)
+			cpu_ud(c);
+		/* As on Linux the guest would find #UD, should user space let it go on. */
+		c->ev = (struct event){ .valid = true, .vector = EXC_UD, .type = EV_EXC };
+	}
+	cpu_engine_failed(c);
 }
 
 /* -- one instruction at a time (events.h says what the loop owes) --------------------------------- */

@@ -580,7 +580,7 @@ enum jit_result lockstep_run(struct jit *j, struct block *b, uint32_t mode)
 	l->insns += n;
 	if (!ok) {
 		l->failed = true;
-		cpu_emulation_failed(c);
+		cpu_engine_failed(c);
 	}
 	if (t == STOP_ONCE)
 		c->watch->one = true;

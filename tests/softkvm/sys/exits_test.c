@@ -214,11 +214,67 @@ static void test_inject(void **state)
 	guest_destroy(&g);
 }
 
+/* -- what cannot be emulated: code that is not in memory ------------------------------------ */
+static void run_nowhere(struct guest *g, bool enable, unsigned cpl)
+{
+	struct kvm_enable_cap cap = { .cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE, .args = { enable } };
+	struct kvm_sregs s;
+	struct kvm_regs r;
+
+	start64(g, quiet, quiet_end);
+	assert_int_equal(gioctl(&g->vm, KVM_ENABLE_CAP, &cap, NULL), 0);
+	guest_get_regs(g, 0, &r);
+	guest_get_sregs(g, 0, &s);
+	r.rip = r.r14 = 0x30000000;
+	if (cpl) {
+		s.cs.selector = 0x23;
+		s.ss.selector = 0x2b;
+		s.cs.dpl = s.ss.dpl = 3;
+		guest_set_sregs(g, 0, &s);
+	}
+	guest_set_regs(g, 0, &r);
+}
+
+static void expect_failure(struct guest *g)
+{
+	assert_int_equal(guest_run(g, 0), KVM_EXIT_INTERNAL_ERROR);
+	assert_int_equal(g->run[0]->emulation_failure.suberror, KVM_INTERNAL_ERROR_EMULATION);
+	assert_true(g->run[0]->emulation_failure.ndata >= 1);
+	assert_int_equal(g->run[0]->emulation_failure.flags, 0);        /* there are no bytes to show */
+}
+
+static void test_emulation_failure(void **state)
+{
+	struct kvm_vcpu_events e;
+	struct kvm_regs r;
+	struct guest g;
+
+	for (unsigned cpl = 0; cpl <= 3; cpl += 3) {
+		run_nowhere(&g, true, cpl);
+		for (int i = 0; i < 2; i++) {   /* nothing has changed: again the same */
+			expect_failure(&g);
+			guest_get_regs(&g, 0, &r);
+			assert_int_equal(r.rip, 0x30000000);
+			assert_int_equal(gioctl(&g.vcpu[0], KVM_GET_VCPU_EVENTS, &e, NULL), 0);
+			assert_int_equal(e.exception.injected | e.exception.pending, 0);
+		}
+		guest_destroy(&g);
+		run_nowhere(&g, false, cpl);
+		if (!cpl)
+			expect_failure(&g);
+		expect_out(&g, 0x80, 6);
+		expect_out(&g, 0x86, 0);
+		expect_out(&g, 0x88, cpl ? 0x23 : 0x18);
+		guest_destroy(&g);
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest t[] = {
 		cmocka_unit_test(test_strings), cmocka_unit_test(test_moved_rip), cmocka_unit_test(test_guest_debug),
 		cmocka_unit_test(test_window), cmocka_unit_test(test_nmi), cmocka_unit_test(test_inject),
+		cmocka_unit_test(test_emulation_failure),
 	};
 
 	return cmocka_run_group_tests(t, NULL, NULL);
