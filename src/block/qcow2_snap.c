@@ -196,6 +196,18 @@ static void roll_back(struct qcow2 *q)
 		q_corrupt(q, "cannot read the tables again");
 }
 
+/* The end of a change, `r` its result so far: committed or rolled back, and the requests that were held go on. */
+static int finish(struct qcow2 *q, struct qbuild *w, struct qrange *all, int r, struct err *err)
+{
+	if (!r)
+		r = qbuild_commit(w, err);
+	qbuild_end(w);
+	if (r)
+		roll_back(q);
+	q_go(q, all);
+	return r;
+}
+
 int qcow2_snapshot_create(struct block *b, const char *name, struct err *err)
 {
 	struct qcow2 *q = b->qcow2;
@@ -218,13 +230,15 @@ int qcow2_snapshot_create(struct block *b, const char *name, struct err *err)
 		r = qbuild_active(&w, q->l1, q->h.l1_size, q->h.l1_size, false, err);
 	if (!r)
 		r = put_table(&w, old, err);
-	if (!r)
-		r = qbuild_commit(&w, err);
-	qbuild_end(&w);
-	if (r)
-		roll_back(q);
-	q_go(q, &all);
-	return r;
+	return finish(q, &w, &all, r, err);
+}
+
+static int begin_with(struct qcow2 *q, struct qbuild *w, const char *id_or_name, struct qsnap **s, struct err *err)
+{
+	*s = q_find_snapshot(q, id_or_name);
+	if (!*s)
+		return err_set(err, -ENOENT, "%s: there is no snapshot '%s'", q->b->file, id_or_name);
+	return qbuild_begin(w, q, false, err);
 }
 
 static int free_l1(struct qbuild *w, const uint64_t *l1, uint64_t off, uint32_t n, struct err *err)
@@ -256,27 +270,18 @@ int qcow2_snapshot_apply(struct block *b, const char *id_or_name, struct err *er
 	struct qcow2 *q = b->qcow2;
 	struct qrange all;
 	struct qbuild w = { 0 };
+	struct qsnap *s = NULL;
 	int r = q_start_writing(q);
-	if (!r)
-		r = q_stop(q, &all, err);
-	else
+	if (r)
 		return err_set_errno(err, r, "%s", b->file);
-	struct qsnap *s = q_find_snapshot(q, id_or_name);
-	if (!r && !s)
-		r = err_set(err, -ENOENT, "%s: there is no snapshot '%s'", b->file, id_or_name);
+	r = q_stop(q, &all, err);
 	if (!r)
-		r = qbuild_begin(&w, q, false, err);
+		r = begin_with(q, &w, id_or_name, &s, err);
 	if (!r)
 		q_bitmaps_mark(q, 0, q->b->length); /* all of it may have changed */
 	if (!r)
 		r = apply(&w, s, err);
-	if (!r)
-		r = qbuild_commit(&w, err);
-	qbuild_end(&w);
-	if (r)
-		roll_back(q);
-	q_go(q, &all);
-	return r;
+	return finish(q, &w, &all, r, err);
 }
 
 static int delete(struct qbuild *w, struct qsnap *s, struct err *err)
@@ -303,19 +308,11 @@ int qcow2_snapshot_delete(struct block *b, const char *id_or_name, struct err *e
 	struct qcow2 *q = b->qcow2;
 	struct qrange all;
 	struct qbuild w = { 0 };
+	struct qsnap *s = NULL;
 	int r = q_stop(q, &all, err);
-	struct qsnap *s = q_find_snapshot(q, id_or_name);
-	if (!r && !s)
-		r = err_set(err, -ENOENT, "%s: there is no snapshot '%s'", b->file, id_or_name);
 	if (!r)
-		r = qbuild_begin(&w, q, false, err);
+		r = begin_with(q, &w, id_or_name, &s, err);
 	if (!r)
 		r = delete(&w, s, err);
-	if (!r)
-		r = qbuild_commit(&w, err);
-	qbuild_end(&w);
-	if (r)
-		roll_back(q);
-	q_go(q, &all);
-	return r;
+	return finish(q, &w, &all, r, err);
 }
