@@ -179,6 +179,8 @@ struct cpu {
 	bool nmi_window_iret;           /* NMIs unmask after the IRET under way */
 	bool trap_db;                   /* single-step #DB due after this instruction; payload in trap_dr6 */
 	uint64_t trap_dr6;
+	bool rep_begun;                 /* the repeated string instruction at rep_rip has done some of its iterations, not all */
+	uint64_t rep_rip;
 	struct { bool tf, rf; uint8_t shadow; } step;   /* state at the start of an instruction in one_insn mode (events.h) */
 	bool irq_blocked;               /* something pends that IF, a shadow or NMI masking holds back: look when that changes */
 	bool ext_pending;               /* a vector from KVM_INTERRUPT waits */
@@ -220,6 +222,9 @@ static inline void cpu_charge(struct cpu *c, int32_t n)
 	c->budget -= n;
 	c->charged += n;
 }
+
+/* RIP is in the middle of a repeated string instruction: events push RF, and RF stays until its end (SDM vol. 3 17.3.1.1). */
+static inline bool cpu_mid_rep(const struct cpu *c) { return c->rep_begun && c->rep_rip == c->rip; }
 
 /* -- flags ------------------------------------------------------------------------------------ */
 static inline uint64_t cpu_get_rflags(const struct cpu *c)

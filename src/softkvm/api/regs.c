@@ -26,6 +26,7 @@ void regs_set(struct cpu *c, const struct kvm_regs *r)
 
 	memcpy(c->gpr, g, sizeof g);
 	c->rip = r->rip;
+	c->rep_begun = false;
 	cpu_set_rflags(c, (r->rflags & 0x3f7fd5) | FL_1);
 	/* New registers: a pending exception is void; one that is being injected stays, as on Linux. */
 	if (c->ev.valid && c->ev.type == EV_EXC && c->ev_pending)

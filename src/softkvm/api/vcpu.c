@@ -65,7 +65,7 @@ void cpu_reset(struct cpu *c, bool init)
 	mmio_reset(c);
 	c->pio.active = false;
 	c->halted = c->nmi_pending = c->nmi_masked = c->smi_pending = c->smm = c->nmi_window_iret = c->trap_db = false;
-	c->ext_pending = c->ev_pending = c->triple_fault = c->irq_blocked = false;
+	c->ext_pending = c->ev_pending = c->triple_fault = c->irq_blocked = c->rep_begun = false;
 	c->shadow = 0;
 	c->monitor.armed = false;
 	msr_reset(c, init);

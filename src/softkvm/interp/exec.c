@@ -111,6 +111,7 @@ void cpu_emulation_failed(struct cpu *c)
 			cpu_ud(c);
 		/* As on Linux the guest would find #UD, should user space let it go on. */
 		c->ev = (struct event){ .valid = true, .vector = EXC_UD, .type = EV_EXC };
+		c->ev_pending = true;   /* KVM_SET_REGS drops it */
 	}
 	cpu_engine_failed(c);
 }

@@ -266,6 +266,7 @@ static bool quick(struct cpu *c, const struct insn *i, enum str op, unsigned siz
 	}
 	c->gpr[R_RDI] += len;
 	c->gpr[R_RCX] = 0;
+	c->rep_begun = false;
 	cpu_charge(c, (int32_t)(len / 16));
 	return true;
 }
@@ -299,11 +300,13 @@ static bool repeat(struct cpu *c, const struct insn *i, enum str op, unsigned si
 		if (count && (bytes >= RUN_BYTES || slow >= RUN_SLOW || mmio_pending(c) || c->blocks->stepping ||
 			      c->trap_db || atomic_load_explicit(&c->requests, memory_order_relaxed))) {
 			cpu_charge(c, (int32_t)(slow * 8 + bytes / 16));
-			c->rip = cpu_cur_rip(c);
+			c->rip = c->rep_rip = cpu_cur_rip(c);
+			c->rep_begun = true;
 			return false;
 		}
 	}
 	cpu_charge(c, (int32_t)(slow * 8 + bytes / 16));
+	c->rep_begun = false;
 	return !mmio_pending(c);
 }
 

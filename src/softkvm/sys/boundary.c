@@ -18,7 +18,7 @@ void event_insn_done(struct cpu *c)
 
 	/* An instruction that sets a shadow it was already under gets no second one, as on real processors. */
 	c->shadow &= (uint8_t)~ended;
-	if (c->step.rf)
+	if (c->step.rf && !cpu_mid_rep(c))
 		c->eflags &= ~FL_RF;
 	if (c->step.tf) {
 		c->trap_db = true;

@@ -12,12 +12,17 @@ _Noreturn void event_soft_int(struct cpu *c, uint8_t vector, int type)
 	cpu_unwind(c, UNWIND_EVENT);
 }
 
-/* RF in the pushed image: set by faults, but for instruction breakpoints. */
+/*
+ * RF in the pushed image: set by faults, but for instruction breakpoints, and by whatever comes between two iterations of a
+ * repeated string instruction (SDM vol. 3 17.3.1.1).
+ */
 static uint64_t pushed_flags(const struct cpu *c, const struct event *e)
 {
 	uint64_t fl = cpu_get_rflags(c);
 
 	if (e->type == EV_EXC && e->vector != EXC_DB && e->vector != EXC_BP && e->vector != EXC_OF)
+		fl |= FL_RF;
+	if (cpu_mid_rep(c))
 		fl |= FL_RF;
 	return fl;
 }
@@ -284,7 +289,7 @@ static bool debug_exit(struct cpu *c, const struct event *e)
 static void delivered(struct cpu *c, const struct event *e)
 {
 	c->ev.valid = c->ev_pending = false;
-	c->halted = false;
+	c->halted = c->rep_begun = false;
 	c->shadow = 0;
 	if (e->type == EV_NMI)
 		c->nmi_masked = true;

@@ -132,7 +132,8 @@ static bool string_advance(struct cpu *c, unsigned reg, uint32_t n, unsigned siz
 	if (!(flags & (IF_REP | IF_REPNE)))
 		return true;
 	reg_add(c, R_RCX, -(int64_t)n, flags);
-	return !(c->gpr[R_RCX] & addr_mask(flags));
+	c->rep_begun = c->gpr[R_RCX] & addr_mask(flags);
+	return !c->rep_begun;
 }
 
 static uint64_t element_lin(struct cpu *c, const struct insn *i, bool in, uint32_t k)
@@ -221,6 +222,7 @@ static void op_string_io(struct cpu *c, const struct insn *i)
 	debug_io_access(c, port, i->aux);
 	if (c->one_insn || c->data_bp)
 		n = 1;          /* traps come between elements */
+	c->rep_rip = cpu_cur_rip(c);
 	if (string_in_engine(c, i, in, port))
 		return;
 	n = string_gather(c, i, in, n);

@@ -166,6 +166,31 @@ static void test_window(void **state)
 	guest_destroy(&g);
 }
 
+/* An interrupt in the middle of a repeated instruction pushes RF (SDM vol. 3 17.3.1.1), at its end not. */
+GUEST_ASM(rep_irq, 64, "mov $1, %r13d; lea 2f(%rip), %r14; mov %r14, %r15; mov $0x30000, %esi; mov $8192, %ecx; mov $0x55, %edx; sti\n"
+	  "2: rep outsb; nop; hlt");
+
+static void test_rep_interrupted(void **state)
+{
+	struct kvm_interrupt irq = { .irq = 0x35 };
+	struct guest g;
+
+	for (unsigned batches = 1; batches <= 2; batches++) {
+		unsigned n = 0;
+
+		start64(&g, rep_irq, rep_irq_end);
+		for (unsigned want = batches * 4096; n < want; n += g.run[0]->io.count)
+			assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+		assert_int_equal(n, batches * 4096);
+		assert_int_equal(gioctl(&g.vcpu[0], KVM_INTERRUPT, &irq, NULL), 0);
+		expect_out(&g, 0x80, 0x35);
+		expect_out(&g, 0x86, batches == 1 ? 0 : 2);
+		expect_out(&g, 0x88, 0x18);
+		expect_out(&g, 0x8a, batches == 1 ? 0x10200 : 0x200);
+		guest_destroy(&g);
+	}
+}
+
 GUEST_ASM(nmis, 64,
 	"1: hlt; nop; hlt\n"
 	".skip 60\n"
@@ -274,7 +299,7 @@ int main(void)
 	const struct CMUnitTest t[] = {
 		cmocka_unit_test(test_strings), cmocka_unit_test(test_moved_rip), cmocka_unit_test(test_guest_debug),
 		cmocka_unit_test(test_window), cmocka_unit_test(test_nmi), cmocka_unit_test(test_inject),
-		cmocka_unit_test(test_emulation_failure),
+		cmocka_unit_test(test_emulation_failure), cmocka_unit_test(test_rep_interrupted),
 	};
 
 	return cmocka_run_group_tests(t, NULL, NULL);

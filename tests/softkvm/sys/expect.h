@@ -63,7 +63,9 @@
 	"v1 r0 c18 f0 dffff0ff2 s10 k7\n" \
 	"v1 r0 c18 f0 dffff2ff0 s10 k7 [62=400]\n" \
 	"v1 r1 c18 f0 dffff0ff0 s10 k7\n" \
-	"v1 r0 c18 f100 dffff4ff0 s10 k7 [f4=41]\n" \
+	"v1 r0 c18 f100 dffff4ff0 s10 k7\n" \
+	"v1 r0 c18 f10100 dffff4ff0 s10 k7\n" \
+	"v1 r2 c18 f100 dffff4ff0 s10 k7 [62=9003] [f4=41]\n" \
 	"exit 2\n"
 #define KVM_DEBUG64 "it has no data breakpoints"
 

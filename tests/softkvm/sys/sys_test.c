@@ -253,6 +253,13 @@ GUEST_ASM(debug64, 64,
 	/* MOV SS holds the single step back */
 	"mov %ss, %eax; pushfq; orl $0x100, (%rsp); lea 2f(%rip), %r14; lea 3f(%rip), %r15\n"
 	"popfq; mov %eax, %ss; nop; 2: nop; 3:\n"
+	/* single step between two iterations pushes RF, behind the last one not */
+	"mov $3, %ecx; mov $0x9000, %edi; pushfq; orl $0x100, (%rsp); lea 2f(%rip), %r14; lea 3f(%rip), %r15; popfq; 2: rep stosb; 3:\n"
+	"mov $1, %ecx; pushfq; orl $0x100, (%rsp); lea 2f(%rip), %r14; lea 3f(%rip), %r15; popfq; 2: rep stosb; 3:\n"
+	/* and RF holds for all iterations: their breakpoint does not hit */
+	"lea 2f(%rip), %rax; mov %rax, %db1; mov $8, %eax; mov %rax, %db7; mov $3, %ecx; mov $0x9000, %edi\n"
+	"mov %rsp, %rbx; push $0x10; push %rbx; pushfq; orl $0x10000, (%rsp); push $0x18; push %rax; lea 2f(%rip), %rax\n"
+	"mov %rax, (%rsp); mov %rax, %r14; lea 3f(%rip), %r15; iretq; 2: rep stosb; 3: mov %edi, %eax; out %eax, $0x62\n"
 	"mov $0x41, %al; out %al, $0xf4");
 
 /* -- 32-bit ----------------------------------------------------------------------------------- */
