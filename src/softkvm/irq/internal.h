@@ -126,7 +126,12 @@ struct ioapic {
 };
 
 /* -- 8254 ------------------------------------------------------------------------------------- */
-struct pit_channel { struct kvm_pit_channel_state s; int64_t frozen; /* ns counted when the gate stopped it, -1: counting */ };
+struct pit_channel {
+	struct kvm_pit_channel_state s; /* count: the count register, what the next trigger loads */
+	int64_t frozen;                 /* ns counted when the gate stopped it, -1: counting */
+	bool idle;                      /* modes 1 and 5: no trigger since the mode was set, so the output is high */
+	uint32_t running;               /* modes 1 and 5: the count that the last trigger loaded */
+};
 struct pit {
 	struct pit_channel c[3];
 	uint32_t flags;                 /* KVM_PIT_FLAGS_* */

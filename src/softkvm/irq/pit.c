@@ -45,8 +45,13 @@ static uint64_t chan_ticks(const struct pit_channel *c)
 	return ns > 0 ? ns_to_ticks(ns) : 0;
 }
 
+/* Modes 1 and 5 count from a rising gate on, not from the write of a count. */
+static bool triggered_mode(const struct pit_channel *c) { return c->s.mode == 1 || c->s.mode == 5; }
+
 static uint32_t chan_count(const struct pit_channel *c)
 {
+	if (triggered_mode(c) && c->running)
+		return c->running;
 	return c->s.count ? c->s.count : c->s.bcd ? 10000 : 0x10000;
 }
 
@@ -78,14 +83,14 @@ static bool chan_out(const struct pit_channel *c)
 	switch (c->s.mode) {
 	case 0:
 		return d >= n;
-	case 1:
-		return d >= n;
+	case 1:         /* low from the trigger to the end of the count */
+		return c->idle || d >= n;
 	case 2:
 		return !c->s.gate || d % n != n - 1;
 	case 3:
 		return !c->s.gate || d % n < (n + 1) / 2;
-	default:        /* low for the one clock in which the count ends */
-		return d != n;
+	default:        /* the strobe: low for the one clock in which the count ends, once per load or trigger */
+		return c->idle || d != n;
 	}
 }
 
@@ -97,9 +102,13 @@ static void chan_gate(struct pit_channel *c, bool gate)
 	c->s.gate = gate;
 	if (gate == was)
 		return;
-	if (c->s.mode == 1 || c->s.mode == 5) {         /* a rising gate triggers */
-		if (gate)
+	if (triggered_mode(c)) {        /* a rising gate loads the count register and starts, again too; a falling one does nothing */
+		if (gate) {
+			c->running = 0;
+			c->running = chan_count(c);
 			c->s.count_load_time = now;
+			c->idle = false;
+		}
 		return;
 	}
 	if (!gate) {
@@ -197,9 +206,11 @@ static void pit_arm(struct irqchip *ic)
 
 	p->pending = 0;
 	p->acked = true;
-	p->armed = !(p->flags & KVM_PIT_FLAGS_HPET_LEGACY) && c->s.mode != 5 && c->s.count;
+	/* The gates of channels 0 and 1 are tied high: what needs their rising edge never starts. */
+	p->armed = !(p->flags & KVM_PIT_FLAGS_HPET_LEGACY) && !triggered_mode(c) && c->s.count;
 	p->period = c->s.mode == 2 || c->s.mode == 3 ? MAX(ns, PERIOD_MIN) : 0;
-	p->target = c->s.count_load_time + (p->period ? p->period : ns);
+	/* Mode 4's edge is the end of its strobe. */
+	p->target = c->s.count_load_time + (p->period ? p->period : c->s.mode == 4 ? ticks_to_ns(chan_count(c) + 1) : ns);
 	if (p->armed && !p->thread_up && !p->no_thread)
 		p->thread_up = !pthread_create(&p->thread, NULL, pit_thread, ic);
 	if (p->thread_up)
@@ -227,9 +238,13 @@ static void chan_load(struct irqchip *ic, unsigned n, uint16_t raw)
 	c->s.count = c->s.bcd ? from_bcd(raw) % 10000 : raw;
 	if (!c->s.count)
 		c->s.count = c->s.bcd ? 10000 : 0x10000;
+	if (triggered_mode(c)) {        /* the count under way goes on; the next trigger takes the new one */
+		c->running = c->idle ? 0 : c->running;
+		return;
+	}
 	c->s.count_load_time = mono_ns();
 	/* With a low gate the modes that count by it wait at the full count. */
-	c->frozen = !c->s.gate && c->s.mode != 1 && c->s.mode != 5 ? 0 : -1;
+	c->frozen = c->s.gate ? -1 : 0;
 	if (n == 0)
 		pit_arm(ic);
 }
@@ -319,6 +334,13 @@ static void chan_set_mode(struct irqchip *ic, unsigned n, uint8_t v)
 	c->s.mode = mode > 5 ? mode - 4 : mode;
 	c->s.bcd = v & 1;
 	c->s.count_latched = c->s.status_latched = 0;
+	c->running = 0;
+	c->idle = triggered_mode(c);
+	if (c->idle) {
+		c->frozen = -1;
+		if (n == 0)     /* a tick that was due does not come any more */
+			pit_arm(ic);
+	}
 }
 
 static void control_write(struct irqchip *ic, uint8_t v)
@@ -396,6 +418,8 @@ void pit_get_state(struct pit *p, struct kvm_pit_state2 *s)
 	memset(s, 0, sizeof *s);
 	for (unsigned n = 0; n < 3; n++) {
 		s->channels[n] = p->c[n].s;
+		if (p->c[n].idle)       /* as one that ended long ago */
+			s->channels[n].count_load_time = 0;
 		if (p->c[n].frozen >= 0)        /* the structure has no other place for a stopped count */
 			s->channels[n].count_load_time = (int64_t)mono_ns() - p->c[n].frozen;
 	}
@@ -415,7 +439,10 @@ static void chan_set_state(struct pit_channel *c, const struct kvm_pit_channel_s
 	c->s.count = MIN(s->count, c->s.bcd ? 10000u : 0x10000u);
 	if (c->s.count_load_time < 0 || c->s.count_load_time > now)
 		c->s.count_load_time = now;
-	c->frozen = !c->s.gate && c->s.mode != 1 && c->s.mode != 5 ? now - c->s.count_load_time : -1;
+	c->frozen = !c->s.gate && !triggered_mode(c) ? now - c->s.count_load_time : -1;
+	/* Whether it was triggered is nowhere in the structure: a count that has been under way for long is over in either case. */
+	c->running = 0;
+	c->idle = triggered_mode(c) && chan_ticks(c) >= chan_count(c);
 }
 
 void pit_set_state(struct irqchip *ic, const struct kvm_pit_state2 *s)

@@ -341,6 +341,60 @@ static void test_pit_calibration(void **s)
 	outb(0x43, 0x80); assert_in_range(inb(0x42), 0x88, 0x91); assert_int_equal(inb(0x42), 0x09);
 }
 
+static void clocks(unsigned n) { fake_now += (n * 1000000000ull + 1193181) / 1193182; }
+static bool out2(void) { return inb(0x61) & 0x20; }
+static unsigned count2(void) { outb(0x43, 0x80); uint8_t lo = inb(0x42); return lo | inb(0x42) << 8; }
+
+/* The gate of channel 2 is bit 0 of port 0x61. Each step is a line of the data sheet's timing diagrams. */
+static void test_pit_modes(void **s)
+{
+	struct kvm_pit_state2 st;
+
+	make_pit();
+	outb(0x61, 0);
+	pit_load(2, 1, 100);                            /* mode 1: high until the trigger, low for the count */
+	assert_true(out2()); clocks(500); assert_true(out2());
+	outb(0x61, 1); assert_false(out2());
+	clocks(50); assert_false(out2()); assert_in_range(count2(), 49, 50);
+	outb(0x61, 0); assert_false(out2());            /* a falling gate changes nothing */
+	outb(0x42, 30); outb(0x42, 0);                  /* nor does a new count, this time */
+	clocks(48); assert_false(out2()); clocks(3); assert_true(out2());
+	outb(0x61, 1); assert_false(out2());
+	clocks(28); assert_false(out2());
+	outb(0x61, 0); outb(0x61, 1);                   /* retriggered before its end */
+	clocks(28); assert_false(out2()); clocks(3); assert_true(out2());
+	assert_int_equal(irqchip_get_pit2(vm, &st), 0);
+	assert_int_equal(irqchip_set_pit2(vm, &st), 0);
+	assert_true(out2());
+
+	pit_load(2, 4, 100);                            /* mode 4: counts from the write on, one low clock, once */
+	assert_true(out2()); clocks(99); assert_true(out2());
+	clocks(1); assert_false(out2()); clocks(1); assert_true(out2());
+	clocks(65436 + 99); assert_true(out2());
+	pit_load(2, 4, 100);                            /* a low gate stops it, a high one lets it go on */
+	clocks(40); outb(0x61, 0); clocks(1000); assert_in_range(count2(), 59, 60); assert_true(out2());
+	outb(0x61, 1); clocks(59); assert_true(out2()); clocks(1); assert_false(out2()); clocks(2); assert_true(out2());
+
+	outb(0x61, 0);
+	pit_load(2, 5, 100);                            /* mode 5: the same from a rising gate on */
+	clocks(100); assert_true(out2()); clocks(300);
+	outb(0x61, 1); clocks(60);
+	outb(0x61, 0); outb(0x61, 1);                   /* again */
+	clocks(40); assert_true(out2()); clocks(60); assert_false(out2()); clocks(1); assert_true(out2());
+
+	enable_apics();                                 /* channel 0 has no gate to trigger it; mode 4 interrupts once */
+	pic_init(1);
+	pit_load(0, 2, 1000); pit_load(0, 5, 1000);
+	clocks(5000); tick(); assert_int_equal(take(c0), -1);
+	pit_load(0, 1, 1000);
+	clocks(5000); tick(); assert_int_equal(take(c0), -1);
+	pit_load(0, 4, 1000);
+	clocks(999); tick(); assert_int_equal(take(c0), -1);
+	clocks(3); tick(); assert_int_equal(take(c0), 0x30);
+	outb(0x20, 0x20);
+	clocks(70000); tick(); assert_int_equal(take(c0), -1);
+}
+
 static void test_pit_tick(void **s)
 {
 	struct kvm_pit_state2 st;
@@ -542,7 +596,7 @@ int main(void)
 	const struct CMUnitTest t[] = {
 		T(test_pic_edge), T(test_pic_slave_level), T(test_pic_modes), T(test_pic_through_lint0), T(test_ioapic),
 		T(test_priorities), T(test_xapic_ipi), T(test_init_sipi), T(test_x2apic), T(test_timer),
-		T(test_pit_calibration), T(test_pit_tick), T(test_routing), T(test_irqfd), T(test_ioeventfd),
+		T(test_pit_calibration), T(test_pit_tick), T(test_pit_modes), T(test_routing), T(test_irqfd), T(test_ioeventfd),
 		T(test_coalesced), T(test_state), cmocka_unit_test_setup_teardown(test_split, setup_split, teardown),
 	};
 	return cmocka_run_group_tests(t, NULL, NULL);
