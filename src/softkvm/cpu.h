@@ -188,7 +188,13 @@ struct cpu {
 	bool ev_pending;                /* cpu->ev is "pending" rather than "injected" in kvm_vcpu_events' terms */
 	bool task_switched;             /* by the event under way: RIP is the new task's */
 	bool triple_fault;              /* shut down: every entry exits again until user space resets the state */
-	struct { uint64_t addr; bool armed; } monitor;
+	/* MONITOR's line, where MWAIT may wait (KVM_X86_DISABLE_EXITS_MWAIT), and what was in it then. */
+	struct {
+		uint64_t gpa, until;    /* until: when the wait ends at the latest, mono_ns() */
+		uint64_t copy[8];
+		uint32_t sleep;         /* ns, the next look at the line */
+		bool armed, waiting, any_irq /* ECX bit 0: interrupts that IF holds back end it too */;
+	} monitor;
 
 	struct {                        /* MSRs with plain storage; the rest is in msr.c */
 		uint64_t star, lstar, cstar, sfmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip,

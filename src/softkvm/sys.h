@@ -58,4 +58,8 @@ void seg_to_kvm(struct kvm_segment *k, const struct seg *s);
 void task_switch(struct cpu *c, uint16_t sel, int reason, bool has_error, uint32_t error);
 enum { TASK_CALL, TASK_IRET, TASK_JMP, TASK_GATE };
 
+/* MWAIT waits (cpu->monitor.waiting): nothing has happened yet that ends it. Between instructions, own thread. */
+bool mwait_goes_on(struct cpu *c);
+#define MWAIT_SLEEP_MAX 4000000u        /* ns between looks at the line: well under 2 % of a CPU */
+
 #endif

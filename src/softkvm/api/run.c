@@ -177,12 +177,32 @@ static int interrupted(struct cpu *c)
 	return -EINTR;
 }
 
+/* MWAIT: sleep a while, then the engine looks. It ends where KVM_RUN does, so that user space finds no state of it. */
+static int run_mwait(struct vcpu *v)
+{
+	struct cpu *c = &v->cpu;
+	uint64_t deadline = mono_ns() + c->monitor.sleep;
+
+	c->monitor.sleep = MIN(2 * c->monitor.sleep, MWAIT_SLEEP_MAX);
+	if (c->lapic)
+		deadline = MIN(deadline, lapic_timer_deadline(c));
+	if (immediate_exit(c) || vcpu_sleep(v, deadline)) {
+		c->monitor.waiting = c->halted = false;
+		return interrupted(c);
+	}
+	if (c->lapic)
+		lapic_timer_poll(c);
+	return 0;
+}
+
 /* HLT. 0: go on; 1: kvm_run is filled in; -EINTR. */
 static int run_halted(struct vcpu *v)
 {
 	struct cpu *c = &v->cpu;
 	int r;
 
+	if (c->monitor.waiting)
+		return run_mwait(v);
 	c->stats.halts++;
 	if (!c->lapic) {
 		c->halted = false;
@@ -269,6 +289,8 @@ static int run_guest(struct vcpu *v)
 		case RUN_EXIT:
 			return client_fault(c);
 		case RUN_EINTR:
+			if (c->monitor.waiting)
+				c->monitor.waiting = c->halted = false;
 			atomic_fetch_and(&c->requests, ~(uint32_t)REQ_EXIT);
 			if (ring_full(v->ring)) {
 				c->run->exit_reason = KVM_EXIT_DIRTY_RING_FULL;

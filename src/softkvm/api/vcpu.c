@@ -67,7 +67,7 @@ void cpu_reset(struct cpu *c, bool init)
 	c->halted = c->nmi_pending = c->nmi_masked = c->smi_pending = c->smm = c->nmi_window_iret = c->trap_db = false;
 	c->ext_pending = c->ev_pending = c->triple_fault = c->irq_blocked = c->rep_begun = false;
 	c->shadow = 0;
-	c->monitor.armed = false;
+	c->monitor.armed = c->monitor.waiting = false;
 	msr_reset(c, init);
 	if (c->lapic)
 		lapic_reset(c, init);

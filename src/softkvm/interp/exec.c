@@ -251,6 +251,11 @@ static enum run_result boundary(struct cpu *c)
 		return RUN_EXIT;
 	if (waits_for_sipi(c))
 		return RUN_WAIT_SIPI;
+	if (c->monitor.waiting) {
+		block_no_insn(c);       /* reading the line may find that the client has unmapped it */
+		if (!c->halted || !mwait_goes_on(c))
+			c->monitor.waiting = c->halted = false;
+	}
 	return c->halted ? RUN_HALTED : GO_ON;
 }
 

@@ -89,6 +89,33 @@ static void need_mwait(struct cpu *c)
 		cpu_ud(c);
 }
 
+#define MWAIT_SLEEP_MIN 50000   /* ns; each sleep is twice the last, up to MWAIT_SLEEP_MAX (softkvm/sys.h) */
+#define MWAIT_LONGEST 100000000 /* ns: a store of the same bytes, or two that cancel each other, are not seen */
+
+static uint8_t *monitor_host(struct cpu *c)
+{
+	uint64_t left;
+	struct slot *s;
+	bool ro;
+
+	return phys_ptr(c->vm, c->monitor.gpa, &left, &ro, &s);
+}
+
+/* Remember the line; false when it is not in memory. */
+static bool monitor_line(struct cpu *c, uint64_t lin)
+{
+	bool w, u;
+	uint8_t *p;
+
+	if (!mmu_translate(c, lin, &c->monitor.gpa, &w, &u))
+		return false;
+	c->monitor.gpa &= ~63ull;
+	p = monitor_host(c);
+	if (p)
+		ram_copy(c->monitor.copy, p, sizeof c->monitor.copy);
+	return p;
+}
+
 static void op_monitor(struct cpu *c, const struct insn *i)
 {
 	uint64_t off = c->gpr[R_RAX];
@@ -101,17 +128,37 @@ static void op_monitor(struct cpu *c, const struct insn *i)
 		off = (uint16_t)off;
 	else if (!c->flat || (i->flags & IF_A32))
 		off = (uint32_t)off;
-	mem_read(c, seg_lin(c, i->seg, off, 1, ACC_READ), &b, 1);
-	c->monitor.armed = true;
+	off = seg_lin(c, i->seg, off, 1, ACC_READ);
+	mem_read(c, off, &b, 1);
+	c->monitor.armed = c->vm && (c->vm->policy.disabled_exits & KVM_X86_DISABLE_EXITS_MWAIT) && monitor_line(c, off);
 }
 
-/* A wait that ends at once, which the architecture allows: nothing watches the line for stores of other processors. */
+/*
+ * Where the client leaves MWAIT to the guest it waits: run.c sleeps, and between its sleeps the loop compares the line with
+ * what MONITOR saw (mwait_goes_on()). Otherwise a NOP, as KVM's.
+ */
 static void op_mwait(struct cpu *c, const struct insn *i)
 {
 	need_mwait(c);
 	if ((uint32_t)c->gpr[R_RCX] & ~3u)
 		cpu_gp(c, 0);
+	if (!c->monitor.armed)
+		return;
 	c->monitor.armed = false;
+	c->monitor.any_irq = c->gpr[R_RCX] & 1;
+	c->monitor.sleep = MWAIT_SLEEP_MIN;
+	c->monitor.until = mono_ns() + MWAIT_LONGEST;
+	c->monitor.waiting = c->halted = true;
+}
+
+bool mwait_goes_on(struct cpu *c)
+{
+	uint8_t *p;
+
+	if (mono_ns() >= c->monitor.until || !(p = monitor_host(c)) || !ram_same(p, c->monitor.copy, sizeof c->monitor.copy))
+		return false;
+	return !c->monitor.any_irq ||
+	       !(c->nmi_pending || c->ext_pending || (c->vm->irqchip && irqchip_pending(c) >= 0));
 }
 
 /* -- hypercalls ------------------------------------------------------------------------------- */

@@ -188,6 +188,64 @@ static void idle(void **state)
 	guest_destroy(&g);
 }
 
+/* -- MWAIT ------------------------------------------------------------------------------------- */
+GUEST_ASM(mwait_code, 64, "1: mov $0x20000, %eax; xor %ecx, %ecx; xor %edx, %edx; monitor; mov 0x20008, %rbx; xor %eax, %eax; mwait\n"
+	  "incl 0x21000; test %rbx, %rbx; jz 1b; hlt");
+
+static void *store_later(void *opaque)
+{
+	struct guest *g = opaque;
+
+	usleep(600000);
+	__atomic_store_n((uint64_t *)(g->mem + 0x20008), 1, __ATOMIC_SEQ_CST);
+	return NULL;
+}
+
+static void mwait_setup(struct guest *g, bool waits)
+{
+	struct kvm_enable_cap cap = { .cap = KVM_CAP_X86_DISABLE_EXITS, .args = { KVM_X86_DISABLE_EXITS_MWAIT } };
+
+	guest_create(g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+	if (waits)
+		assert_int_equal(gioctl(&g->vm, KVM_ENABLE_CAP, &cap, NULL), 0);
+	guest_load(g, 0x10000, mwait_code, (size_t)(mwait_code_end - mwait_code));
+	guest_long64(g, 0, 0x10000);
+}
+
+static void mwait_waits(void **state)
+{
+	struct timespec a, b;
+	struct kvm_mp_state mp;
+	struct guest g;
+	pthread_t t;
+	double ms;
+
+	mwait_setup(&g, false);                         /* by itself a NOP */
+	leave(&g, nothing);
+	assert_true(__atomic_load_n((uint32_t *)(g.mem + 0x21000), __ATOMIC_RELAXED) > 1000);
+	guest_destroy(&g);
+
+	mwait_setup(&g, true);
+	pthread_create(&t, NULL, store_later, &g);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &a);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_HLT);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &b);
+	pthread_join(t, NULL);
+	ms = (double)(b.tv_sec - a.tv_sec) * 1e3 + (double)(b.tv_nsec - a.tv_nsec) / 1e6;
+	print_message("MWAIT for 600 ms: %.2f ms of a CPU, %u times round\n", ms, *(uint32_t *)(g.mem + 0x21000));
+	assert_true(*(uint32_t *)(g.mem + 0x21000) < 30);
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+	assert_true(ms < 600 * 0.02);
+#endif
+	guest_destroy(&g);
+
+	mwait_setup(&g, true);                          /* a signal ends it, and nothing of it stays */
+	leave(&g, nothing);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_GET_MP_STATE, &mp, NULL), 0);
+	assert_int_equal(mp.mp_state, KVM_MP_STATE_RUNNABLE);
+	guest_destroy(&g);
+}
+
 /* -- user-space MSRs -------------------------------------------------------------------------- */
 static void user_msr(void **state)
 {
@@ -256,7 +314,7 @@ static void slots_while_running(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(io_exits), cmocka_unit_test(real_mode), cmocka_unit_test(signals), cmocka_unit_test(exit_in_time), cmocka_unit_test(idle),
+		cmocka_unit_test(io_exits), cmocka_unit_test(real_mode), cmocka_unit_test(signals), cmocka_unit_test(exit_in_time), cmocka_unit_test(idle), cmocka_unit_test(mwait_waits),
 		cmocka_unit_test(user_msr), cmocka_unit_test(slots_while_running),
 	};
 

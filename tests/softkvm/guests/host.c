@@ -609,7 +609,7 @@ static void claims(void **state)
 	OPEN(&g, steal_code, 0);
 	assert_int_equal(gioctl_val(&g.sys, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM), 0);
 	assert_int_equal(gioctl_val(&g.vcpu[0], KVM_SMI, 0), -ENOTTY);
-	assert_int_equal(gioctl_val(&g.sys, KVM_CHECK_EXTENSION, KVM_CAP_X86_DISABLE_EXITS) & KVM_X86_DISABLE_EXITS_MWAIT, 0);
+	assert_int_equal(gioctl_val(&g.sys, KVM_CHECK_EXTENSION, KVM_CAP_X86_DISABLE_EXITS) & KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_MWAIT);
 	e.flags = KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
 	e.triple_fault.pending = 1;
 	assert_int_equal(gioctl(&g.vcpu[0], KVM_SET_VCPU_EVENTS, &e, NULL), -EINVAL);

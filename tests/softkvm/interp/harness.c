@@ -127,6 +127,7 @@ bool event_deliver(struct cpu *c)
 	return false;
 }
 bool event_boundary(struct cpu *c) { return true; }
+bool mwait_goes_on(struct cpu *c) { return false; }
 void event_insn_done(struct cpu *c) { c->one_insn = false; }
 uint64_t seg_lin(struct cpu *c, unsigned seg, uint64_t off, unsigned size, enum access acc)
 {
