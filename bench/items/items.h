@@ -48,6 +48,10 @@ uint64_t bench_hash(uint64_t h, const void *p, size_t n);
 /* Keep a value alive, and make the compiler forget what it knows about memory. */
 #define bench_keep(x) __asm__ volatile("" : : "g"(x) : "memory")
 
+#ifdef __clang__
+#define NOINLINE __attribute__((noinline))
+#else
 #define NOINLINE __attribute__((noinline, noclone))
+#endif
 
 #endif
