@@ -102,8 +102,8 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out);
 uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p);
 /*
  * Something was made of the bytes [off, off + len) of a marked page, or is about to be: stores there change the version,
- * those to other lines of 64 bytes need not. True: some of that is new, so bytes that were read before the call have to be
- * compared. It may stop the world.
+ * those to other lines of 64 bytes need not. True: some of that is new, or a store was under way, so bytes that were read before the call
+ * have to be compared. It may stop the world.
  */
 bool mmu_code_lines(struct cpu *c, const struct code_page *p, unsigned off, unsigned len);
 

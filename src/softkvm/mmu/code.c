@@ -6,9 +6,10 @@
  * store, no more. Which lines count is said before the bytes are read, or the bytes are compared afterwards
  * (mmu_code_lines()). A page that is written again and again without being executed is granted, its code forgotten.
  *
- * Two vCPUs. One decodes: it sets the line's bit, then compares the bytes. One stores: it raises cpu->code_store, looks at
- * the bit, stores, and lowers the flag some time after the instruction. Whoever sets a bit and finds the flag of
- * another vCPU raised stops the world once: then that store is done, and the comparison sees it.
+ * Two vCPUs. One decodes or compares: it takes the version, sets the lines' bits, then compares the bytes. One stores: it
+ * raises cpu->code_store, looks at the bits, changes the version if they are set, stores, and lowers the flag some time
+ * after the instruction. So the version may be the new one while the bytes are still the old. Whoever finds the flag of
+ * another vCPU raised, be the bits new or not, stops the world once: then that store is done, and the comparison sees it.
  */
 #include <stdatomic.h>
 
@@ -119,12 +120,16 @@ static uint32_t after_store(struct cpu *c, struct slot *s, uint64_t page, uint32
 bool tlb_grant_write(struct cpu *c, struct slot *s, uint64_t gpa, unsigned len, bool counted)
 {
 	uint64_t page = (gpa - s->gpa) >> 12, lines = page_lines(gpa & 4095, len);
+	bool several = atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed) > 1;
 	_Atomic uint32_t *ver = &s->ver[page];
-	uint32_t v = atomic_load(ver), next;
+	uint32_t v, next;
 
-	if ((v & VER_CODE) && atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed) > 1)
+	if (several && !counted)        /* nobody would wait for us otherwise */
 		atomic_exchange(&c->code_store, true);
+	v = atomic_load(ver);
 	do {
+		if (several && (v & VER_CODE))
+			atomic_exchange(&c->code_store, true);
 		if (v & VER_GRANTED)
 			return true;
 		next = v & VER_CODE ? after_store(c, s, page, v, lines, len) : v | VER_GRANTED;
@@ -167,17 +172,12 @@ uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p)
 	}
 }
 
-bool mmu_code_lines(struct cpu *c, const struct code_page *p, unsigned off, unsigned len)
+/* Has another vCPU a store under way? Then wait until it is done. */
+static bool wait_for_stores(struct cpu *c)
 {
-	uint64_t lines = page_lines(off, len), old;
 	unsigned n = atomic_load(&c->vm->ncpus);
 	bool storing = false;
 
-	if ((atomic_load_explicit(p->lines, memory_order_acquire) & lines) == lines)
-		return false;
-	old = atomic_fetch_or(p->lines, lines);
-	if ((old & lines) == lines)
-		return false;
 	for (unsigned i = 0; i < n; i++) {
 		struct cpu *o = atomic_load(&c->vm->cpus[i]);
 
@@ -187,5 +187,19 @@ bool mmu_code_lines(struct cpu *c, const struct code_page *p, unsigned off, unsi
 		vm_pause_all(c->vm, c);
 		vm_resume_all(c->vm, c);
 	}
-	return true;
+	return storing;
+}
+
+bool mmu_code_lines(struct cpu *c, const struct code_page *p, unsigned off, unsigned len)
+{
+	uint64_t lines = page_lines(off, len);
+	bool compare = false;
+
+	do {
+		if (~atomic_load(p->lines) & lines)
+			compare |= (~atomic_fetch_or(p->lines, lines) & lines) != 0;
+		compare |= wait_for_stores(c);
+		/* That store may have been the one which forgot the page's code, after somebody else made it code again. */
+	} while (~atomic_load(p->lines) & lines);
+	return compare;
 }
