@@ -4,13 +4,19 @@
  * A shared lock on byte 100+p says "I use permission p", one on byte 200+p "I cannot have others use
  * p". p is 0 for reading consistent data and 1 for writing. Every user takes its locks first and
  * then looks for a conflict, so of two that start at once at least one notices.
+ *
+ * A user that was killed may hold its locks a moment longer than its process exists: the kernel ends io_uring requests,
+ * and with them the open file, in the background. Until then its writes may still arrive, so the locks are right;
+ * whoever comes next waits for a moment before calling the image busy.
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <time.h>
 
 #include "block/driver.h"
 
 enum { USE = 100, FORBID = 200, PERM_READ = 0, PERM_WRITE = 1 };
+enum { TRIES = 50, TRY_MS = 20 };
 
 static int take(int fd, int byte)
 {
@@ -30,7 +36,7 @@ static int busy(const char *file, const char *what, struct err *err)
 	return err_set(err, -EAGAIN, "%s: another program %s this image; stop it, or work on a copy", file, what);
 }
 
-int lock_image(int fd, const char *file, bool write, struct err *err)
+static int try_lock(int fd, const char *file, bool write, struct err *err)
 {
 	int r = take(fd, USE + PERM_READ);
 	if (!r && write)
@@ -47,6 +53,19 @@ int lock_image(int fd, const char *file, bool write, struct err *err)
 	if (held(fd, FORBID + PERM_READ) || (write && held(fd, FORBID + PERM_WRITE)))
 		return busy(file, "is using", err);
 	return 0;
+}
+
+int lock_image(int fd, const char *file, bool write, struct err *err)
+{
+	for (unsigned i = 0;; i++) {
+		int r = try_lock(fd, file, write, err);
+
+		if (r != -EAGAIN || i == TRIES)
+			return r;
+		err_clear(err);
+		unlock_image(fd);       /* two that wait are not to wait for each other */
+		nanosleep(&(struct timespec){ .tv_nsec = TRY_MS * 1000000L }, NULL);
+	}
 }
 
 void unlock_image(int fd)
