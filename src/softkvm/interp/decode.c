@@ -98,6 +98,27 @@ void decode_init(ZydisDecoder *z, const struct cpu *c, uint32_t mode)
 	set_modes(z, c);
 }
 
+/*
+ * With a 32-bit address in 64-bit code Zydis 4.0 takes an absent base (SIB.base 5, mod 0) with REX.B for R13; there is none
+ * whatever REX.B says (SDM vol. 2 table 2-3), but a displacement, and so no change of the segment either.
+ */
+static void absent_base(struct decoded *d)
+{
+	const ZydisDecodedInstruction *z = &d->z;
+
+	if (!z->raw.sib.offset || z->raw.sib.base != 5 || z->raw.modrm.mod || z->address_width != 32 || d->code_bits != 64)
+		return;
+	for (unsigned n = 0; n < z->operand_count; n++) {
+		ZydisDecodedOperandMem *m = &d->op[n].mem;
+
+		if (d->op[n].type != ZYDIS_OPERAND_TYPE_MEMORY || m->base != ZYDIS_REGISTER_R13D)
+			continue;
+		m->base = ZYDIS_REGISTER_NONE;
+		m->disp.has_displacement = ZYAN_TRUE;
+		m->disp.value = z->raw.disp.value;
+	}
+}
+
 static uint16_t prefix_flags(const ZydisDecodedInstruction *z)
 {
 	uint16_t f = 0;
@@ -167,6 +188,7 @@ enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t
 		undefined(i);
 		return DEC_OK;
 	}
+	absent_base(&d);
 	i->len = d.z.length;
 	i->flags = prefix_flags(&d.z);
 	/* Zydis knows Xeon Phi's own VEX encodings (LZCNT and others): no other CPU does. */

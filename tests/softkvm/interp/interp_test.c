@@ -77,6 +77,24 @@ static void test_faults(void **s)
 	faults(EXC_GP, H_CODE + 10);
 }
 
+/* SIB.base 5 with mod 0 is no base, whatever REX.B and the address size say. */
+static void test_absent_base(void **s)
+{
+	memcpy(h.ram + H_DATA + 0x20, "\x78\x56\x34\x12", 4);
+	CODE(0x67, 0x43, 0x8b, 0x34, 0xd5, 0x00, 0x00, 0x20, 0x00, HLT);        /* mov esi, [r10d * 8 + H_DATA] */
+	G[R_RSI] = 0;
+	G[10] = 0xffffffff00000004;
+	G[13] = 0x1000;
+	halts();
+	assert_int_equal(G[R_RSI], 0x12345678);
+	G[R_RSI] = 0;
+	CODE(0x43, 0x8b, 0x34, 0xd5, 0x00, 0x00, 0x20, 0x00, HLT);
+	G[10] = 4;
+	halts();
+	assert_int_equal(G[R_RSI], 0x12345678);
+	G[10] = G[13] = 0;
+}
+
 static void test_fetch_cross(void **s)
 {
 	/* A five-byte mov at the end of 0x400000 runs into the missing 0x401000. */
@@ -308,7 +326,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
-		T(test_loop), T(test_call_stack), T(test_faults), T(test_fetch_cross), T(test_smc), T(test_strings), T(test_strings_random), T(test_mmio),
+		T(test_loop), T(test_call_stack), T(test_faults), T(test_absent_base), T(test_fetch_cross), T(test_smc), T(test_strings), T(test_strings_random), T(test_mmio),
 		T(test_locked), T(test_16), T(test_32),
 	};
 	return cmocka_run_group_tests_name("interp", tests, NULL, NULL);
