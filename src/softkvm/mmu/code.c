@@ -111,10 +111,10 @@ static uint32_t after_store(struct cpu *c, struct slot *s, uint64_t page, uint32
 	}
 	if (atomic_load_explicit(&s->lines[page], memory_order_relaxed) & lines) {
 		if (++t->smc_hits > HITS_MAX || len >= 512)
-			return ver_next(v) | VER_GRANTED;
+			return ver_granted(ver_next(v));
 		return ver_next(v) | VER_CODE;
 	}
-	return ++t->smc_near > NEAR_MAX ? ver_next(v) | VER_GRANTED : v;
+	return ++t->smc_near > NEAR_MAX ? ver_granted(ver_next(v)) : v;
 }
 
 bool tlb_grant_write(struct cpu *c, struct slot *s, uint64_t gpa, unsigned len, bool counted)
@@ -132,7 +132,7 @@ bool tlb_grant_write(struct cpu *c, struct slot *s, uint64_t gpa, unsigned len, 
 			atomic_exchange(&c->code_store, true);
 		if (v & VER_GRANTED)
 			return true;
-		next = v & VER_CODE ? after_store(c, s, page, v, lines, len) : v | VER_GRANTED;
+		next = v & VER_CODE ? after_store(c, s, page, v, lines, len) : ver_granted(v);
 		if (next == v)
 			return false;
 	} while (!atomic_compare_exchange_weak(ver, &v, next));
@@ -155,20 +155,22 @@ uint32_t mmu_code_mark(struct cpu *c, const struct code_page *p)
 	if (c->itlb->smc_ver == p->ver)
 		c->itlb->smc_hits = c->itlb->smc_near = 0;
 	for (;;) {
-		uint32_t next = (v & ~VER_GRANTED) | VER_CODE;
-
 		if (v & VER_ASLEEP) {
 			watch_wake(c->vm, p->ver);
 			v = atomic_load_explicit(p->ver, memory_order_acquire);
 			continue;
 		}
-		if (v & VER_CODE)
+		if (!(v & VER_CODE)) {
+			if (!atomic_compare_exchange_weak(p->ver, &v, ver_code(v)))
+				continue;
+			v = ver_code(v);
+		}
+		if (!(v & VER_REVOKING))
 			return v;
-		if (!atomic_compare_exchange_weak(p->ver, &v, next))
-			continue;
-		if (v & VER_GRANTED)
-			revoke_all(c, p->host);
-		return next;
+		/* Write entries may be left, whoever began with them: stores by those would go unnoticed. */
+		revoke_all(c, p->host);
+		if (atomic_compare_exchange_strong(p->ver, &v, v & ~VER_REVOKING))
+			return v & ~VER_REVOKING;
 	}
 }
 

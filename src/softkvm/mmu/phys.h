@@ -9,12 +9,20 @@
 /*
  * A page's code version. VER_CODE: a block was decoded from it. VER_GRANTED: some vCPU may hold a
  * write entry for it; never set together with VER_CODE. VER_ASLEEP, only with VER_CODE: what was decoded may be used again
- * once the bytes were compared (watch.c). The rest counts invalidations.
+ * once the bytes were compared (watch.c). VER_REVOKING, never with VER_GRANTED: the page became code a moment ago, and write
+ * entries may be left. The rest counts invalidations. A version with one of the last two bits is no block's.
  */
-enum { VER_CODE = 1, VER_GRANTED = 2, VER_ASLEEP = 4, VER_STEP = 8 };
+enum { VER_CODE = 1, VER_GRANTED = 2, VER_ASLEEP = 4, VER_REVOKING = 8, VER_STEP = 16 };
 
 /* The version after the page was written. */
 static inline uint32_t ver_next(uint32_t v) { return (v & ~(uint32_t)(VER_CODE | VER_ASLEEP)) + VER_STEP; }
+/* The version where write entries may exist: not before the one that was code has been counted up. */
+static inline uint32_t ver_granted(uint32_t v) { return (v & ~(uint32_t)VER_REVOKING) | VER_GRANTED; }
+/* The version of a page that becomes code. */
+static inline uint32_t ver_code(uint32_t v)
+{
+	return (v & ~(uint32_t)VER_GRANTED) | VER_CODE | (v & VER_GRANTED ? VER_REVOKING : 0);
+}
 
 /* The 64-byte lines of a page that [off, off + len) touches; len is not 0. */
 static inline uint64_t page_lines(unsigned off, unsigned len)
