@@ -36,7 +36,7 @@ struct fault {
 typedef bool fault_fn(struct cpu *c, struct fault *f);
 
 /* Who is asked, in this order. */
-enum fault_part { FAULT_STUB /* vec/stub.c */, FAULT_CODE /* jit/: refuses so far */, FAULT_PARTS };
+enum fault_part { FAULT_STUB /* vec/stub.c */, FAULT_CODE /* jit/resume.c */, FAULT_PARTS };
 
 /* Install the handlers and the part's function; idempotent, any thread. */
 void fault_serve(enum fault_part part, fault_fn *fn);

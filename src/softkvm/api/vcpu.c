@@ -121,7 +121,7 @@ static void translator(struct cpu *c)
 
 	if (!p->translate)
 		return;
-	r = jit_cpu_init(c, p->code_bytes / (2 * MAX((uint64_t)MAX(n, 1), (uint64_t)made)), p->jit_mode);
+	r = jit_cpu_init(c, p->code_bytes / MAX((uint64_t)MAX(n, 1), (uint64_t)made), p->jit_mode);
 	if (r)
 		log_warn("softkvm: vCPU %u is interpreted: %s", c->id, strerror(-r));
 }

@@ -102,6 +102,13 @@ uint8_t *em_jcc(struct em *e, unsigned cc)
 void em_to(uint8_t *rel32, const uint8_t *target) { st_le32(rel32, (uint32_t)(target - (rel32 + 4))); }
 void em_here(struct em *e, uint8_t *rel32) { if (!e->full) em_to(rel32, e->p); }
 
+/* To 16 bytes; the area has that much room behind a translation. */
+void em_align(struct em *e)
+{
+	while ((uintptr_t)e->p & 15)
+		*e->p++ = 0xcc;
+}
+
 /* -- thunks -------------------------------------------------------------------------------------- */
 static void load_all(struct em *e, struct cpu *c, const int8_t *map)
 {
@@ -120,6 +127,7 @@ static void store_all(struct em *e, struct cpu *c, const int8_t *map)
 /*
  * enter(code): C calls it; in translated code rsp is 16-byte aligned.
  * leave: translated code jumps there with its result in rax.
+ * abandon: the same, general-purpose registers and flags having been put away (resume.c).
  * call: translated code calls it with a site in eax; returns to it, goes on at other code, or leaves when the loop must
  * look (result 1): see jit_call_insn().
  * call_out: where it goes on in the other cases.
@@ -167,7 +175,8 @@ void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map)
 	thunk_call(j, &e, map);
 	m->live = (uint32_t)(e.p - j->rw);
 	thunk_live(j, &e, map);
-	j->hot = ALIGN_UP((size_t)(e.p - j->rw), 16);
+	em_align(&e);
+	j->hot = (size_t)(e.p - j->rw);
 }
 
 void jit_thunks(struct jit *j)
@@ -182,6 +191,7 @@ void jit_thunks(struct jit *j)
 	EM(&e, 0xff, 0xe0);
 	j->leave = (uint32_t)(e.p - j->rw);
 	store_all(&e, j->c, jit_map);
+	j->abandon = (uint32_t)(e.p - j->rw);
 	live_emit_save(&e, j);
 	look = e.p;
 	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3);

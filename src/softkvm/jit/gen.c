@@ -475,6 +475,8 @@ static bool put_evex(struct em *e, const struct tinsn *i, const uint8_t *bytes, 
 
 bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, struct regs r)
 {
+	if (r.mem || i->z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY || i->z.opcode_map != ZYDIS_OPCODE_MAP_DEFAULT)
+		gen_point(t, (unsigned)(i - t->t));
 	switch (i->z.encoding) {
 	case ZYDIS_INSTRUCTION_ENCODING_LEGACY: return put_legacy(&t->h, i, bytes, r, t->mem_disp);
 	case ZYDIS_INSTRUCTION_ENCODING_VEX: return put_vex(&t->h, i, bytes, r, t->mem_disp);

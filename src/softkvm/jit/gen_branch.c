@@ -12,13 +12,28 @@ static void stack(struct tr *t, struct cold *k, int32_t d, bool write)
 	gen_check(t, k, 8, write);
 }
 
-static void store_imm(struct tr *t, uint64_t v)
+/* 8 bytes there. */
+static void load(struct tr *t, unsigned n, unsigned reg, int32_t d)
+{
+	gen_point(t, n);
+	em_mem(&t->h, true, 0x8b, reg, ST, -1, 0, d);
+}
+
+static void store(struct tr *t, unsigned n, unsigned reg, int32_t d)
+{
+	gen_point(t, n);
+	em_mem(&t->h, true, 0x89, reg, ST, -1, 0, d);
+}
+
+static void store_imm(struct tr *t, unsigned n, uint64_t v)
 {
 	if ((int64_t)v == (int32_t)v) {
+		gen_point(t, n);
 		EM(&t->h, 0x49, 0xc7, 0x07);            /* mov qword [r15], imm32 */
 		e32(&t->h, (uint32_t)v);
 	} else {
 		em_imm(&t->h, SC, v);
+		gen_point(t, n);
 		em_mem(&t->h, true, 0x89, SC, ST, -1, 0, 0);
 	}
 }
@@ -47,13 +62,13 @@ static bool push(struct tr *t, unsigned n)
 		if (!gen_address(t, n))
 			return false;
 		gen_check(t, k, 8, false);
-		em_mem(&t->h, true, 0x8b, SA, ST, -1, 0, 0);
+		load(t, n, SA, 0);
 	}
 	stack(t, k, -8, true);
 	if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
-		store_imm(t, (uint64_t)o->imm.value.s);
+		store_imm(t, n, (uint64_t)o->imm.value.s);
 	else
-		em_mem(&t->h, true, 0x89, o->type == ZYDIS_OPERAND_TYPE_MEMORY ? SA : gen_get(t, insn_reg_off(o->reg.value) / 8, SA), ST, -1, 0, 0);
+		store(t, n, o->type == ZYDIS_OPERAND_TYPE_MEMORY ? SA : gen_get(t, insn_reg_off(o->reg.value) / 8, SA), 0);
 	lea_rsp(t, -8);
 	back(t, n, k);
 	return true;
@@ -71,8 +86,9 @@ static bool pop(struct tr *t, unsigned n)
 	gen_clobber(t, n);
 	k = cold_new(t, n);
 	stack(t, k, 0, false);
-	lea_rsp(t, 8);
-	em_mem(&t->h, true, 0x8b, t->map[g] >= 0 ? (unsigned)t->map[g] : SA, ST, -1, 0, 0);
+	load(t, n, t->map[g] >= 0 ? (unsigned)t->map[g] : SA, 0);
+	if (g != R_RSP)
+		lea_rsp(t, 8);
 	if (t->map[g] < 0)
 		gen_put(t, g, SA);
 	back(t, n, k);
@@ -89,9 +105,9 @@ static bool leave(struct tr *t, unsigned n)
 	bp = gen_get(t, R_RBP, SA);
 	em_mov(&t->h, ST, bp);
 	gen_check(t, k, 8, false);
+	load(t, n, SC, 0);
 	em_mem(&t->h, true, 0x8d, H_R12, (int)bp, -1, 0, 8);
-	em_mem(&t->h, true, 0x8b, bp, ST, -1, 0, 0);
-	gen_put(t, R_RBP, bp);
+	gen_put(t, R_RBP, SC);
 	back(t, n, k);
 	return true;
 }
@@ -143,7 +159,7 @@ static void ret_from(struct tr *t, unsigned n, int32_t at)
 
 	if (at < 0)
 		stack(t, k, 0, false);
-	em_mem(&t->h, true, 0x8b, SA, ST, -1, 0, MAX(at, 0));
+	load(t, n, SA, MAX(at, 0));
 	lookup(t, n, k);
 	lea_rsp(t, (int32_t)(8 + more));
 	go(t);
@@ -194,9 +210,9 @@ static unsigned push_group(struct tr *t, unsigned n, unsigned count)
 	k = cold_group(t, n, count);
 	em_mem(&t->h, true, 0x8d, ST, H_R12, -1, 0, -8 * (int32_t)count);
 	gen_check(t, k, 8 * count, true);
-	for (unsigned m = 0; m < count; m++)
-		em_mem(&t->h, true, 0x89, gen_get(t, (unsigned)moves_reg(&t->t[n + m], ZYDIS_MNEMONIC_PUSH), SA), ST, -1, 0,
-		       8 * (int32_t)(count - 1 - m));
+	for (unsigned m = 0; m < count; m++, t->rsp_off -= 8)
+		store(t, n + m, gen_get(t, (unsigned)moves_reg(&t->t[n + m], ZYDIS_MNEMONIC_PUSH), SA), 8 * (int32_t)(count - 1 - m));
+	t->rsp_off = 0;
 	lea_rsp(t, -8 * (int32_t)count);
 	back(t, n + count - 1, k);
 	return count;
@@ -214,13 +230,14 @@ static unsigned pop_group(struct tr *t, unsigned n, unsigned count, bool returns
 	k->final = returns;
 	em_mov(&t->h, ST, H_R12);
 	gen_check(t, k, 8 * all, false);
-	for (unsigned m = 0; m < count; m++) {
+	for (unsigned m = 0; m < count; m++, t->rsp_off += 8) {
 		unsigned g = (unsigned)moves_reg(&t->t[n + m], ZYDIS_MNEMONIC_POP), h = t->map[g] >= 0 ? (unsigned)t->map[g] : SA;
 
-		em_mem(&t->h, true, 0x8b, h, ST, -1, 0, 8 * (int32_t)m);
+		load(t, n + m, h, 8 * (int32_t)m);
 		if (t->map[g] < 0)
 			gen_put(t, g, SA);
 	}
+	t->rsp_off = 0;
 	lea_rsp(t, 8 * (int32_t)count);
 	if (returns)
 		ret_from(t, n + count, 8 * (int32_t)count);
@@ -255,7 +272,7 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 		if (!gen_address(t, n))
 			return false;
 		gen_check(t, k, 8, false);
-		em_mem(&t->h, true, 0x8b, SA, ST, -1, 0, 0);
+		load(t, n, SA, 0);
 	} else {
 		em_mov(&t->h, SA, gen_get(t, insn_reg_off(o->reg.value) / 8, SA));
 	}
@@ -264,7 +281,7 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 		struct cold *k2 = cold_last(t, n);
 
 		stack(t, k2, -8, true);
-		store_imm(t, tr_end(t, n));
+		store_imm(t, n, tr_end(t, n));
 		lea_rsp(t, -8);
 	} else {
 		lookup(t, n, k);
@@ -285,7 +302,7 @@ static bool direct(struct tr *t, unsigned n, bool call)
 	gen_flags_save(t);
 	k = cold_last(t, n);
 	stack(t, k, -8, true);
-	store_imm(t, tr_end(t, n));
+	store_imm(t, n, tr_end(t, n));
 	lea_rsp(t, -8);
 	gen_edge(t, to, n, false);
 	return true;

@@ -387,6 +387,7 @@ static bool divide(struct tr *t, unsigned n)
 		k = gen_access(t, n, &s, &ok);
 		if (!ok)
 			return false;
+		gen_point(t, n);
 		em_mem(e, w, 0x8b, SC, ST, -1, 0, 0);   /* the guest may change it in memory: look at a copy */
 	} else {
 		k = cold_new(t, n);

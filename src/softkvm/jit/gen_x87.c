@@ -18,11 +18,12 @@ static bool native(const struct tinsn *i, const struct insn *in)
 }
 
 /* The value is looked at where the guest cannot change it any more. */
-static void fldcw(struct tr *t, struct cold *k)
+static void fldcw(struct tr *t, unsigned n, struct cold *k)
 {
 	struct em *e = &t->h;
 	const void *p = &t->j->low->fcw;
 
+	gen_point(t, n);
 	EM(e, 0x41, 0x0f, 0xb7, 0x0f);                  /* movzx ecx, word [r15] */
 	e8(e, 0x66);
 	em_op_abs(e, false, 0x89, H_RCX, p);
@@ -56,7 +57,7 @@ bool gen_x87(struct tr *t, unsigned n)
 	t->live |= JV_X87;
 	t->mem_disp = 0;
 	if (i->z.mnemonic == ZYDIS_MNEMONIC_FLDCW) {
-		fldcw(t, k);
+		fldcw(t, n, k);
 	} else if (i->z.mnemonic != ZYDIS_MNEMONIC_FWAIT) {
 		gen_flags_before(t, n);
 		if (!gen_rewrite(t, i, tr_bytes(t, n), (struct regs){ -1, -1, -1, -1, s.mem }))

@@ -95,6 +95,19 @@ struct jit_low {
 	_Alignas(64) uint8_t xs[576];   /* x87 state in XSAVE's form */
 	_Alignas(64) uint8_t arena[];   /* jit_code and jit_site */
 };
+/*
+ * A place in translated code where the host may trap for reasons of its own (resume.c), by the offset of that instruction in the
+ * code area, ascending.
+ */
+struct jit_point {
+	uint32_t at;
+	uint32_t code;                  /* struct jit_code, in low memory */
+	int16_t rip;                    /* of the guest's instruction, from the translation's */
+	int8_t rsp;                     /* what the guest's rsp is ahead of the host's copy of it */
+	bool host_flags;                /* the guest's flags are the host's, rather than in aflags */
+};
+#define POINTS_MAX (REGION_INSNS * 4)   /* of one translation */
+
 enum { JV_SSE = 1, JV_VEX = 2, JV_EVEX = 4, JV_FP_SHIFT = 3 /* the same with MXCSR */, JV_VECTORS = 0x3f, JV_X87 = 64 };
 
 struct jit {
@@ -106,7 +119,11 @@ struct jit {
 	uint32_t mxcsr_mask;            /* MXCSR bits the host has */
 	size_t low_size, arena_size, arena;
 	uint32_t gen;
-	uint32_t enter, leave, call_out;        /* thunks */
+	uint32_t enter, leave, abandon, call_out;       /* thunks */
+	struct jit_point *points;       /* touched as they are used */
+	uint32_t npoints, points_max;
+	bool alone;                     /* the instruction at alone_rip is to be interpreted: translated, it met a fault */
+	uint64_t alone_rip, faults;
 	struct jit_map_thunks maps[1 << 12];    /* by map.c's key, valid for one gen */
 	bool off;                       /* tests: interpret, but keep translations right */
 	struct lockstep *lock;          /* lockstep.h, or NULL */
@@ -143,6 +160,7 @@ uint8_t *em_jmp(struct em *e);                                          /* retur
 uint8_t *em_jcc(struct em *e, unsigned cc);
 void em_here(struct em *e, uint8_t *rel32);                             /* that jump leads here */
 void em_to(uint8_t *rel32, const uint8_t *target);
+void em_align(struct em *e);
 void jit_thunks(struct jit *j);
 void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map);
 
@@ -151,6 +169,7 @@ struct tr;
 void map_choose(struct tr *t);
 void map_in(struct em *e, struct tr *t);
 void map_out(struct em *e, struct tr *t);
+void map_of(int8_t map[16], unsigned key);      /* async-signal-safe */
 
 int jit_code_map(struct jit *j, size_t bytes);
 void jit_code_unmap(struct jit *j);
@@ -158,6 +177,18 @@ void *jit_arena(struct jit *j, size_t size);                            /* low m
 
 /* run.c */
 uint64_t jit_call_insn(struct jit_site *s);
+
+/* resume.c */
+struct fault;
+bool jit_fault(struct cpu *c, struct fault *f);
+/*
+ * The next instruction emitted may trap on the host: it touches guest memory, or needs an extension. Guest state is that in
+ * front of instruction n.
+ */
+void gen_point(struct tr *t, unsigned n);
+void points_keep(struct tr *t);         /* the translation is complete */
+int points_map(struct jit *j, size_t bytes);
+void points_unmap(struct jit *j);
 
 /* live.c: vector and x87 state. */
 void live_emit_save(struct em *e, struct jit *j);
@@ -221,11 +252,12 @@ struct tr {
 	bool row;                       /* in a row (gen_group.c): ST is the host address of displacement row_low */
 	int64_t row_low;
 	int8_t mem_disp;                /* of the operand from ST */
+	int8_t rsp_off;                 /* in a group of pushes or pops: of the guest's rsp from where the host has it */
 	bool swapped;                   /* h is the cold part */
 	unsigned nparts, now;           /* now: the part being emitted */
 	struct { uint8_t *rel32; unsigned part; } fix[FIXUPS_MAX];
 	unsigned nfix;
-	unsigned n, ncold;
+	unsigned n, ncold, npoints;
 	struct cold colds[REGION_INSNS * 2];
 	struct tinsn t[REGION_INSNS];
 };

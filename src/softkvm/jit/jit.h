@@ -22,7 +22,12 @@ enum jit_result {
 /* JIT_AT_ONCE: blocks are translated when they run first (tests). JIT_LOCKSTEP: lockstep.h. */
 enum jit_mode { JIT_NORMAL, JIT_AT_ONCE, JIT_LOCKSTEP };
 
-/* 0, -ENOMEM or -ENOTSUP (host without BMI2, context not in low memory). Without it everything is interpreted. */
+#define JIT_BYTES_MIN ((size_t)1 << 20)
+
+/*
+ * `code_bytes`: what its translations may take, tables included. 0, -ENOSPC (fewer than JIT_BYTES_MIN), -ENOMEM or -ENOTSUP (host
+ * without BMI2, context not in low memory). Without it everything is interpreted.
+ */
 int jit_cpu_init(struct cpu *c, size_t code_bytes, enum jit_mode mode);
 void jit_cpu_free(struct cpu *c);
 /* `b` is valid at cpu->rip. */

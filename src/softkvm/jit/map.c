@@ -94,7 +94,7 @@ static bool next_pair(unsigned *key, unsigned *in, unsigned *out)
 	return true;
 }
 
-static void set_map(int8_t *map, unsigned key)
+void map_of(int8_t map[16], unsigned key)
 {
 	unsigned in, out;
 
@@ -127,7 +127,7 @@ static const struct jit_map_thunks *thunks(struct jit *j, unsigned key)
 
 	if (m->gen != j->gen && key) {
 		m->gen = j->gen;
-		set_map(map, key);
+		map_of(map, key);
 		jit_map_thunks(j, m, map);
 	}
 	return m;
@@ -138,5 +138,5 @@ void map_choose(struct tr *t)
 {
 	t->k->map = choose(t);
 	t->thunks = thunks(t->j, t->k->map);
-	set_map(t->map, t->k->map);
+	map_of(t->map, t->k->map);
 }

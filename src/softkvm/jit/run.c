@@ -11,18 +11,6 @@
 
 #define SLOW_INSN 32    /* instructions' worth of time that a call of a handler may take */
 
-/* -- faults -------------------------------------------------------------------------------------- */
-/*
- * Memory that the client unmapped, met in translated code itself rather than in a handler: registers are the host's and nothing
- * says which, so this is not served yet and goes to the client's handler of SIGSEGV.
- */
-static bool jit_fault(struct cpu *c, struct fault *f)
-{
-	if (c->jit && f->pc - (uintptr_t)c->jit->rx < c->jit->size)
-		f->client = false;
-	return false;
-}
-
 /* -- life ---------------------------------------------------------------------------------------- */
 static bool addressable(const struct cpu *c)
 {
@@ -37,8 +25,11 @@ static bool addressable(const struct cpu *c)
 int jit_cpu_init(struct cpu *c, size_t code_bytes, enum jit_mode mode)
 {
 	struct jit *j;
+	size_t eighth;
 	int r;
 
+	if (code_bytes < JIT_BYTES_MIN)
+		return -ENOSPC;
 	if (!__builtin_cpu_supports("bmi2") || !addressable(c))
 		return -ENOTSUP;
 	j = calloc(1, sizeof *j);
@@ -49,11 +40,13 @@ int jit_cpu_init(struct cpu *c, size_t code_bytes, enum jit_mode mode)
 	j->mxcsr_mask = mxcsr_mask();
 	j->threshold = mode == JIT_AT_ONCE ? 0 : mode == JIT_LOCKSTEP ? 3 : JIT_THRESHOLD;
 	j->tr = calloc(1, sizeof *j->tr);
-	code_bytes = ALIGN_UP(MAX(code_bytes, (size_t)1 << 20), 4096);
-	j->arena_size = code_bytes;
+	eighth = code_bytes / 8 & ~(size_t)4095;
+	j->arena_size = 3 * eighth;
 	j->low_size = sizeof *j->low + j->arena_size;
 	j->low = low_alloc(j->low_size);
-	r = j->tr && j->low && low_is(j->low, j->low_size) ? jit_code_map(j, code_bytes) : -ENOMEM;
+	r = j->tr && j->low && low_is(j->low, j->low_size) ? jit_code_map(j, 4 * eighth) : -ENOMEM;
+	if (!r)
+		r = points_map(j, eighth);
 	c->jit = j;
 	if (!r && mode == JIT_LOCKSTEP)
 		r = lockstep_init(j);
@@ -82,6 +75,7 @@ void jit_cpu_free(struct cpu *c)
 	if (j->perf_map)
 		fclose(j->perf_map);
 	jit_code_unmap(j);
+	points_unmap(j);
 	low_free(j->low, j->low_size);
 	free(j->tr);
 	free(j);
@@ -98,6 +92,7 @@ void jit_flush(struct cpu *c)
 	j->hot = JIT_THUNKS;
 	j->cold = 0;
 	j->arena = 0;
+	j->npoints = 0;
 	j->gen++;
 	memset(j->low->ind, 0, sizeof j->low->ind);
 }
@@ -253,6 +248,10 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 	c->blocks->jit_want = NULL;
 	c->code_stamp = CODE_STAMP_NONE;        /* the interpreter follows no links of its own */
 	c->blocks->want = NULL;
+	if (unlikely(j->alone) && j->alone_rip == c->rip) {
+		j->alone = false;
+		return JIT_NOT;
+	}
 	if (unlikely(!k || k->rip != c->rip || k->mode != mode)) {
 		if ((mode & (BM_CODE64 | BM_SEG | BM_ONE)) != BM_CODE64 || b->cross || b == c->blocks->scratch ||
 		    c->tlb == c->tlbs[TLB_NONE] || j->off || b->runs++ < j->threshold)

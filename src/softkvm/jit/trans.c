@@ -275,8 +275,9 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 	t->in_mem = true;
 	t->in_host = false;
 	t->live = 0;
-	t->ncold = t->nfix = 0;
+	t->ncold = t->nfix = t->npoints = 0;
 	t->row = false;
+	t->rsp_off = 0;
 	t->k->links = NULL;
 	for (unsigned p = 0; p < t->nparts; p++)
 		t->part[p].at = NULL;
@@ -412,7 +413,7 @@ static void note(struct tr *t, const uint8_t *start)
 
 static void room(struct jit *j)
 {
-	if (j->hot_size - j->hot < HOT_MAX + THUNKS_MAX || j->size - j->hot_size - j->cold < COLD_MAX || j->arena_size - j->arena < ARENA_MAX)
+	if (j->points_max - j->npoints < POINTS_MAX || j->hot_size - j->hot < HOT_MAX + THUNKS_MAX || j->size - j->hot_size - j->cold < COLD_MAX || j->arena_size - j->arena < ARENA_MAX)
 		jit_flush(j->c);
 }
 
@@ -455,8 +456,10 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 		b->runs = 0;
 		return NULL;
 	}
+	points_keep(t);
 	note(t, h.p);
-	j->hot = ALIGN_UP((size_t)(t->h.p - j->rw), 16);
+	em_align(&t->h);
+	j->hot = (size_t)(t->h.p - j->rw);
 	j->cold = (size_t)(t->cold.p - j->rw) - j->hot_size;
 	b->code = k;
 	b->code_gen = j->gen;

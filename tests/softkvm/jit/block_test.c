@@ -4,6 +4,9 @@
  * instructions with jumps among them, memory operands around a few data pages (one missing, one read-only) and
  * now and then far off (non-canonical, wrapping), inside a loop that runs often enough to be translated.
  *
+ * In half of the cases the host's instructions that touch guest memory or need an extension are then replaced by undefined
+ * ones: the state at every such trap must be understood, and the result be the same (jit/resume.c).
+ *
  * Flags that an instruction leaves undefined are compared only behind one that defines them.
  */
 #include <getopt.h>
@@ -194,6 +197,17 @@ static void put_row(struct code *c)
 	}
 }
 
+/* xor edx, edx ; div by memory. Flags are undefined then. */
+static void put_div(struct code *c, uint16_t *bad)
+{
+	uint8_t w = below(2) ? 0x48 : 0x40, b[4] = { w, 0xf7, (uint8_t)(0x70 | below(4)), (uint8_t)below(256) };
+
+	c->at[c->count++] = c->n;
+	put(c, "\x31\xd2", 2);
+	put(c, b, 4);
+	*bad = 0x8d5;
+}
+
 /* A forward conditional jump over the next instruction or two; where it leads is known later. */
 static void put_jcc(struct code *c)
 {
@@ -218,6 +232,8 @@ static void make(struct code *c, bool vec)
 			put_stack(c);
 		if (!bad && below(6) == 0)
 			put_row(c);
+		if (below(16) == 0)
+			put_div(c, &bad);
 		put_random(c, vec, &bad);
 	}
 	c->at[c->count] = c->n;
@@ -382,12 +398,84 @@ static void disasm(const struct code *c, unsigned at)
 	}
 }
 
-/* -- main ------------------------------------------------------------------------------------------- */
-static bool one(unsigned seed, bool vec, unsigned *translated)
+/* -- traps ------------------------------------------------------------------------------------------ */
+static struct jit_point *point_at(const struct jit *j, uint32_t at)
 {
-	static struct result a, b;
+	for (uint32_t n = 0; n < j->npoints; n++)
+		if (j->points[n].at == at)
+			return &j->points[n];
+	return NULL;
+}
+
+/* Host instructions since `from` that use the address of a checked operand, and of which a trap would not be understood. */
+static unsigned no_point(const struct jit *j, size_t from)
+{
+	unsigned bad = 0;
+
+	for (size_t at = from; at < j->hot;) {
+		ZydisDecodedInstruction z;
+		ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
+
+		if (j->rw[at] == 0xcc) {        /* between two translations */
+			at++;
+			continue;
+		}
+		if (ZYAN_FAILED(ZydisDecoderDecodeFull(&dec, j->rw + at, 15, &z, op))) {
+			printf("code at %zx is not understood\n", at);
+			return bad + 1;
+		}
+		for (unsigned n = 0; n < z.operand_count; n++)
+			if (op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && op[n].mem.base == ZYDIS_REGISTER_R15 && z.mnemonic != ZYDIS_MNEMONIC_LEA &&
+			    !point_at(j, (uint32_t)at)) {
+				printf("%s at %zx: nobody knows the state there\n", ZydisMnemonicGetString(z.mnemonic), at);
+				bad++;
+			}
+		at += z.length;
+	}
+	return bad;
+}
+
+/* Undefined instructions in place of some (or all) of the host's that may trap: as if it had none of them. */
+static void break_code(struct jit *j)
+{
+	bool all = below(2);
+
+	for (uint32_t n = 0; n < j->npoints; n++)
+		if (all || below(3) == 0)
+			memcpy(j->rw + j->points[n].at, "\x0f\x0b", 2);
+}
+
+/* -- main ------------------------------------------------------------------------------------------- */
+static struct result interpreted, translated;
+
+static bool agree(unsigned loops)
+{
+	struct jit *jit = h.cpu.jit;
+
+	run(&translated, loops);
+	if (!differ(&interpreted, &translated, false))
+		return true;
+	/* An operand may have reached memory that only this restores. */
+	jit->off = true;
+	all_clear = true;
+	run(&interpreted, loops);
+	jit->off = false;
+	run(&translated, loops);
+	all_clear = false;
+	return !differ(&interpreted, &translated, false);
+}
+
+static bool one(unsigned seed, bool vec, unsigned *trapped)
+{
 	struct jit *jit = h.cpu.jit;
 	unsigned at = below(4) ? 0 : 4096 - 40 + below(40), loops;
+	const char *what = "";
+	size_t hot;
+	uint32_t gen;
+	bool ok;
+
+	hot = jit->hot;
+	gen = jit->gen;
 
 	make(&code, vec);
 	code_at = at;
@@ -395,37 +483,35 @@ static bool one(unsigned seed, bool vec, unsigned *translated)
 	loops = below(2) ? 24 + below(40) : 1 + below(4);
 	if (loops < 8)          /* few rounds on random data: translated before by being run often */
 		for (unsigned k = 0; k < 20; k++)
-			run(&b, 1);
+			run(&translated, 1);
 	jit->off = true;
-	run(&a, loops);
+	run(&interpreted, loops);
 	jit->off = false;
-	uint64_t before = h.cpu.stats.insns;
-	run(&b, loops);
-	*translated += h.cpu.stats.insns != before;
-// (unsigned k = 1; k < 44; k++) { jit->off = true; run(&a, k); jit->off = false; run(&b, k); printf("%u: %lx %lx  ev %d %d left %d\n", k, a.gpr[2], b.gpr[2], a.ev.valid, b.ev.valid, *(int*)(h.ram+0x500000)); }
-	if (!differ(&a, &b, false))
+	ok = agree(loops);
+	if (ok && gen == jit->gen)
+		ok = !no_point(jit, hot);
+	if (ok && below(2)) {
+		uint64_t before = jit->faults;
+
+		break_code(jit);
+		what = ", with traps";
+		ok = agree(loops);
+		*trapped += jit->faults != before;
+	}
+	if (ok)
 		return true;
-	/* An operand may have reached memory that only this restores. */
-	jit->off = true;
-	all_clear = true;
-	run(&a, loops);
-	jit->off = false;
-	run(&b, loops);
-	all_clear = false;
-	if (!differ(&a, &b, false))
-		return true;
-	printf("seed %u: %u rounds, code at %x\n", seed, loops, H_CODE + at);
+	printf("seed %u: %u rounds, code at %x%s\n", seed, loops, H_CODE + at, what);
 	disasm(&code, at);
 	for (unsigned r = 0; r < 16; r++)
 		printf("  r%-2u %16" PRIx64 "%s", r, start.gpr[r], r % 4 == 3 ? "\n" : "");
-	differ(&a, &b, true);
+	differ(&interpreted, &translated, true);
 	return false;
 }
 
 int main(int argc, char **argv)
 {
 	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { 0 } };
-	unsigned cases = 10000, seed = 1, bad = 0, translated = 0;
+	unsigned cases = 10000, seed = 1, bad = 0, trapped = 0;
 	bool vec = false;
 	int o;
 
@@ -449,9 +535,13 @@ int main(int argc, char **argv)
 	for (unsigned n = 0; n < cases && bad < 5; n++) {
 		rng = (seed + n) * 0x9e3779b97f4a7c15ULL | 1;
 		rnd(), rnd();
-		bad += !one(seed + n, vec, &translated);
+		bad += !one(seed + n, vec, &trapped);
 	}
-	printf("%u cases from seed %u: %u differ\n", cases, seed, bad);
+	printf("%u cases from seed %u: %u differ, %u met traps\n", cases, seed, bad, trapped);
+	if (cases >= 1000 && trapped < cases / 20) {
+		printf("too few met traps\n");
+		bad++;
+	}
 	jit_cpu_free(&h.cpu);
 	harness_stop();
 	return bad != 0;
