@@ -52,7 +52,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	if (rtc_create(&r, &f.env, 1700000000LL * 1000000000, NULL) || acpi_pm_create(&pm, &f.env, NULL) ||
 	    pc_ports_create(&pp, &f.env, NULL))
 		abort();
-	for (; len >= 8; data += 8, len -= 8)
+	FUZZ_EACH(data, len, 8)
 		step(&f, &u, data);
 	timer_stop(&u.timer);
 	rtc_destroy(r);

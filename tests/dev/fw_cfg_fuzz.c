@@ -42,7 +42,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	    guest_mem_add_ram(f.env.mem, "ram", 0, RAM, &(struct mem_backing){ .shared = true }, NULL) ||
 	    fw_cfg_create(&c, &f.env, NULL) || fw_cfg_add_file(c, "etc/blob", blob, sizeof blob, NULL))
 		abort();
-	for (; len >= 8; data += 8, len -= 8)
+	FUZZ_EACH(data, len, 8)
 		step(&f, data);
 	fw_cfg_destroy(c);
 	guest_mem_destroy(f.env.mem);

@@ -80,7 +80,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 			abort();
 		pci_add_express_cap(&d[i], 9);
 	}
-	for (; len >= 12; data += 12, len -= 12)
+	FUZZ_EACH(data, len, 12)
 		step(b, c.ports, c.mmio, d, data);
 	for (int i = 0; i < 2; i++) {
 		pci_device_remove(&d[i]);

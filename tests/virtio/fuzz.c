@@ -3,18 +3,18 @@
  * any offset and width, config space writes, ring and buffer contents, kicks, resets, back-end
  * events. The first byte chooses the device. Nothing may crash, hang or grow.
  *
- * With libFuzzer the entry is LLVMFuzzerTestOneInput; without, main() runs seeds or the files given.
+ * Without libFuzzer, main() runs seeds and a long life of each device, or the files given.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
+#define FUZZ_OWN_MAIN
+#include "../pci/fuzz.h"
 #include "base/log.h"
 #include "block/block.h"
 #include "virtio/virtio.h"
 #include "vt.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len);
 
 struct input { const uint8_t *p; size_t left; };
 
@@ -176,7 +176,7 @@ static void step(struct vt *t, struct input *in, struct vq *q)
 		vt_map(t);
 }
 
-static void create(struct vt *t, unsigned which, struct blk_env *be, struct device **port, struct device **port2)
+static void create(struct vt *t, unsigned which, struct blk_env *be, struct device **port, struct device **port2, bool serial)
 {
 	static const struct device_class *const cls[] = { &virtio_rng_pci_class, &virtio_net_pci_class,
 							  &virtio_serial_pci_class, &virtio_blk_pci_class, &virtio_scsi_pci_class };
@@ -189,8 +189,12 @@ static void create(struct vt *t, unsigned which, struct blk_env *be, struct devi
 		abort();
 	if (which == 4 && (vt_device(t, &scsi_hd_class, t->dev, port, &find, NULL) || vt_device(t, &scsi_cd_class, t->dev, port2, NULL, NULL)))
 		abort();
-	if (which == 2 && vt_device(t, &virtconsole_class, t->dev, port, &find, con))
-		abort();
+	if (which == 2) { /* the back end's events go to the port that came last */
+		const struct device_class *ports[] = { &virtconsole_class, &virtserialport_class };
+
+		if (vt_device(t, ports[!serial], t->dev, port, &find, con) || vt_device(t, ports[serial], t->dev, port2, &find, con))
+			abort();
+	}
 	vt_map(t);
 }
 
@@ -206,14 +210,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	vt_start(&t);
 	if (which >= 3)
 		blk_env_start(&be);
-	create(&t, which, &be, &port, &port2);
+	create(&t, which, &be, &port, &port2, len & 16);
 	q = (struct vq){ .t = &t, .size = 8 };
 	vt_negotiate(&t, UINT64_MAX & ~(which & 1 ? BIT(34) : 0));
 	for (unsigned i = 0; i < 4; i++)
 		if (len & 1 << i)
 			setup_queue(&t, &in, &q);
 	vt_driver_ok(&t);
-	for (unsigned n = 0; in.left && n < 2000; n++)
+	for (struct fuzz_watch w = { .total = len }; fuzz_next(&w, in.left, 1); )
 		step(&t, &in, &q);
 	if (port2)
 		device_free(port2);
@@ -241,11 +245,29 @@ static int run_file(const char *path)
 	return LLVMFuzzerTestOneInput(buf, n);
 }
 
+/* One long life of each device: what a guest makes it hold must not add up. */
+static int long_runs(uint64_t seed)
+{
+	size_t len = FUZZ_LONG * 4;
+	uint8_t *buf = malloc(len);
+
+	if (!buf)
+		return 2;
+	for (unsigned which = 0; which < 5; which++) {
+		fuzz_fill(buf, len, &seed);
+		buf[0] = which;
+		LLVMFuzzerTestOneInput(buf, len);
+	}
+	free(buf);
+	return 0;
+}
+
 /* fuzz [-n rounds] [-s first seed] [file...] */
 int main(int argc, char **argv)
 {
 	unsigned rounds = 400, seed = 1, files = 0;
 	static uint8_t buf[4096];
+	struct fuzz_use half = { 0 };
 
 	log_set_sink(NULL, NULL, LOG_ERROR);
 	for (int i = 1; i < argc; i++) {
@@ -256,14 +278,20 @@ int main(int argc, char **argv)
 		else if (files++, run_file(argv[i]))
 			return 1;
 	}
-	for (unsigned r = 0; !files && r < rounds; r++) {
+	if (files)
+		return 0;
+	for (unsigned r = 0; r < rounds; r++) {
 		unsigned s = seed + r;
 		size_t n = 64 + rand_r(&s) % (sizeof(buf) - 64);
 
 		for (size_t i = 0; i < n; i++)
 			buf[i] = rand_r(&s) >> 8;
 		LLVMFuzzerTestOneInput(buf, n);
+		if (r == rounds / 2)
+			half = fuzz_use();
 	}
-	return 0;
+	if (rounds > 20)
+		fuzz_check("from run to run", half, fuzz_use());
+	return long_runs(seed);
 }
 #endif
