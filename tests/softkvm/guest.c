@@ -82,8 +82,10 @@ static void set_cpuid(struct guest *g, unsigned v)
 	c->h.nent = 256;
 	MUST(gioctl(&g->sys, KVM_GET_SUPPORTED_CPUID, c, NULL));
 	for (unsigned i = 0; i < c->h.nent; i++) {
-		if (c->e[i].function == 1)
+		if (c->e[i].function == 1) {
 			c->e[i].ebx = (c->e[i].ebx & 0xffffff) | v << 24;
+			c->e[i].ecx |= 1u << 24;        /* the deadline timer, which KVM leaves to the client to add */
+		}
 		if (c->e[i].function == 0xb || c->e[i].function == 0x1f)
 			c->e[i].edx = v;
 	}

@@ -58,6 +58,8 @@ static void supported_cpuid(void **state)
 	assert_non_null(leaf(c, 1, 0));
 	assert_true(leaf(c, 1, 0)->ecx & 1u << 31);             /* hypervisor */
 	assert_true(leaf(c, 1, 0)->ecx & 1u << 21);             /* x2APIC */
+	assert_false(leaf(c, 1, 0)->ecx & 1u << 24);            /* the deadline timer comes with the LAPIC: a capability tells */
+	assert_true(gioctl(&s, KVM_CHECK_EXTENSION, (void *)KVM_CAP_TSC_DEADLINE_TIMER, NULL) > 0);
 	assert_false(leaf(c, 1, 0)->ecx & 1u << 5);             /* VMX */
 	assert_false(leaf(c, 0x80000001, 0)->ecx & 1u << 2);    /* SVM */
 	assert_memory_equal(&leaf(c, 0x40000000, 0)->ebx, "KVMKVMKVM\0\0\0", 12);
