@@ -221,7 +221,8 @@ def boot(q, cpus):
 def direct(lodge, source, tmp):
     """Debian with disk and network: who holds the interrupt chips, processor models, one and two vCPUs."""
     image = disk(tmp, "qcow2")
-    for chips, machine, cpu, cpus in (("on", "q35", "host", 2), ("split", "q35", "EPYC", 2), ("on", "pc", "qemu64", 1), ("split", "q35", "Haswell-noTSX", 1)):
+    for chips, machine, cpu, cpus in (("on", "q35", "host", 2), ("split", "q35", "EPYC", 2), ("off", "pc", "host", 1), ("on", "pc", "qemu64", 1),
+                                      ("split", "q35", "Haswell-noTSX", 1)):
         q = Qemu(lodge, tmp, "-M", machine, "-cpu", cpu, *debian(cpus), "-drive", f"file={image},if=virtio,snapshot=on", "-nic",
                  "user,model=virtio-net-pci", accel=f"kvm,kernel-irqchip={chips}")
         try:
