@@ -144,12 +144,12 @@ static int split(struct cpu *c, uint64_t lin, unsigned len, enum access acc, str
 		second = (uint32_t)second;
 	err = translate(c, lin, first, acc, as, &p[0]);
 	if (err)
-		cpu_raise_pf(c, lin, err & ~WALK_FAULT);
+		tlb_page_fault(c, lin, err, false);
 	if (first == len)
 		return 1;
 	err = translate(c, second, len - first, acc, as, &p[1]);
 	if (err)
-		cpu_raise_pf(c, second, err & ~WALK_FAULT);
+		tlb_page_fault(c, second, err, false);
 	return 2;
 }
 

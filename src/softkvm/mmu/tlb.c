@@ -294,16 +294,21 @@ static void flush_2m(struct cpu *c, uint64_t lin)
 	}
 }
 
-static void flush_4k(struct cpu *c, uint64_t lin)
+static void drop_page(struct cpu *c, uint64_t lin)
 {
 	unsigned i = tlb_index(lin);
-	struct itlb_entry *e = &c->itlb->e[(lin >> 12) % ITLB_ENTRIES];
 
-	for (unsigned m = 0; m < TLB_NONE; m++) {
+	for (unsigned m = 0; m < TLB_NONE; m++)
 		for (int w = 0; w < 2; w++)
 			if (!((table(c->tlbs[m], w)[i].tag ^ lin) >> 12))
 				drop(c, tlb_full(c->tlbs[m]), w, i);
-	}
+}
+
+static void flush_4k(struct cpu *c, uint64_t lin)
+{
+	struct itlb_entry *e = &c->itlb->e[(lin >> 12) % ITLB_ENTRIES];
+
+	drop_page(c, lin);
 	if (!((e->key ^ lin) >> 12))
 		e->key = 0;
 	for (int u = 0; u < 2; u++)
@@ -325,6 +330,20 @@ void mmu_flush_page(struct cpu *c, uint64_t lin)
 	} else {
 		flush_4k(c, lin);
 	}
+}
+
+/*
+ * Systems rely on it: they change an entry without a flush, and what meets the old one here and the new one there must meet the new
+ * one everywhere once it has faulted, or it is tried again for ever.
+ */
+void tlb_page_fault(struct cpu *c, uint64_t lin, uint32_t err, bool fetch)
+{
+	c->itlb->pwc[(lin >> 21) % PWC_ENTRIES].key = 0;
+	if (fetch)
+		flush_4k(c, lin);
+	else
+		drop_page(c, lin);
+	cpu_raise_pf(c, lin, err & ~WALK_FAULT);
 }
 
 /* -- instruction fetch ------------------------------------------------------------------------ */
@@ -352,7 +371,7 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 	check_fetch(c, lin);
 	uint32_t err = mmu_walk(c, lin, ACC_EXEC, (struct walk_as){ .user = user }, &w);
 	if (err)
-		cpu_raise_pf(c, lin, err & ~WALK_FAULT);
+		tlb_page_fault(c, lin, err, true);
 
 	struct slot *s;
 	uint64_t gpa = w.gpa & ~4095ull;

@@ -88,6 +88,12 @@ unsigned tlb_mode_of(const struct cpu *c, struct walk_as as);
 void tlb_enter(struct cpu *c, unsigned mode, bool write, uint64_t lin, uint8_t *host, const struct walk *w);
 void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size);
 
+/*
+ * A walk ended with this fault: raises it. Entries of the page go first, as a page fault does on a processor (SDM vol. 3
+ * 4.10.4.1), those of code where it was a fetch.
+ */
+_Noreturn void tlb_page_fault(struct cpu *c, uint64_t lin, uint32_t err, bool fetch);
+
 /* -- code.c: who may hold write entries, and what stores do to pages with code ------------------------------------ */
 void tlb_writer_comes(struct cpu *c, const uint8_t *host_page, uint64_t lin);
 void tlb_writer_gone(struct cpu *c, uint64_t host_page);

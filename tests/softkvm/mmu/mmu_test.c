@@ -207,6 +207,40 @@ static void test_crossing(void **state)
 	assert_memory_equal(in, out, 16);
 }
 
+/*
+ * An entry lost its write permission without a flush: a store may go by the old one until some access has met the new one
+ * (one that crosses into the next page always walks). After that #PF no store may pass.
+ */
+static void test_fault_drops_entry(void **state)
+{
+	uint64_t v = 1, two[2] = { 2, 3 };
+
+	map(PTE_P | PTE_W | PTE_U, PTE_P | PTE_W | PTE_U);
+	entry(0)[1] = (DATA + 4096) | PTE_P | PTE_W | PTE_U;
+	assert_true(try_access(ACC_WRITE, LIN + 4088, &v, 8));
+	assert_true(try_access(ACC_WRITE, LIN + 4096, &v, 8));
+	*entry(0) &= ~(uint64_t)PTE_W;
+	assert_false(try_access(ACC_WRITE, LIN + 4088, two, 16));
+	assert_int_equal(t.addr, LIN + 4088);
+	assert_false(try_access(ACC_WRITE, LIN + 4088, &v, 8));
+	assert_int_equal(ram_ld64(t.ram + DATA + 4088), 1);
+	/* And the other page's. */
+	*entry(0) |= PTE_W;
+	entry(0)[1] &= ~(uint64_t)PTE_W;
+	assert_true(try_access(ACC_WRITE, LIN + 4096, &v, 8));
+	assert_false(try_access(ACC_WRITE, LIN + 4088, two, 16));
+	assert_int_equal(t.addr, LIN + 4096);
+	assert_false(try_access(ACC_WRITE, LIN + 4096, &v, 8));
+	/* Code: gone by one rule, gone by all. */
+	entry(0)[1] |= PTE_W;
+	assert_true(try_access(ACC_EXEC, LIN, NULL, 0));
+	*entry(0) |= PTE_NX;
+	t.cpu.cpl = 3;
+	assert_false(try_access(ACC_EXEC, LIN, NULL, 0));
+	t.cpu.cpl = 0;
+	assert_false(try_access(ACC_EXEC, LIN, NULL, 0));
+}
+
 static void test_hostile_addresses(void **state)
 {
 	static const uint64_t bad[] = { 0x800000000000, 0xffff7fffffffffff, 0x7fffffffffff, 0x8000000000000000 };
@@ -601,7 +635,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
-		T(test_permissions), T(test_reserved_and_keys), T(test_crossing), T(test_hostile_addresses),
+		T(test_permissions), T(test_reserved_and_keys), T(test_crossing), T(test_fault_drops_entry), T(test_hostile_addresses),
 		T(test_dirty_log), T(test_code_versions), T(test_code_and_data), T(test_flush_and_code), T(test_pcids), T(test_remembered_directories), T(test_slot_rules), T(test_mmio),
 	};
 	return cmocka_run_group_tests_name("mmu", tests, NULL, NULL);
