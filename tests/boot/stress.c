@@ -7,7 +7,6 @@
  *
  * Ends with "stress ok" and what was done, or with a line that says what went wrong and status 1.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
