@@ -64,7 +64,7 @@ struct block_opts {
 	enum block_aio aio;
 	struct throttle_group *throttle; /* may be NULL; the block takes a reference */
 	bool discard_unmap, detect_zeroes;
-	bool auto_read_only;            /* an export that cannot be written opens read-only */
+	bool auto_read_only;            /* a file or export that may not be written opens read-only */
 	/* For the image tools. */
 	bool shared;                    /* read whatever others do with the image; take no locks */
 	bool no_backing;                /* do not open the backing file: what is not in this file reads as zeroes */
@@ -74,6 +74,8 @@ struct block_opts {
 	const char *internal;           /* read this internal snapshot (id or name) */
 };
 
+/* aio= with its value (NULL: not given), once the cache mode is known; native wants one that bypasses the page cache. */
+int block_aio_key(const char *what, const char *v, struct block_opts *b, struct err *err);
 /* Is this a protocol's name (nbd:..., json:{...}) rather than a path, so that no directory can stand before it? */
 bool block_name_is_protocol(const char *file);
 int block_open(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, struct err *err);

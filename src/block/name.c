@@ -45,6 +45,22 @@ static bool is_format(const char *driver)
 	return false;
 }
 
+int block_aio_key(const char *what, const char *v, struct block_opts *b, struct err *err)
+{
+	static const char *const names[] = { [AIO_THREADS] = "threads", [AIO_NATIVE] = "native", [AIO_IO_URING] = "io_uring" };
+
+	if (!v)
+		return 0;
+	for (unsigned i = AIO_THREADS; i < ARRAY_SIZE(names); i++)
+		if (!strcmp(v, names[i]))
+			b->aio = (enum block_aio)i;
+	if (!b->aio)
+		return err_set(err, -EINVAL, "%s: aio=%s is none of threads, native, io_uring", what, v);
+	if (b->aio == AIO_NATIVE && b->cache != CACHE_NONE && b->cache != CACHE_DIRECTSYNC)
+		return err_set(err, -EINVAL, "%s: aio=native was specified, but it requires cache.direct=on (cache=none or directsync)", what);
+	return 0;
+}
+
 /* What a node of any kind may carry. */
 static int generic_keys(struct block_opts *o, struct keyvals *l, const char *what, struct err *err)
 {
@@ -85,7 +101,7 @@ static int leaf_keys(struct block_name *n, const char *what, struct err *err)
 	if ((!driver && file) || (driver && (!strcmp(driver, "file") || !strcmp(driver, "host_device")))) {
 		if (!file)
 			return err_set(err, -EINVAL, "%s: filename= is missing", what);
-		if ((r = keyvals_only(l, what, "locking", "auto|on", err)) || (r = keyvals_only(l, what, "aio", "threads|native|io_uring", err)))
+		if ((r = keyvals_only(l, what, "locking", "auto|on", err)) || (r = block_aio_key(what, keyvals_get(l, "aio"), &n->o, err)))
 			return r;
 		r = driver ? 0 : check_name(file, err);
 		return r ? r : keyvals_end(l, what, err);

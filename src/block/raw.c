@@ -433,6 +433,11 @@ int raw_open(struct block *b, const struct block_opts *o, struct err *err)
 	struct statfs fs;
 	b->drv = &block_raw;
 	b->fd = open(b->file, (write ? O_RDWR : O_RDONLY) | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | (bypass ? O_DIRECT : 0));
+	if (b->fd < 0 && write && o->auto_read_only && (errno == EACCES || errno == EPERM || errno == EROFS)) {
+		write = false;
+		b->read_only = true;
+		b->fd = open(b->file, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | (bypass ? O_DIRECT : 0));
+	}
 	if (b->fd < 0)
 		return open_error(b->file, -errno, write, err);
 	int r = file_size(b, err);
@@ -445,6 +450,9 @@ int raw_open(struct block *b, const struct block_opts *o, struct err *err)
 		if (u && o->aio == AIO_IO_URING)
 			log_warn("%s: aio=io_uring: the kernel refuses (%s); using threads", b->file, strerror(-u));
 	}
+	if (!r && !b->loop && o->aio > AIO_THREADS)
+		log_warn("%s: aio=%s has no effect in this program, which waits for each request in a thread", b->file,
+			 o->aio == AIO_NATIVE ? "native" : "io_uring");
 	b->in_memory = !fstatfs(b->fd, &fs) && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
 	return r;
 }

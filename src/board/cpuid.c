@@ -27,6 +27,7 @@ struct feature { const char *name; uint32_t leaf, sub; uint8_t reg, bit; };
 #define F8C(n, b) { n, 0x80000001, 0, ECX, b }
 #define F8D(n, b) { n, 0x80000001, 0, EDX, b }
 #define FAB(n, b) { n, 0x80000008, 0, EBX, b }
+#define F8P(n, b) { n, 0x80000007, 0, EDX, b }
 #define FKV(n, b) { n, 0x40000001, 0, EAX, b }
 
 static const struct feature features[] = {
@@ -59,6 +60,7 @@ static const struct feature features[] = {
 	F8C("cr8legacy", 4), F8C("abm", 5), F8C("lzcnt", 5), F8C("sse4a", 6), F8C("misalignsse", 7),
 	F8C("3dnowprefetch", 8), F8C("osvw", 9), F8C("xop", 11), F8C("fma4", 16), F8C("tbm", 21),
 	F8C("topoext", 22), F8C("perfctr-core", 23),
+	F8P("invtsc", 8),
 	FAB("clzero", 0), FAB("xsaveerptr", 2), FAB("wbnoinvd", 9), FAB("ibpb", 12), FAB("ibrs", 14),
 	FAB("amd-stibp", 15), FAB("amd-ssbd", 24), FAB("virt-ssbd", 25),
 	FKV("kvmclock", 3), FKV("kvm-nopiodelay", 1), FKV("kvm-asyncpf", 4), FKV("kvm-steal-time", 5),
@@ -179,6 +181,31 @@ static void apply_model(struct cpuid *c, const char *list)
 		}
 }
 
+/* A feature that the guest should have and the provider lacks. */
+static int lacking(struct machine *m, const char *s, size_t len, struct err *err)
+{
+	if (m->cpu_enforce)
+		return err_set(err, -ENOTSUP, "-cpu: %s cannot provide '%.*s', and enforce=on", kvm_provider_name(m->kvm), (int)len, s);
+	if (m->cpu_check)
+		log_warn("-cpu: %s cannot provide '%.*s'", kvm_provider_name(m->kvm), (int)len, s);
+	return 0;
+}
+
+/* With enforce a model is more than a wish, too. */
+static int check_model(struct machine *m, const struct cpuid *all, const char *list, struct err *err)
+{
+	for (size_t len; m->cpu_enforce && *list; list += len + (list[len] == ' ')) {
+		len = strcspn(list, " ");
+		const struct feature *f = feature_find(list, len);
+		struct kvm_cpuid_entry2 *e = f ? find((struct cpuid *)all, f->leaf, f->sub) : NULL;
+		int r = !f || (e && *reg_of(e, f->reg) >> f->bit & 1) ? 0 : lacking(m, list, len, err);
+
+		if (r)
+			return r;
+	}
+	return 0;
+}
+
 static int apply_feature(struct machine *m, struct cpuid *c, const struct cpuid *all, const char *s, size_t len, bool on,
 			 struct err *err)
 {
@@ -189,8 +216,7 @@ static int apply_feature(struct machine *m, struct cpuid *c, const struct cpuid 
 		return err_set(err, -EINVAL, "-cpu: unknown feature '%.*s' (see -cpu help)", (int)len, s);
 	host = find((struct cpuid *)all, f->leaf, f->sub);
 	if (on && !(host && (*reg_of(host, f->reg) >> f->bit & 1))) {
-		log_warn("-cpu: %s cannot provide '%.*s'", kvm_provider_name(m->kvm), (int)len, s);
-		return 0;
+		return lacking(m, s, len, err);
 	}
 	e = find(c, f->leaf, f->sub);
 	if (e)
@@ -198,11 +224,32 @@ static int apply_feature(struct machine *m, struct cpuid *c, const struct cpuid 
 	return 0;
 }
 
-/* One item after the model: +x, -x, x, x=on, x=off; QEMU's own knobs that mean nothing here are taken. */
+/* check and enforce say what to do about the other items, so they are looked for before those. */
+static void find_knobs(struct machine *m, const char *s)
+{
+	static const struct { const char *text; bool enforce, on; } knobs[] = {
+		{ "check", false, true }, { "check=on", false, true }, { "check=off", false, false },
+		{ "enforce", true, true }, { "enforce=on", true, true }, { "enforce=off", true, false },
+	};
+
+	m->cpu_check = true;
+	m->cpu_enforce = false;
+	for (size_t len = 0; *s; s += len + (s[len] == ',')) {
+		len = strcspn(s, ",");
+		for (unsigned i = 0; i < ARRAY_SIZE(knobs); i++)
+			if (same_name(knobs[i].text, s, len))
+				*(knobs[i].enforce ? &m->cpu_enforce : &m->cpu_check) = knobs[i].on;
+	}
+}
+
+/* QEMU's words for what is so anyway: the address width and the caches are the host's, and all features are there. */
+static const char *const fixed[] = { "host-phys-bits", "host-phys-bits=on", "host-cache-info", "host-cache-info=on", "migratable=off",
+				     "check", "check=on", "check=off", "enforce", "enforce=on", "enforce=off" };
+
+/* One item after the model: +x, -x, x, x=on, x=off. */
 static int apply_item(struct machine *m, struct cpuid *c, const struct cpuid *all, const char *s, size_t len,
 		      struct err *err)
 {
-	static const char *const ignored[] = { "migratable", "check", "enforce", "host-phys-bits", "host-cache-info" };
 	const char *eq = memchr(s, '=', len);
 	size_t n = eq ? (size_t)(eq - s) : len, vlen = eq ? len - n - 1 : 0;
 	bool on = true;
@@ -214,9 +261,11 @@ static int apply_item(struct machine *m, struct cpuid *c, const struct cpuid *al
 			return err_set(err, -EINVAL, "-cpu: '%.*s': either +name or name=on", (int)len, s);
 		return apply_feature(m, c, all, s + 1, len - 1, *s == '+', err);
 	}
-	for (unsigned i = 0; i < ARRAY_SIZE(ignored); i++)
-		if (same_name(ignored[i], s, n))
+	for (unsigned i = 0; i < ARRAY_SIZE(fixed); i++)
+		if (same_name(fixed[i], s, len))
 			return 0;
+	if (same_name("migratable", s, len) || same_name("migratable=on", s, len))      /* the rate of the next host's TSC is another */
+		return apply_feature(m, c, all, "invtsc", 6, false, err);
 	if (eq && ((vlen == 3 && !memcmp(eq + 1, "off", 3)) || (vlen == 2 && !memcmp(eq + 1, "no", 2))))
 		on = false;
 	else if (eq && !((vlen == 2 && !memcmp(eq + 1, "on", 2)) || (vlen == 3 && !memcmp(eq + 1, "yes", 3))))
@@ -241,8 +290,11 @@ static int apply_spec(struct machine *m, struct cpuid *c, struct err *err)
 	if (!all)
 		return err_set(err, -ENOMEM, "no memory for CPUID");
 	*all = *c;
-	if (models[i].list)
+	find_knobs(m, s + len);
+	if (models[i].list) {
+		r = check_model(m, all, models[i].list, err);
 		apply_model(c, models[i].list);
+	}
 	for (s += len; *s == ',' && !r; s += len) {
 		len = strcspn(++s, ",");
 		r = apply_item(m, c, all, s, len, err);
@@ -355,6 +407,7 @@ static void add_implied(struct machine *m, struct cpuid *c)
 		return;
 	e->ecx |= 1u << 31;
 	e->ecx |= 1u << 21;
+	e->edx |= 1u << 28;     /* until the topology decides */
 	if (kvm_check_extension(m->kvm, KVM_CAP_TSC_DEADLINE_TIMER) > 0)
 		e->ecx |= 1u << 24;
 }

@@ -39,6 +39,7 @@ struct machine {
 	bool pci;                       /* false: microvm */
 	struct topology topo;
 	char *cpu_model;
+	bool cpu_check, cpu_enforce;    /* -cpu ...,check=,enforce=: say, refuse what the provider lacks */
 	struct machine_env env;
 	struct kvm *kvm;
 	struct kvm_vm *vm;

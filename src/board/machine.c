@@ -5,6 +5,7 @@
  * its lock held. They are recorded, vCPUs are asked to stop, and the loop's thread acts on them.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -322,6 +323,51 @@ static int create_chipset(struct machine *m, struct err *err)
 	return r;
 }
 
+/* By bootindex; two with one are an error. Ends with `next` NULL. */
+static int boot_after(struct machine *m, int32_t last, struct device **next, char *path, size_t len, struct err *err)
+{
+	char p[128];
+	int32_t best = INT32_MAX;
+
+	*next = NULL;
+	for (struct device *d = m->devices; d; d = d->next) {
+		int32_t i = d->cls->boot ? d->cls->boot(d, p, sizeof(p)) : -1;
+
+		if (i <= last || i > best)
+			continue;
+		if (*next && i == best)
+			return err_set(err, -EEXIST, "%s%s%s: bootindex %d is used by another device", d->cls->name, d->id ? " " : "",
+				       d->id ? d->id : "", i);
+		*next = d;
+		best = i;
+		snprintf(path, len, "%s", p);
+	}
+	return best;
+}
+
+/* The file "bootorder" as QEMU has it: a path a line, the last ended by NUL; HALT: try nothing else. */
+static int add_bootorder(struct machine *m, struct err *err)
+{
+	char path[128], *text = NULL;
+	struct device *d;
+	size_t len = 0;
+	int r = 0;
+	FILE *f = open_memstream(&text, &len);
+
+	if (!f)
+		return err_set(err, -ENOMEM, "no memory for the boot order");
+	for (int32_t at = -1; (r = boot_after(m, at, &d, path, sizeof(path), err)) >= 0 && d && at < INT32_MAX; at = r)
+		fprintf(f, "%s%s", at < 0 ? "" : "\n", path);
+	if (m->cfg.boot_strict)
+		fprintf(f, "%sHALT", ftell(f) > 0 ? "\n" : "");
+	if (fclose(f))
+		r = err_set(err, -ENOMEM, "no memory for the boot order");
+	if (r >= 0)
+		r = fw_cfg_add_file(m->fw_cfg, "bootorder", text, len ? len + 1 : 0, err);
+	free(text);
+	return r;
+}
+
 static int fill_fw_cfg(struct machine *m, struct err *err)
 {
 	uint64_t ram = m->cfg.mem_size;
@@ -341,6 +387,8 @@ static int fill_fw_cfg(struct machine *m, struct err *err)
 		r = fw_cfg_add(m->fw_cfg, FW_CFG_MAX_CPUS, &cpus, 2, err);
 	if (!r)
 		r = fw_cfg_add_file(m->fw_cfg, "etc/e820", e820, m->boot.nmap * sizeof(e820[0]), err);
+	if (!r)
+		r = add_bootorder(m, err);
 	if (!r)
 		r = fw_cfg_add(m->fw_cfg, FW_CFG_CMDLINE_DATA, m->boot.cmdline, strlen(m->boot.cmdline) + 1, err);
 	return r;

@@ -40,6 +40,7 @@ struct machine_config {
 	const char *bios;
 	bool rtc_localtime;
 	int64_t rtc_offset;             /* seconds from now, -rtc base=DATE */
+	bool boot_strict;               /* firmware tries nothing that has no bootindex */
 	bool no_reboot, no_shutdown, paused;
 	const char *name, *uuid;        /* for SMBIOS */
 	const struct machine_device *devices;

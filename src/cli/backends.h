@@ -28,7 +28,6 @@ struct backend_lookup backends_lookup(struct backends *b);
 int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, const char **group, struct err *err);
 /* opt_block.c: aio=, NULL: not given. The cache mode is set. */
 int detect_zeroes_key(const char *what, const char *v, struct block_opts *b, struct err *err);    /* after discard= */
-int block_aio_key(const char *what, const char *v, struct block_opts *b, struct err *err);
 /* Is this node the child of another, so that no device uses it by itself? */
 bool node_is_child(struct vm_opts *o, const char *name);
 

@@ -83,7 +83,7 @@ const struct tls_store *img_objects(void)
 struct block *img_open(const char *file, const struct img_open *o)
 {
 	struct block_opts b = { .file = file, .format = o->format, .read_only = !o->write, .shared = o->shared, .as_is = o->as_is,
-				.no_backing = o->no_backing, .discard_unmap = true, .internal = o->internal };
+				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal };
 	struct err err = { 0 };
 	struct block *blk;
 	if (o->cache && img_cache(o->cache, &b.cache))

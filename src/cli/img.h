@@ -23,7 +23,7 @@ int io_main(int argc, char **argv);
 int img_fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int img_usage(const char *fmt, ...) __attribute__((format(printf, 1, 2)));      /* with "Try --help" */
 /* plain: a name even with --image-opts; target: --target-image-opts decides. */
-struct img_open { const char *format, *cache, *backing, *internal; bool write, shared, no_backing, as_is, plain, target; };
+struct img_open { const char *format, *cache, *backing, *internal; bool write, shared, no_backing, as_is, plain, target, discard_ignore; };
 /* NULL after telling why. */
 struct block *img_open(const char *file, const struct img_open *o);
 /* "10G": -1 after telling why. */

@@ -15,6 +15,7 @@ struct io { struct block *b; struct img_open o; bool failed, quit; };
 
 struct io_args {
 	bool compressed, zero, unmap, quiet, verbose, fua, check, no_report;
+	bool terse;             /* -C: the report in numbers alone */
 	int pattern;            /* -1: none */
 	uint64_t off, len;
 	char *rest[8];
@@ -51,7 +52,7 @@ static int parse_args(struct io *io, int argc, char **argv, const char *shorts, 
 		case 'q': a->quiet = true; break;
 		case 'v': a->verbose = true; break;
 		case 'f': a->fua = true; break;
-		case 'C': case 'b': case 'n': case 'i': break;
+		case 'C': a->terse = true; break;
 		case 'P':
 			if (parse_u64(optarg, &v) || v > 255)
 				return bad(io, "non-numeric or too big pattern", optarg);
@@ -89,6 +90,10 @@ static void report(const char *verb, const struct io_args *a, const struct times
 	clock_gettime(CLOCK_MONOTONIC, &t1);
 	double s = (double)(t1.tv_sec - t0->tv_sec) + (double)(t1.tv_nsec - t0->tv_nsec) / 1e9;
 	s = s > 0 ? s : 1e-9;
+	if (a->terse) {
+		printf("%llu,1,%02d.%02d,%.3f,%.3f\n", (unsigned long long)a->len, (int)s, (int)(s * 100) % 100, (double)a->len / s, 1 / s);
+		return;
+	}
 	printf("%s %llu/%llu bytes at offset %llu\n%s, 1 ops; %02d.%02d sec (%s/sec and %.4f ops/sec)\n", verb, (unsigned long long)a->len,
 	       (unsigned long long)a->len, (unsigned long long)a->off, img_human(a->len, size), (int)s, (int)(s * 100) % 100,
 	       img_human((uint64_t)((double)a->len / s), rate), 1 / s);
@@ -118,7 +123,7 @@ static int io_read(struct io *io, int argc, char **argv)
 {
 	struct io_args a;
 	struct timespec t0;
-	if (parse_args(io, argc, argv, "bCqvP:", &a) || parse_range(io, &a))
+	if (parse_args(io, argc, argv, "CqvP:", &a) || parse_range(io, &a))
 		return -1;
 	uint8_t *buf = malloc(a.len + 1);
 	clock_gettime(CLOCK_MONOTONIC, &t0);
@@ -160,7 +165,7 @@ static int io_write(struct io *io, int argc, char **argv)
 {
 	struct io_args a;
 	struct timespec t0;
-	if (parse_args(io, argc, argv, "bcCfnquzP:i", &a) || parse_range(io, &a))
+	if (parse_args(io, argc, argv, "cCfquzP:", &a) || parse_range(io, &a))
 		return -1;
 	uint8_t *buf = a.zero ? NULL : malloc(a.len + 1);
 	int r = buf || a.zero ? 0 : -ENOMEM;
@@ -310,7 +315,16 @@ int io_main(int argc, char **argv)
 		case 'n': io.o.cache = "none"; break;
 		case 't': io.o.cache = optarg; break;
 		case 'U': io.o.shared = true; break;
-		case 'd': case 'i': case 'k': case 'm': break;
+		case 'd':
+			io.o.discard_ignore = !strcmp(optarg, "ignore") || !strcmp(optarg, "off");
+			if (!io.o.discard_ignore && strcmp(optarg, "unmap") && strcmp(optarg, "on"))
+				return img_fail("Invalid discard option: %s", optarg);
+			break;
+		case 'i':
+			if (strcmp(optarg, "threads"))
+				return img_fail("-i %s is not supported: images are read and written by this thread (-i threads)", optarg);
+			break;
+		case 'k': case 'm': return img_fail("-%c is not supported", c);
 		case 'V': puts("qemu-io version 7.2 (Lodge " LODGE_VERSION ")"); return 0;
 		case 's': return img_fail("-s is not supported; make an overlay with 'lodge img create -b'");
 		default:

@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "base/parse.h"
 #include "cli/img.h"
+#include "cli/backends.h"
 #include "cli/serve.h"
 #include "loop/loop.h"
 
@@ -18,7 +19,7 @@ enum { OPT_CACHE = 256, OPT_AIO, OPT_DISCARD, OPT_DETECT, OPT_NBD_OBJECT, OPT_TL
 enum { WORKERS = 16, LISTEN_MAX = 64 };
 
 struct nbd_args {
-	const char *port, *bind, *socket, *name, *desc, *format, *tls, *authz, *pidfile, *connect, *bitmap, *file;
+	const char *port, *bind, *socket, *name, *desc, *format, *tls, *authz, *pidfile, *connect, *bitmap, *file, *aio, *detect;
 	char *snapshot_id;
 	uint64_t shared, offset;
 	bool persistent, list, fork, image_opts, depth, verbose, seen_cache, socket_given;
@@ -62,7 +63,7 @@ static void help(void)
 	     "  -l, --load-snapshot=SNAPSHOT_PARAM\n                            export an internal snapshot, read-only:\n"
 	     "                            'snapshot.id=[ID],snapshot.name=[NAME]' or '[ID_OR_NAME]'\n"
 	     "  -n, --nocache             disable host cache\n      --cache=MODE          none, writeback (default), writethrough, directsync, unsafe\n"
-	     "      --aio=MODE            threads, native or io_uring\n      --discard=MODE        ignore (default) or unmap\n"
+	     "      --aio=threads         how images are read and written\n      --discard=MODE        ignore (default) or unmap\n"
 	     "      --detect-zeroes=MODE  off (default), on or unmap\n      --image-opts          treat FILE as a full set of image options\n\n"
 	     "Sockets passed by a service manager (LISTEN_FDS) are used instead of -p, -b and -k.");
 }
@@ -160,13 +161,14 @@ static int image_option(struct nbd_args *a, int c)
 	case OPT_CACHE:
 		return cache_option(a, optarg);
 	case OPT_AIO:
-		return strcmp(optarg, "threads") && strcmp(optarg, "native") && strcmp(optarg, "io_uring") ? fail("Invalid aio mode '%s'", optarg) : 0;
+		a->aio = optarg;
+		return 0;
 	case OPT_DISCARD:
 		a->b.discard_unmap = !strcmp(optarg, "unmap") || !strcmp(optarg, "on");
 		return a->b.discard_unmap || !strcmp(optarg, "ignore") || !strcmp(optarg, "off") ? 0 : fail("Invalid discard mode `%s'", optarg);
 	case OPT_DETECT:
-		a->b.detect_zeroes = !strcmp(optarg, "on") || !strcmp(optarg, "unmap");
-		return a->b.detect_zeroes || !strcmp(optarg, "off") ? 0 : fail("Failed to parse detect_zeroes mode: %s", optarg);
+		a->detect = optarg;
+		return 0;
 	case 'r': a->b.read_only = true; return 0;
 	case 's': a->b.snapshot = true; return 0;
 	case 'l': return snapshot_param(a, optarg);
@@ -248,8 +250,15 @@ static int parse_args(struct nbd_args *a, int argc, char **argv)
 	return -1;
 }
 
-static int check_args(const struct nbd_args *a)
+static int check_args(struct nbd_args *a)
 {
+	struct err err = { 0 };
+
+	/* These depend on others, which may come behind them. */
+	if (block_aio_key("--aio", a->aio, &a->b, &err) || detect_zeroes_key("--detect-zeroes", a->detect, &a->b, &err))
+		return fail("%s", err.msg);
+	if (a->b.aio > AIO_THREADS)
+		return fail("--aio=%s is not supported: images are read and written by threads (--aio=threads)", a->aio);
 	if (a->connect && (a->socket || a->port || a->bind))
 		return fail("Device connection is incompatible with -p, -b and -k");
 	if (a->tls && a->connect)

@@ -34,13 +34,13 @@ static const char *get(struct keyvals *l, const char *prefix, const char *key, c
 static int usage_keys(struct keyvals *l, const char *prefix, struct block_opts *b, struct err *err)
 {
 	const char *what = "-blockdev", *v;
-	bool ro = b->read_only, direct = b->cache == CACHE_NONE, noflush = b->cache == CACHE_UNSAFE, locking;
+	bool ro = b->read_only, direct = b->cache == CACHE_NONE, noflush = b->cache == CACHE_UNSAFE;
 	char key[64];
 	int ret;
 #define KEY(k) (get(l, prefix, k, key), key)
 
 	if ((ret = keyvals_bool(l, what, KEY("read-only"), &ro, err)) ||
-	    (ret = keyvals_bool(l, what, KEY("auto-read-only"), &locking, err)) ||
+	    (ret = keyvals_bool(l, what, KEY("auto-read-only"), &b->auto_read_only, err)) ||
 	    (ret = keyvals_bool(l, what, KEY("cache.direct"), &direct, err)) ||
 	    (ret = keyvals_bool(l, what, KEY("cache.no-flush"), &noflush, err)) ||
 	    (ret = keyvals_only(l, what, KEY("locking"), "auto|on", err)) ||

@@ -22,22 +22,6 @@ static int set_cache(struct block_opts *b, const char *what, const char *mode, s
 	return err_set(err, -EINVAL, "%s: cache=%s is none of writeback, none, writethrough, directsync, unsafe", what, mode);
 }
 
-int block_aio_key(const char *what, const char *v, struct block_opts *b, struct err *err)
-{
-	static const char *const names[] = { [AIO_THREADS] = "threads", [AIO_NATIVE] = "native", [AIO_IO_URING] = "io_uring" };
-
-	if (!v)
-		return 0;
-	for (unsigned i = AIO_THREADS; i < ARRAY_SIZE(names); i++)
-		if (!strcmp(v, names[i]))
-			b->aio = (enum block_aio)i;
-	if (!b->aio)
-		return err_set(err, -EINVAL, "%s: aio=%s is none of threads, native, io_uring", what, v);
-	if (b->aio == AIO_NATIVE && b->cache != CACHE_NONE && b->cache != CACHE_DIRECTSYNC)
-		return err_set(err, -EINVAL, "%s: aio=native was specified, but it requires cache.direct=on (cache=none or directsync)", what);
-	return 0;
-}
-
 int detect_zeroes_key(const char *what, const char *v, struct block_opts *b, struct err *err)
 {
 	if (!v)
@@ -98,7 +82,8 @@ static int drive_device(struct vm_opts *o, struct vm_drive *d, const char *what,
 	if (scsi)
 		add_scsi(o);
 	struct keyvals *l = &vmopts_add(o, devices)->opts;
-	char *text = vmopts_printf(o, "%s,drive=%s%s", cls, d->id, scsi ? ",bus=lodge-scsi.0" : "");
+	char *text = vmopts_printf(o, "%s,drive=%s%s%s%s", cls, d->id, scsi ? ",bus=lodge-scsi.0" : "", scsi && d->place ? ",scsi-id=" : "",
+				   scsi && d->place ? d->place : "");
 
 	for (unsigned i = 0; i < ARRAY_SIZE(pass); i++) {
 		const char *v = keyvals_get(&d->text, pass[i]);
@@ -127,6 +112,28 @@ static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what,
 	return keyvals_end(&d->text, what, err);
 }
 
+/*
+ * index= or unit=: the target on the SCSI bus. virtio disks stand on the PCI bus in the order of the command line, as with QEMU;
+ * there the number only has to be one of its own.
+ */
+static int drive_place(struct vm_opts *o, struct vm_drive *d, struct err *err)
+{
+	uint64_t index = UINT64_MAX, unit = UINT64_MAX;
+	int ret = keyvals_u64(&d->text, "-drive", "index", 0, 255, &index, err);
+
+	if (!ret)
+		ret = keyvals_u64(&d->text, "-drive", "unit", 0, 255, &unit, err);
+	if (ret || (index == UINT64_MAX && unit == UINT64_MAX))
+		return ret;
+	if (index != UINT64_MAX && unit != UINT64_MAX)
+		return err_set(err, -EINVAL, "-drive: index= and unit= are both given");
+	d->place = vmopts_printf(o, "%u", (unsigned)(unit == UINT64_MAX ? index : unit));
+	for (struct vm_drive *e = o->drives; e < d; e++)
+		if (e->place && d->cls && e->cls && !strncmp(d->cls, e->cls, 4) && !strcmp(d->place, e->place))
+			return err_set(err, -EEXIST, "-drive: index %s (or unit) is used twice", d->place);
+	return 0;
+}
+
 int opt_drive(struct vm_opts *o, const char *arg, struct err *err)
 {
 	struct vm_drive *d = vmopts_add(o, drives);
@@ -144,9 +151,9 @@ int opt_drive(struct vm_opts *o, const char *arg, struct err *err)
 	if (bus && cd && !strcmp(bus, "virtio"))
 		return err_set(err, -EINVAL, "-drive: there is no virtio CD drive; write if=scsi,media=cdrom");
 	d->b.read_only = cd;
-	keyvals_get(&d->text, "index"); /* the order on the command line decides, as with one bus of virtio disks */
-	keyvals_get(&d->text, "unit");
-	return finish_drive(o, d, "-drive", bus && !strcmp(bus, "none") ? NULL : cd ? "scsi-cd" : !strcmp(bus, "scsi") ? "scsi-hd" : "virtio-blk-pci", err);
+	d->cls = bus && !strcmp(bus, "none") ? NULL : cd ? "scsi-cd" : !strcmp(bus, "scsi") ? "scsi-hd" : "virtio-blk-pci";
+	ret = drive_place(o, d, err);
+	return ret ? ret : finish_drive(o, d, "-drive", d->cls, err);
 }
 
 int opt_disk(struct vm_opts *o, const char *arg, struct err *err)

@@ -74,7 +74,7 @@ static int machine_keys(struct vm_opts *o, struct keyvals *l, struct err *err)
 	/* What the machine does anyway may be said; anything else is an error. */
 	static const char *const only[][2] = {
 		{ "kernel-irqchip", "on" }, { "usb", "off" }, { "vmport", "off|auto" }, { "smm", "off|auto" },
-		{ "hpet", "off" }, { "graphics", "off" }, { "dump-guest-core", "on|off" }, { "mem-merge", "off" },
+		{ "hpet", "off" }, { "graphics", "off" }, { "mem-merge", "off" },
 		{ "nvdimm", "off" }, { "pic", "on" }, { "pit", "on" }, { "acpi", "on|auto" }, { "i8042", "on" },
 		{ "sata", "off" }, { "smbus", "off" }, { "pcspk-audiodev", "" },
 	};
@@ -91,6 +91,9 @@ static int machine_keys(struct vm_opts *o, struct keyvals *l, struct err *err)
 	}
 	if ((v = keyvals_get(l, "memory-backend")))
 		o->mem_backend = vmopts_printf(o, "%s", v);
+	int dump = keyvals_bool(l, "-machine", "dump-guest-core", &o->dump_guest_core, err);
+	if (dump)
+		return dump;
 	for (unsigned i = 0; i < ARRAY_SIZE(only); i++) {
 		int ret = keyvals_only(l, "-machine", only[i][0], only[i][1], err);
 		if (ret)
@@ -272,7 +275,7 @@ int opt_boot(struct vm_opts *o, const char *arg, struct err *err)
 
 	if (ret)
 		return ret;
-	if (!(ret = keyvals_only(&l, "-boot", "strict", "on|off", err)) &&
+	if (!(ret = keyvals_bool(&l, "-boot", "strict", &o->boot_strict, err)) &&
 	    !(ret = keyvals_only(&l, "-boot", "menu", "off", err)) &&
 	    !(ret = keyvals_only(&l, "-boot", "order", "c", err)))
 		ret = keyvals_end(&l, "-boot", err);

@@ -16,7 +16,7 @@ static const struct option_def table[] = {
 	{ "initrd", "FILE", BOTH, opt_initrd, "Initial RAM disk; for multiboot a comma-separated list of modules, each with its arguments.", NULL },
 	{ "append", "TEXT", BOTH, opt_append, "The kernel's command line.", NULL },
 	{ "bios", "FILE", BOTH, opt_bios, "Firmware image, mapped to end at 4 GiB.", NULL },
-	{ "boot", "OPTS", CTX_QEMU, opt_boot, "Only strict=on|off and menu=off: there is no boot menu.", NULL },
+	{ "boot", "OPTS", CTX_QEMU, opt_boot, "strict=on: firmware boots from nothing that has no bootindex (which devices have); menu=off: there is no boot menu.", NULL },
 
 	{ "machine", "TYPE[,KEY=VALUE...]", BOTH, opt_machine, "Machine type, q35 or microvm ('help' lists them), and accel=.", "Machine" },
 	{ "M", "TYPE[,KEY=VALUE...]", CTX_QEMU, opt_machine, NULL, NULL },

@@ -20,7 +20,7 @@ static _Noreturn void out_of_memory(void)
 void vmopts_init(struct vm_opts *o, bool qemu)
 {
 	*o = (struct vm_opts){
-		.qemu = qemu, .type = "q35", .accel = ACCEL_AUTO, .cpus = 1, .log_level = LOG_WARN,
+		.qemu = qemu, .type = "q35", .accel = ACCEL_AUTO, .cpus = 1, .log_level = LOG_WARN, .dump_guest_core = true,
 		.mem_size = qemu ? 128ull << 20 : 512ull << 20,
 	};
 	sandbox_default(&o->sandbox);

@@ -23,6 +23,8 @@ struct vm_drive {
 	struct keyvals text;
 	struct keyvals leaf;            /* file.driver=..., for the block layer */
 	char *id, *file;
+	const char *place;              /* index= or unit=, on the bus of `cls`; NULL: the next free one */
+	const char *cls;                /* of the device behind it, NULL: a -device names it */
 	struct throttle_limits limits;
 	const char *group;              /* throttling.group */
 };
@@ -40,6 +42,7 @@ struct vm_opts {
 	enum kvm_soft_mode soft_mode;
 	uint64_t mem_size;
 	unsigned cpus, sockets, cores, threads;
+	bool boot_strict, dump_guest_core;
 	bool hugepages, prealloc, mem_shared, localtime, no_reboot, no_shutdown, snapshot, nodefaults, nographic, display_none,
 	     timestamps, stats;
 	int64_t rtc_offset;

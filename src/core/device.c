@@ -157,6 +157,18 @@ static int set_mac(struct device *d, const struct prop *p, const char *value, st
 	return 0;
 }
 
+static int set_bootindex(struct device *d, const struct prop *p, const char *value, struct err *err)
+{
+	uint64_t v = 0;
+	bool none = !strcmp(value, "-1");
+	int r = none ? 0 : parse_u64(value, &v);
+
+	if (r || v > INT32_MAX)
+		return bad_value(d, p, value, r ? r : -ERANGE, err, "a number from 0 to 2147483647, or -1 for none");
+	*(int32_t *)field(d, p) = none ? -1 : (int32_t)v;
+	return 0;
+}
+
 static int set_value(struct device *d, const struct prop *p, const char *value, const struct backend_lookup *find,
 		     struct err *err)
 {
@@ -169,6 +181,8 @@ static int set_value(struct device *d, const struct prop *p, const char *value, 
 	case PROP_U64:
 	case PROP_SIZE:
 		return set_number(d, p, value, err);
+	case PROP_BOOTINDEX:
+		return set_bootindex(d, p, value, err);
 	case PROP_STR:
 		return set_str(d, p, value, err);
 	case PROP_MAC:
@@ -203,6 +217,9 @@ static int set_default(struct device *d, const struct prop *p, struct err *err)
 	case PROP_ENUM:
 		*(int *)field(d, p) = (int)p->dflt;
 		return p->dflt_str ? set_enum(d, p, p->dflt_str, err) : 0;
+	case PROP_BOOTINDEX:
+		*(int32_t *)field(d, p) = -1;
+		return 0;
 	case PROP_PCI_ADDR:
 		*(int32_t *)field(d, p) = -1;
 		return p->dflt_str ? set_pci_addr(d, p, p->dflt_str, err) : 0;

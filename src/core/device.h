@@ -17,6 +17,7 @@
 enum prop_type {
 	PROP_BOOL,      /* bool: on/off/yes/no/true/false */
 	PROP_U8, PROP_U16, PROP_U32, PROP_U64,
+	PROP_BOOTINDEX, /* int32_t place in the boot order, -1: none (the default) */
 	PROP_SIZE,      /* uint64_t with a suffix */
 	PROP_STR,       /* char *, owned by the device */
 	PROP_MAC,       /* uint8_t[6] */
@@ -87,6 +88,11 @@ struct device_class {
 	void (*destroy)(struct device *d);
 	void (*reset)(struct device *d);
 	void (*pause)(struct device *d, bool paused);           /* stop and resume back-end activity */
+	/*
+	 * What firmware may boot from: the device's bootindex, or -1, and in `path` the name that it goes by there (an Open
+	 * Firmware path as in QEMU's fw_cfg file "bootorder"). NULL: nothing to boot from.
+	 */
+	int32_t (*boot)(struct device *d, char *path, size_t len);
 };
 
 /* Set defaults, then one property from text. Errors name the device and the property. */

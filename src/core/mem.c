@@ -230,6 +230,8 @@ static int add_locked(struct guest_mem *m, struct slot *s, const struct mem_back
 		r = s->r.fd >= 0 ? map_foreign(s, s->r.fd, s->r.fd_off, err) : map_slot(s, b && b->huge, b && b->shared, err);
 	if (!r && b && b->prealloc)
 		r = prealloc_slot(s, err);
+	if (!r && b && b->no_dump && madvise(s->r.host, s->r.size, MADV_DONTDUMP))
+		r = err_set_errno(err, -errno, "memory '%s': cannot keep it out of core dumps", s->name);
 	s->id = m->view->n;
 	if (!r)
 		r = set_kvm_slot(m, s, err);

@@ -22,6 +22,7 @@ enum mem_dir { MEM_READ, MEM_WRITE };   /* seen from the device: MEM_WRITE chang
 struct mem_backing {
 	bool huge;              /* back with huge pages; an error when the host has none */
 	bool prealloc;
+	bool no_dump;           /* keep it out of core dumps */
 	bool shared;            /* over a memfd, which other processes can map; else private, fd -1 */
 };
 

@@ -92,6 +92,7 @@ static void lpc_init(struct q35 *q)
 	pci_device_init(p, "ich9-lpc", &ids, &q->lock);
 	p->opaque = q;
 	p->cfg_written = lpc_written;
+	p->multifunction = true;                        /* as in every ICH9; what is at 1f.2 and 1f.3 there is absent */
 	st_le32(p->cfg + 0x40, ACPI_PM_BASE | 1);       /* PMBASE, an I/O address */
 	p->cfg[0x44] = 0x80;                            /* ACPI_CNTL: enabled, SCI on IRQ 9 */
 	for (int i = 0; i < 8; i++) {

@@ -1,5 +1,6 @@
 /* A device's config space, its place on the bus, its capabilities and its INTx line. */
 #include <errno.h>
+#include <stdio.h>
 
 #include <linux/pci_regs.h>
 
@@ -83,16 +84,25 @@ static int pick_devfn(struct pci_bus *b, struct pci_device *p, int devfn, struct
 	return err_set(err, -ENOSPC, "%s: no free PCI slot", p->name);
 }
 
-/* Header type bit 7 of function 0 tells the guest to look at the others (PCI 3.0, 6.2.1). */
-static void mark_multifunction(struct pci_bus *b, int dev)
+/*
+ * Header type bit 7 of function 0 tells the guest to look at the others (PCI 3.0, 6.2.1). Functions may come in any order, and
+ * before the one that says so, as with QEMU.
+ */
+static int check_functions(struct pci_bus *b, struct pci_device *p, int devfn, struct err *err)
 {
-	struct pci_device *f0 = b->dev[dev * 8];
-	bool multi = false;
+	struct pci_device *f0 = b->dev[devfn & ~7];
 
-	for (int fn = 1; fn < 8; fn++)
-		multi |= b->dev[dev * 8 + fn] != NULL;
-	if (f0)
-		f0->cfg[PCI_HEADER_TYPE] = (f0->cfg[PCI_HEADER_TYPE] & 0x7f) | (multi ? 0x80 : 0);
+	if (devfn & 7) {
+		if (!f0 || f0->multifunction)
+			return 0;
+		return err_set(err, -EINVAL, "%s: PCI slot %x has a device without multifunction=on (%s), so function %x.%x would not be seen",
+			       p->name, devfn >> 3, f0->name, devfn >> 3, devfn & 7);
+	}
+	for (int fn = 1; fn < 8 && !p->multifunction; fn++)
+		if (b->dev[devfn | fn])
+			return err_set(err, -EINVAL, "%s: PCI slot %x has function %x.%x (%s), so function 0 needs multifunction=on", p->name,
+				       devfn >> 3, devfn >> 3, fn, b->dev[devfn | fn]->name);
+	return 0;
 }
 
 int pci_device_add(struct pci_bus *b, struct pci_device *p, int devfn, struct err *err)
@@ -102,11 +112,16 @@ int pci_device_add(struct pci_bus *b, struct pci_device *p, int devfn, struct er
 	pthread_mutex_lock(&b->lock);
 	devfn = pick_devfn(b, p, devfn, err);
 	if (devfn >= 0) {
+		int r = check_functions(b, p, devfn, err);
+
+		devfn = r ? r : devfn;
+	}
+	if (devfn >= 0) {
 		p->bus = b;
 		p->devfn = devfn;
 		p->intx_slot = pin ? intx_slot(b, devfn >> 3, pin - 1) : -1;
 		b->dev[devfn] = p;
-		mark_multifunction(b, devfn >> 3);
+		p->cfg[PCI_HEADER_TYPE] = (p->cfg[PCI_HEADER_TYPE] & 0x7f) | (p->multifunction ? 0x80 : 0);
 	}
 	pthread_mutex_unlock(&b->lock);
 	return devfn < 0 ? devfn : 0;
@@ -124,7 +139,6 @@ void pci_device_remove(struct pci_device *p)
 	pci_dev_unlock(p);
 	pci_bars_unmap(p);
 	b->dev[p->devfn] = NULL;
-	mark_multifunction(b, p->devfn >> 3);
 	pthread_mutex_unlock(&b->lock);
 	p->bus = NULL;
 }
@@ -227,6 +241,14 @@ void pci_set_intx(struct pci_device *p, int level)
 {
 	p->intx_level = !!level;
 	pci_intx_update(p);
+}
+
+void pci_fw_path(const struct pci_device *p, const char *name, char *buf, size_t len)
+{
+	int n = snprintf(buf, len, "/pci@i0cf8/%s@%x", name, p->devfn >> 3);
+
+	if (p->devfn & 7 && n > 0 && (size_t)n < len)
+		snprintf(buf + n, len - n, ",%x", p->devfn & 7);
 }
 
 bool pci_bus_master(const struct pci_device *p)

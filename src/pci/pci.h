@@ -42,6 +42,7 @@ struct pci_device {
 	int intx_level;                 /* what the device asked for */
 	int intx_driven;                /* what reaches the line: intx_level unless disabled */
 	int intx_slot;                  /* bus's shared line, -1: no INTx */
+	bool multifunction;             /* set before pci_device_add(): functions 1 to 7 of the slot may be there */
 	unsigned cap_next;              /* where the next capability goes */
 	/* After a config write took effect; may be NULL. */
 	void (*cfg_written)(struct pci_device *p, unsigned off, unsigned len);
@@ -70,7 +71,10 @@ void pci_bus_reset(struct pci_bus *b);
 int pci_bus_assign(struct pci_bus *b, struct err *err);
 
 void pci_device_init(struct pci_device *p, const char *name, const struct pci_ids *ids, pthread_mutex_t *lock);
-/* devfn -1: first free slot. -EBUSY names the device that sits there. */
+/*
+ * devfn -1: first free slot. -EBUSY names the device that sits there. -EINVAL: function 0 of the slot is not multifunction, so
+ * that a guest would not look for another.
+ */
 int pci_device_add(struct pci_bus *b, struct pci_device *p, int devfn, struct err *err);
 void pci_device_remove(struct pci_device *p);
 void pci_device_reset(struct pci_device *p);
@@ -106,6 +110,9 @@ void pci_config_write(struct pci_bus *b, unsigned devfn, unsigned off, uint32_t 
 struct pci_device *pci_bus_device(struct pci_bus *b, unsigned devfn);
 /* Where BAR n decodes now, 0 when it does not. */
 uint64_t pci_bar_addr(const struct pci_device *p, int n);
+
+/* Open Firmware's path of the device ("/pci@i0cf8/scsi@3"); `name` is what it does there ("scsi", "ethernet"). */
+void pci_fw_path(const struct pci_device *p, const char *name, char *buf, size_t len);
 
 bool pci_bus_master(const struct pci_device *p);
 

@@ -6,6 +6,7 @@
  * that grows up to the queues' size and is kept.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <sched.h>
 #include <stdlib.h>
 
@@ -54,6 +55,7 @@ struct blk {
 	int werror, rerror;
 	struct iothread *iothread;
 	uint32_t num_queues, queue_size;
+	int32_t bootindex;
 	uint64_t lbs, pbs;
 	int write_cache;                /* auto, on, off */
 	bool discard, write_zeroes;
@@ -556,8 +558,19 @@ static void blk_destroy(struct device *dev)
 	blk_free(d);
 }
 
+static int32_t blk_boot(struct device *dev, char *path, size_t len)
+{
+	struct blk *d = container_of(dev, struct blk, vp.dev);
+	char bus[64];
+
+	pci_fw_path(&d->vp.pci, "scsi", bus, sizeof(bus));
+	snprintf(path, len, "%s/disk@0,0", bus);
+	return d->bootindex;
+}
+
 static const struct prop blk_props[] = {
 	VIRTIO_PCI_PROPS(struct blk),
+	BOOTINDEX_PROP(struct blk, bootindex),
 	{ "drive", PROP_DRIVE, offsetof(struct blk, drive), .help = "id of a -drive or -blockdev" },
 	{ "serial", PROP_STR, offsetof(struct blk, serial), .help = "serial number, 20 characters" },
 	{ "num-queues", PROP_U32, offsetof(struct blk, num_queues), 1, .min = 1, .max = 64, .help = "request queues" },
@@ -577,5 +590,5 @@ static const struct prop blk_props[] = {
 const struct device_class virtio_blk_pci_class = {
 	.name = "virtio-blk-pci", .aliases = (const char *const[]){ "virtio-blk", NULL },
 	.desc = "virtio disk", .bus = "PCI", .props = blk_props, .size = sizeof(struct blk),
-	.create = blk_create, .destroy = blk_destroy, .reset = virtio_pci_dev_reset, .pause = blk_pause,
+	.create = blk_create, .destroy = blk_destroy, .reset = virtio_pci_dev_reset, .pause = blk_pause, .boot = blk_boot,
 };

@@ -6,6 +6,7 @@
  * kick, straight out of guest memory; when it is full the chain goes back and is tried again.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #include <linux/if_ether.h>
@@ -351,8 +352,19 @@ static void net_pause(struct device *dev, bool paused)
 		net_resume(d->netdev);
 }
 
+static int32_t net_boot(struct device *dev, char *path, size_t len)
+{
+	struct vnet *d = container_of(dev, struct vnet, vp.dev);
+	char bus[64];
+
+	pci_fw_path(&d->vp.pci, "ethernet", bus, sizeof(bus));
+	snprintf(path, len, "%s/ethernet-phy@0", bus);
+	return d->bootindex;
+}
+
 static const struct prop net_props[] = {
 	VIRTIO_PCI_PROPS(struct vnet),
+	BOOTINDEX_PROP(struct vnet, bootindex),
 	{ "netdev", PROP_NETDEV, offsetof(struct vnet, netdev), .help = "id of a -netdev" },
 	{ "mac", PROP_MAC, offsetof(struct vnet, mac), .help = "hardware address" },
 	{ "host_mtu", PROP_U16, offsetof(struct vnet, mtu), 0, .help = "MTU told to the guest, 0: none" },
@@ -370,4 +382,5 @@ const struct device_class virtio_net_pci_class = {
 	.name = "virtio-net-pci", .aliases = (const char *const[]){ "virtio-net", NULL },
 	.desc = "virtio network card", .bus = "PCI", .props = net_props, .size = sizeof(struct vnet),
 	.create = net_create, .destroy = net_destroy, .reset = virtio_pci_dev_reset, .pause = net_pause,
+	.boot = net_boot,
 };

@@ -31,6 +31,7 @@ struct vnet {
 	uint8_t mac[6];
 	uint32_t rx_size, tx_size;
 	uint16_t mtu;
+	int32_t bootindex;
 	bool mq, mrg_rxbuf, ctrl_vq, status;
 };
 

@@ -314,6 +314,8 @@ static int check_props(struct virtio_pci *p, struct err *err)
 		return err_set(err, -ENOTSUP, "%s: disable-modern=on: only modern virtio is offered", name);
 	if (p->disable_legacy == 2)
 		return err_set(err, -ENOTSUP, "%s: disable-legacy=off: legacy virtio is not offered; leave it out", name);
+	if (p->romfile && *p->romfile)
+		return err_set(err, -ENOTSUP, "%s: romfile=%s: option ROMs are not supported; leave it out or empty", name, p->romfile);
 	return 0;
 }
 
@@ -337,6 +339,7 @@ int virtio_pci_init(struct virtio_pci *p, const struct virtio_pci_config *c, str
 	p->v.irq = irq;
 	p->v.dma_allowed = dma_allowed;
 	pci_device_init(&p->pci, p->dev.cls->name, &ids, &p->v.lock);
+	p->pci.multifunction = p->multifunction;
 	p->pci.opaque = p;
 	p->pci.cfg_reading = cfg_reading;
 	p->pci.cfg_written = cfg_written;

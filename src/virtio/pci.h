@@ -19,7 +19,7 @@ struct virtio_pci {
 	uint16_t queue_select;
 	bool added;
 	/* properties */
-	int32_t addr, bootindex;
+	int32_t addr;
 	uint32_t vectors, rombar;
 	char *romfile;
 	int disable_legacy;
@@ -28,9 +28,12 @@ struct virtio_pci {
 
 extern const char *const virtio_on_off_auto[];
 
+/* For devices that firmware can boot from; `field` is an int32_t. */
+#define BOOTINDEX_PROP(type, field) \
+	{ "bootindex", PROP_BOOTINDEX, offsetof(type, field), .help = "place in the boot order that firmware reads (fw_cfg file bootorder)" }
+
 #define VIRTIO_PCI_PROPS(type) \
 	{ "addr", PROP_PCI_ADDR, offsetof(type, vp.addr), (uint64_t)-1, .help = "slot[.function]" }, \
-	{ "bootindex", PROP_U32, offsetof(type, vp.bootindex), UINT32_MAX, .help = "accepted and ignored: direct boot has no order" }, \
 	{ "vectors", PROP_U32, offsetof(type, vp.vectors), UINT32_MAX, .help = "MSI-X vectors, 0 for none" }, \
 	{ "disable-legacy", PROP_ENUM, offsetof(type, vp.disable_legacy), .dflt_str = "auto", \
 	  .values = virtio_on_off_auto, .help = "legacy is not offered: on or auto" }, \
@@ -39,9 +42,9 @@ extern const char *const virtio_on_off_auto[];
 	{ "event_idx", PROP_BOOL, offsetof(type, vp.event_idx), 1, .help = "offer event index" }, \
 	{ "indirect_desc", PROP_BOOL, offsetof(type, vp.indirect), 1, .help = "offer indirect descriptors" }, \
 	{ "queue_reset", PROP_BOOL, offsetof(type, vp.queue_reset), 1, .help = "offer reset of single queues" }, \
-	{ "multifunction", PROP_BOOL, offsetof(type, vp.multifunction), 0, .help = "accepted; set where functions are" }, \
-	{ "romfile", PROP_STR, offsetof(type, vp.romfile), .help = "accepted and ignored: there is no option ROM" }, \
-	{ "rombar", PROP_U32, offsetof(type, vp.rombar), 1, .help = "accepted and ignored" }
+	{ "multifunction", PROP_BOOL, offsetof(type, vp.multifunction), 0, .help = "other functions may stand in this slot" }, \
+	{ "romfile", PROP_STR, offsetof(type, vp.romfile), .help = "empty: there are no option ROMs" }, \
+	{ "rombar", PROP_U32, offsetof(type, vp.rombar), 1, .max = 1, .help = "whether romfile shows up as a BAR" }
 
 struct virtio_pci_config {
 	const struct virtio_ops *ops;

@@ -64,6 +64,11 @@ struct virtio_dev *scsi_vdev(struct scsi_hba *h)
 	return &h->vp.v;
 }
 
+const struct pci_device *scsi_pci(struct scsi_hba *h)
+{
+	return &h->vp.pci;
+}
+
 static uint32_t config_u32(const struct scsi_hba *h, unsigned off)
 {
 	return ld_le32(h->vp.v.config + off);

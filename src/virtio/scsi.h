@@ -61,7 +61,8 @@ struct scsi_unit {
 	/* properties */
 	struct block *drive;
 	char *serial, *product, *vendor, *ver, *device_id;
-	uint32_t target, lun, channel, bootindex;
+	uint32_t target, lun, channel;
+	int32_t bootindex;
 	uint64_t lbs, pbs, wwn;
 	uint32_t rotation_rate;
 	int werror, rerror, write_cache;
@@ -114,6 +115,7 @@ void scsi_unplug(struct scsi_hba *h, struct scsi_unit *u);
 /* Lock held: an event for the driver (VIRTIO_SCSI_T_*), or a note that one was missed. */
 void scsi_event(struct scsi_hba *h, const struct scsi_unit *u, uint32_t event, uint32_t reason);
 struct virtio_dev *scsi_vdev(struct scsi_hba *h);
+const struct pci_device *scsi_pci(struct scsi_hba *h);
 void scsi_retry(struct scsi_hba *h);
 
 #endif

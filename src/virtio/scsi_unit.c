@@ -1,9 +1,11 @@
 /* Logical units as devices: scsi-hd and scsi-cd. */
 #include <errno.h>
+#include <stdio.h>
 
 #include <linux/virtio_scsi.h>
 
 #include "base/util.h"
+#include "virtio/pci.h"
 #include "virtio/scsi.h"
 #include "virtio/virtio.h"
 
@@ -87,6 +89,16 @@ static void unit_reset(struct device *d)
 	pthread_mutex_unlock(&scsi_vdev(u->hba)->lock);
 }
 
+static int32_t unit_boot(struct device *d, char *path, size_t len)
+{
+	struct scsi_unit *u = container_of(d, struct scsi_unit, dev);
+	char bus[64];
+
+	pci_fw_path(scsi_pci(u->hba), "scsi", bus, sizeof(bus));
+	snprintf(path, len, "%s/channel@0/disk@%x,%x", bus, u->target, u->lun);
+	return u->bootindex;
+}
+
 #define UNIT_PROPS \
 	{ "drive", PROP_DRIVE, offsetof(struct scsi_unit, drive), .help = "id of a -drive or -blockdev" }, \
 	{ "scsi-id", PROP_U32, offsetof(struct scsi_unit, target), UINT32_MAX, .help = "target; the next free one" }, \
@@ -98,7 +110,7 @@ static void unit_reset(struct device *d)
 	{ "product", PROP_STR, offsetof(struct scsi_unit, product), .help = "16 characters" }, \
 	{ "ver", PROP_STR, offsetof(struct scsi_unit, ver), .help = "4 characters" }, \
 	{ "wwn", PROP_U64, offsetof(struct scsi_unit, wwn), 0, .help = "world wide name" }, \
-	{ "bootindex", PROP_U32, offsetof(struct scsi_unit, bootindex), UINT32_MAX, .help = "accepted and ignored: direct boot has no order" }, \
+	BOOTINDEX_PROP(struct scsi_unit, bootindex), \
 	{ "write-cache", PROP_ENUM, offsetof(struct scsi_unit, write_cache), .dflt_str = "auto", .values = virtio_on_off_auto, \
 	  .help = "offer a volatile write cache" }, \
 	IO_ERROR_PROPS(struct scsi_unit)
@@ -116,9 +128,9 @@ static const struct prop cd_props[] = { UNIT_PROPS, { NULL } };
 
 const struct device_class scsi_hd_class = {
 	.name = "scsi-hd", .desc = "SCSI disk", .bus = "SCSI", .props = hd_props, .size = sizeof(struct scsi_unit),
-	.create = unit_create, .destroy = unit_destroy, .reset = unit_reset,
+	.create = unit_create, .destroy = unit_destroy, .reset = unit_reset, .boot = unit_boot,
 };
 const struct device_class scsi_cd_class = {
 	.name = "scsi-cd", .desc = "SCSI CD drive, empty without drive=", .bus = "SCSI", .props = cd_props, .size = sizeof(struct scsi_unit),
-	.create = unit_create, .destroy = unit_destroy, .reset = unit_reset,
+	.create = unit_create, .destroy = unit_destroy, .reset = unit_reset, .boot = unit_boot,
 };

@@ -232,16 +232,29 @@ static void msix(void **st)
 	assert_int_equal(f->msis, 3);
 }
 
+/* As in QEMU: functions other than 0 need a function 0 that says so, in whatever order they come. */
 static void multifunction(void **st)
 {
 	struct fx *f = *st;
+	struct err err = { 0 };
 
 	assert_int_equal(rd(f->mmio, ECAM + 0xe, 1), 0);
-	pci_device_remove(&f->d[1]);
+	pci_device_remove(&f->d[1]);                            /* slot 2 has function 1 only */
+	assert_int_equal(pci_device_add(f->bus, &f->d[1], 2 << 3, &err), -EINVAL);
+	assert_non_null(strstr(err.msg, "multifunction=on"));
+	f->d[1].multifunction = true;
 	assert_int_equal(pci_device_add(f->bus, &f->d[1], 2 << 3, NULL), 0);
 	assert_int_equal(rd(f->mmio, ECAM + (2 << 15) + 0xe, 1), 0x80);
 	pci_device_remove(&f->d[2]);
-	assert_int_equal(rd(f->mmio, ECAM + (2 << 15) + 0xe, 1), 0);
+	assert_int_equal(rd(f->mmio, ECAM + (2 << 15) + 0xe, 1), 0x80);
+	assert_int_equal(pci_device_add(f->bus, &f->d[2], 1, &err), -EINVAL);   /* function 0 there is a single one */
+	assert_int_equal(pci_device_add(f->bus, &f->d[2], 2 << 3 | 7, NULL), 0);
+	char path[64];
+
+	pci_fw_path(&f->d[2], "scsi", path, sizeof(path));
+	assert_string_equal(path, "/pci@i0cf8/scsi@2,7");
+	pci_fw_path(&f->d[1], "scsi", path, sizeof(path));
+	assert_string_equal(path, "/pci@i0cf8/scsi@2");
 }
 
 int main(void)
