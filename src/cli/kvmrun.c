@@ -15,6 +15,8 @@
 #include "cli/options.h"
 
 #define OBJECT "libsoftkvm-preload.so"
+#define SCRIPT_LINE 256         /* what Linux reads of it */
+#define SCRIPT_DEPTH 4          /* scripts that interpret scripts, as many as Linux follows */
 #define CANNOT_RUN 126          /* as a shell has it */
 #define NOT_FOUND 127
 #define MAX_PROGRAM_HEADERS 256
@@ -72,9 +74,27 @@ static bool has_interpreter(int fd, const Elf64_Ehdr *h)
 	return false;
 }
 
-/* Why the preload object would not reach this program; NULL: it will (or it is a script, whose interpreter decides). */
-static const char *unreachable(const char *path)
+/* The program named after a script's #!, in `path`; false: this is no script. */
+static bool script_interpreter(int fd, char path[static SCRIPT_LINE])
 {
+	char line[SCRIPT_LINE];
+	ssize_t n = pread(fd, line, sizeof line - 1, 0);
+	size_t skip, len;
+
+	if (n < 3 || line[0] != '#' || line[1] != '!')
+		return false;
+	line[n] = 0;
+	skip = 2 + strspn(line + 2, " \t");
+	len = strcspn(line + skip, " \t\n");
+	memcpy(path, line + skip, len);
+	path[len] = 0;
+	return len > 0;
+}
+
+/* Why the preload object would not reach this program, or the one that interprets it; NULL: it will. */
+static const char *unreachable(const char *path, unsigned depth)
+{
+	char interpreter[SCRIPT_LINE];
 	const char *why = NULL;
 	struct stat st;
 	Elf64_Ehdr h;
@@ -84,6 +104,8 @@ static const char *unreachable(const char *path)
 		return NULL;    /* executable but not readable: exec will tell */
 	if (!fstat(fd, &st) && st.st_mode & (S_ISUID | S_ISGID) && geteuid())
 		why = "runs with other rights (set-user-id); such programs load nothing from outside";
+	else if (depth < SCRIPT_DEPTH && script_interpreter(fd, interpreter))
+		why = unreachable(interpreter, depth + 1);
 	else if (pread(fd, &h, sizeof h, 0) != sizeof h || memcmp(h.e_ident, ELFMAG, SELFMAG))
 		why = NULL;
 	else if (h.e_ident[EI_CLASS] != ELFCLASS64 || h.e_machine != EM_X86_64)
@@ -132,7 +154,7 @@ int verb_kvm_run(int argc, char **argv)
 		return complain(CANNOT_RUN, object, "the dynamic linker takes no path with a space or a colon");
 	if (!find_program(argv[0], program, sizeof program))
 		return complain(NOT_FOUND, argv[0], "not found");
-	why = unreachable(program);
+	why = unreachable(program, 0);
 	if (why)
 		return complain(CANNOT_RUN, program, why);
 	if (set_preload(object))

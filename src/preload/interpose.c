@@ -12,7 +12,9 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -22,6 +24,7 @@
 #pragma GCC diagnostic ignored "-Wmissing-prototypes"
 
 #define KVMIO 0xae
+#define KVM_DEVICE makedev(10, 232)
 DECLARE_REAL(open);
 DECLARE_REAL(openat);
 DECLARE_REAL(fopen);
@@ -33,6 +36,8 @@ DECLARE_REAL(pread);
 DECLARE_REAL(pwrite);
 DECLARE_REAL(readv);
 DECLARE_REAL(writev);
+DECLARE_REAL(preadv);
+DECLARE_REAL(pwritev);
 
 /* -- opening ---------------------------------------------------------------------------------- */
 static mode_t open_mode(int flags, va_list ap)
@@ -54,13 +59,28 @@ static int fresh(int fd)
 	return fd;
 }
 
+/* The same for files that a path led to: the host's KVM may stand behind a symbolic link. */
+static int opened(int fd, int flags)
+{
+	struct stat st;
+	int err = errno;
+
+	fresh(fd);
+	if (fd < 0 || flags & (O_PATH | O_DIRECTORY) || RAW(SYS_fstat, fd, &st) || !S_ISCHR(st.st_mode) || st.st_rdev != KVM_DEVICE) {
+		errno = err;
+		return fd;
+	}
+	RAW(SYS_close, fd);
+	return kvm_open(flags & ~(O_CREAT | O_EXCL));
+}
+
 #define OPEN_BODY(dirfd, path, flags, call) do { \
 	va_list ap; \
 	mode_t mode; \
 	va_start(ap, flags); \
 	mode = open_mode(flags, ap); \
 	va_end(ap); \
-	return kvm_path(dirfd, path) && !(flags & O_PATH) ? kvm_open(flags) : fresh(call); \
+	return kvm_path(dirfd, path) && !(flags & O_PATH) ? kvm_open(flags) : opened(call, flags); \
 } while (0)
 
 int open(const char *path, int flags, ...)
@@ -322,6 +342,11 @@ IO(true, ssize_t, pwrite, (int fd, const void *buf, size_t n, off_t off), (fd, b
 IO(false, ssize_t, readv, (int fd, const struct iovec *v, int n), (fd, v, n))
 IO(true, ssize_t, writev, (int fd, const struct iovec *v, int n), (fd, v, n))
 
+IO(false, ssize_t, preadv, (int fd, const struct iovec *v, int n, off_t off), (fd, v, n, off))
+IO(true, ssize_t, pwritev, (int fd, const struct iovec *v, int n, off_t off), (fd, v, n, off))
+
+ssize_t preadv64(int fd, const struct iovec *v, int n, off_t off) { return preadv(fd, v, n, off); }
+ssize_t pwritev64(int fd, const struct iovec *v, int n, off_t off) { return pwritev(fd, v, n, off); }
 ssize_t pread64(int fd, void *buf, size_t n, off_t off) { return pread(fd, buf, n, off); }
 ssize_t pwrite64(int fd, const void *buf, size_t n, off_t off) { return pwrite(fd, buf, n, off); }
 
@@ -347,13 +372,37 @@ static long call_on_ours(long nr, long a, long b, long c, long d, long e, long f
 	case SYS_write: return write((int)a, (const void *)b, (size_t)c);
 	case SYS_pread64: return pread((int)a, (void *)b, (size_t)c, d);
 	case SYS_pwrite64: return pwrite((int)a, (const void *)b, (size_t)c, d);
+	case SYS_readv: return readv((int)a, (const struct iovec *)b, (int)c);
+	case SYS_writev: return writev((int)a, (const struct iovec *)b, (int)c);
+	case SYS_fstat: return fstat((int)a, (struct stat *)b);
 	default: return raw_call(nr, a, b, c, d, e, f);
 	}
 }
 
+/* Calls that ask about a path. False: it is none of those, or not /dev/kvm's. */
+static bool call_on_path(long nr, long a, long b, long c, long d, long e, long *r)
+{
+	bool at = nr == SYS_newfstatat || nr == SYS_statx || nr == SYS_faccessat || nr == SYS_faccessat2;
+	int dirfd = at ? (int)a : AT_FDCWD, flags = nr == SYS_newfstatat ? (int)d : nr == SYS_statx ? (int)c : 0;
+	const char *path = (const char *)(at ? b : a);
+
+	if (!at && nr != SYS_stat && nr != SYS_lstat && nr != SYS_access)
+		return false;
+	if (!kvm_path(dirfd, path) && !(flags & AT_EMPTY_PATH && table_maybe(dirfd)))
+		return false;
+	switch (nr) {
+	case SYS_stat: case SYS_lstat: *r = stat(path, (struct stat *)b); break;
+	case SYS_access: *r = access(path, (int)b); break;
+	case SYS_newfstatat: *r = fstatat(dirfd, path, (struct stat *)c, flags); break;
+	case SYS_statx: *r = statx(dirfd, path, flags, (unsigned)d, (struct statx *)e); break;
+	default: *r = faccessat(dirfd, path, (int)c, nr == SYS_faccessat2 ? (int)d : 0); break;
+	}
+	return true;
+}
+
 long syscall(long nr, ...)
 {
-	long a, b, c, d, e, f;
+	long a, b, c, d, e, f, r;
 	va_list ap;
 
 	va_start(ap, nr);
@@ -378,5 +427,7 @@ long syscall(long nr, ...)
 			return call_on_ours(nr, a, b, c, d, e, f);
 		break;
 	}
+	if (call_on_path(nr, a, b, c, d, e, &r))
+		return r;
 	return table_maybe((int)a) ? call_on_ours(nr, a, b, c, d, e, f) : raw_call(nr, a, b, c, d, e, f);
 }

@@ -148,6 +148,12 @@ void *kvm_mmap(struct pfile *p, void *addr, size_t len, int prot, int flags, off
 	/* The dirty ring is shared with the guest's side: no private copy, no code. */
 	if (off >= KVM_DIRTY_LOG_PAGE_OFFSET * 4096 && (!(flags & MAP_SHARED) || prot & PROT_EXEC))
 		return errno = EINVAL, MAP_FAILED;
+	/* MAP_FIXED_NOREPLACE: is it free? What is mapped here gives way below. */
+	if (flags & MAP_FIXED_NOREPLACE && !(flags & MAP_FIXED)) {
+		at = (void *)RAW(SYS_mmap, addr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+		if (at == MAP_FAILED)
+			return at;
+	}
 	m = softkvm_mmap(p->file, len, (uint64_t)off);
 	if (m == MAP_FAILED)
 		return m;

@@ -1,4 +1,7 @@
-/* /dev/kvm as the stat and access families see it: a character device that everybody may use. */
+/*
+ * The stat and access families. /dev/kvm is a character device that everybody may use; a VM, a vCPU and its statistics are
+ * anonymous inodes, which are of no type: a memfd's type and size would have callers hold them against a mapping's length.
+ */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
@@ -25,6 +28,7 @@ DECLARE_REAL(faccessat);
 
 #define KVM_MAJOR 10            /* misc */
 #define KVM_MINOR 232
+#define ANON_MODE 0600          /* and no type */
 
 static void describe(struct stat *st)
 {
@@ -38,26 +42,45 @@ static void describe(struct stat *st)
 	st->st_atim = st->st_ctim = st->st_mtim;
 }
 
-static bool is_system(int fd)
+/* What `fd` is: FILE_TYPES when it is not ours. */
+static enum file_type type_of(int fd)
 {
 	struct pfile *p = table_maybe(fd) ? table_get_checked(fd) : NULL;
-	bool yes = p && p->type == FILE_KVM;
+	enum file_type type = p ? p->type : FILE_TYPES;
 
 	if (p)
 		table_put(p);
-	return yes;
+	return type;
+}
+
+static int describe_fd(enum file_type type, int fd, struct stat *st)
+{
+	if (type == FILE_KVM)
+		return describe(st), 0;
+	if (REAL(fstat)(fd, st))
+		return -1;
+	st->st_mode = ANON_MODE;
+	st->st_size = st->st_blocks = 0;
+	return 0;
 }
 
 int fstat(int fd, struct stat *st)
 {
-	return is_system(fd) ? describe(st), 0 : REAL(fstat)(fd, st);
+	enum file_type type = type_of(fd);
+
+	return type == FILE_TYPES ? REAL(fstat)(fd, st) : describe_fd(type, fd, st);
+}
+
+static enum file_type type_at(int dirfd, const char *path, int flags)
+{
+	return flags & AT_EMPTY_PATH && (!path || !*path) ? type_of(dirfd) : FILE_TYPES;
 }
 
 int fstatat(int dirfd, const char *path, struct stat *st, int flags)
 {
-	if (kvm_path(dirfd, path) || (!*path && flags & AT_EMPTY_PATH && is_system(dirfd)))
-		return describe(st), 0;
-	return REAL(fstatat)(dirfd, path, st, flags);
+	enum file_type type = kvm_path(dirfd, path) ? FILE_KVM : type_at(dirfd, path, flags);
+
+	return type == FILE_TYPES ? REAL(fstatat)(dirfd, path, st, flags) : describe_fd(type, dirfd, st);
 }
 
 int stat(const char *path, struct stat *st) { return fstatat(AT_FDCWD, path, st, 0); }
@@ -71,8 +94,17 @@ int lstat64(const char *path, struct stat64 *st) { return lstat(path, (struct st
 
 int statx(int dirfd, const char *path, int flags, unsigned mask, struct statx *x)
 {
-	if (!kvm_path(dirfd, path) && !(!*path && flags & AT_EMPTY_PATH && is_system(dirfd)))
+	enum file_type type = kvm_path(dirfd, path) ? FILE_KVM : type_at(dirfd, path, flags);
+
+	if (type == FILE_TYPES)
 		return REAL(statx)(dirfd, path, flags, mask, x);
+	if (type != FILE_KVM) {
+		if (REAL(statx)(dirfd, path, flags, mask, x))
+			return -1;
+		x->stx_mode = ANON_MODE;
+		x->stx_size = x->stx_blocks = 0;
+		return 0;
+	}
 	memset(x, 0, sizeof *x);
 	x->stx_mask = STATX_TYPE | STATX_MODE | STATX_NLINK | STATX_UID | STATX_GID | STATX_INO;
 	x->stx_blksize = 4096;

@@ -48,6 +48,9 @@ static void opening(void)
 	FAILS(open("/dev/kvm", O_RDWR | O_CREAT | O_EXCL, 0600), EEXIST);
 	CHECK(stat("/dev/kvm", &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == makedev(10, 232));
 	CHECK(access("/dev/kvm", R_OK | W_OK) == 0);
+	CHECK(syscall(SYS_access, "/dev/kvm", R_OK | W_OK) == 0);
+	CHECK(syscall(SYS_faccessat2, dir, "kvm", R_OK, 0) == 0);
+	CHECK(syscall(SYS_newfstatat, AT_FDCWD, "/dev/kvm", &st, 0) == 0 && st.st_rdev == makedev(10, 232));
 	CHECK((fd = open("/dev/null", O_RDWR)) >= 0);
 	FAILS(ioctl(fd, KVM_GET_API_VERSION, 0), ENOTTY);
 	close(fd);
@@ -69,11 +72,55 @@ static void other_calls(struct client *c)
 	CHECK(mmap(NULL, 4096, PROT_READ, MAP_SHARED, c->vm, 0) == MAP_FAILED && errno == ENODEV);
 	CHECK(poll(&p, 1, 0) == 1 && p.revents == (POLLIN | POLLOUT));
 	FAILS(epoll_ctl(ep, EPOLL_CTL_ADD, c->vm, &e), EPERM);
+	FAILS(preadv(c->sys, &(struct iovec){ b, 1 }, 1, 0), EINVAL);
 	CHECK(fstat(c->sys, &st) == 0 && S_ISCHR(st.st_mode));
+	/* Anonymous inodes are of no type: who maps a vCPU shall not hold the length against the size of a file. */
+	CHECK(fstat(c->vcpu, &st) == 0 && !(st.st_mode & S_IFMT) && st.st_size == 0);
+	CHECK(syscall(SYS_fstat, c->vm, &st) == 0 && !(st.st_mode & S_IFMT));
+	CHECK(fstatat(c->vm, "", &st, AT_EMPTY_PATH) == 0 && !(st.st_mode & S_IFMT));
 	CHECK(ioctl(c->vm, FIOCLEX) == 0);
 	FAILS(ioctl(c->sys, 0x1234, 0), ENOTTY);
 	FAILS(ioctl(c->vcpu, 0x1234, 0), EINVAL);
 	close(ep);
+}
+
+/* Where the host has a KVM, a link to it leads to softkvm all the same. */
+static void linked(void)
+{
+	char dir[] = "/tmp/preload-XXXXXX", link[64];
+	int fd;
+
+	CHECK(mkdtemp(dir));
+	snprintf(link, sizeof link, "%s/kvm", dir);
+	CHECK(symlink("/dev/kvm", link) == 0);
+	fd = open(link, O_RDWR);
+	unlink(link);
+	rmdir(dir);
+	if (fd < 0) {
+		CHECK(errno == ENOENT || errno == EACCES);
+		return;
+	}
+	version(fd);
+	snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+	char target[64] = { 0 };
+	CHECK(readlink(link, target, sizeof target - 1) > 0 && strstr(target, "softkvm"));
+	close(fd);
+}
+
+/* A place asked for is taken, but not from another mapping. */
+static void placed(struct client *c)
+{
+	char *room = mmap(NULL, 3 * c->run_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct kvm_run *again;
+
+	CHECK(room != MAP_FAILED);
+	CHECK(mmap(room, c->run_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, c->vcpu, 0) == MAP_FAILED && errno == EEXIST);
+	munmap(room, c->run_size);
+	again = mmap(room, c->run_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, c->vcpu, 0);
+	CHECK((char *)again == room);
+	c->run->exit_reason = 77;
+	CHECK(again->exit_reason == 77);
+	munmap(room, 3 * c->run_size);
 }
 
 static void duplicates(struct client *c)
@@ -193,6 +240,8 @@ int main(int argc, char **argv)
 	client_start(&c, code_hlt, 1);
 	run_hlt(&c);
 	other_calls(&c);
+	linked();
+	placed(&c);
 	duplicates(&c);
 	forks(&c);
 	passed(argv[0]);

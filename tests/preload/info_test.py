@@ -52,6 +52,10 @@ def refusals():
         if subprocess.run(["cc", "-static", "-o", static, "-x", "c", "-"], input="int main(void) { return 0; }", text=True, check=False).returncode == 0:
             r = run("kvm-run", "--", static)
             assert r.returncode not in (0, -11) and "static" in r.stderr, r
+            with open(script, "w", encoding="ascii") as f:
+                f.write(f"#!{static}\n")
+            r = run("kvm-run", "--", script)
+            assert r.returncode == 126 and "static" in r.stderr, r
         if os.geteuid() == 0:
             return          # a set-user-id program of root's gives root nothing
         privileged = os.path.join(tmp, "privileged")
