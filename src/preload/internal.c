@@ -2,6 +2,7 @@
  * softkvm's own descriptors. The object is linked with --wrap for these functions: what softkvm opens is moved out
  * of the way of the program's numbers (some expect the lowest) and kept from its close_range().
  */
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -17,8 +18,6 @@
 #include "preload/preload.h"
 
 #pragma GCC diagnostic ignored "-Wmissing-prototypes"
-
-int __real_signalfd(int fd, const sigset_t *mask, int flags);
 
 static int keep(int fd)
 {
@@ -43,13 +42,13 @@ int __wrap_epoll_create1(int flags) { return keep((int)RAW(SYS_epoll_create1, fl
 
 int __wrap_signalfd(int fd, const sigset_t *mask, int flags)
 {
-	int r = __real_signalfd(fd, mask, flags);
+	int r = (int)RAW(SYS_signalfd4, fd, mask, sizeof(uint64_t), flags);
 
 	return fd < 0 ? keep(r) : r;
 }
 
-/* softkvm duplicates the client's eventfds; other commands pass. */
-int __wrap_fcntl(int fd, int cmd, ...)
+/* softkvm duplicates the client's eventfds; other commands pass. Its files are compiled for 64-bit offsets, hence the names. */
+int __wrap_fcntl64(int fd, int cmd, ...)
 {
 	va_list ap;
 	long arg, r;
@@ -59,6 +58,23 @@ int __wrap_fcntl(int fd, int cmd, ...)
 	va_end(ap);
 	r = RAW(SYS_fcntl, fd, cmd, arg);
 	return cmd == F_DUPFD_CLOEXEC ? keep((int)r) : (int)r;
+}
+
+/*
+ * Nothing that softkvm maps is a file of ours: spare it the look. ThreadSanitizer has to hear of it, or takes what two
+ * threads have one after the other at one address for a race.
+ */
+void *__wrap_mmap64(void *addr, size_t len, int prot, int flags, int fd, off_t off)
+{
+#ifdef __SANITIZE_THREAD__
+	__typeof__(&mmap) heard = (__typeof__(&mmap))dlsym(RTLD_DEFAULT, "mmap");
+
+	addr = heard(addr, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (flags & (MAP_32BIT | MAP_FIXED)), -1, 0);
+	if (addr == MAP_FAILED)
+		return addr;
+	flags |= MAP_FIXED;
+#endif
+	return (void *)RAW(SYS_mmap, addr, len, prot, flags, fd, off);
 }
 
 int __wrap_close(int fd)

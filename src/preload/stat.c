@@ -92,6 +92,16 @@ int fstatat64(int dirfd, const char *path, struct stat64 *st, int flags) { retur
 int stat64(const char *path, struct stat64 *st) { return stat(path, (struct stat *)st); }
 int lstat64(const char *path, struct stat64 *st) { return lstat(path, (struct stat *)st); }
 
+/* What programs built against a C library before 2.33 call; `ver` tells layouts of the structure that x86-64 has one of. */
+int __fxstat(int ver, int fd, struct stat *st) { return fstat(fd, st); }
+int __xstat(int ver, const char *path, struct stat *st) { return stat(path, st); }
+int __lxstat(int ver, const char *path, struct stat *st) { return lstat(path, st); }
+int __fxstatat(int ver, int dirfd, const char *path, struct stat *st, int flags) { return fstatat(dirfd, path, st, flags); }
+int __fxstat64(int ver, int fd, struct stat64 *st) { return fstat64(fd, st); }
+int __xstat64(int ver, const char *path, struct stat64 *st) { return stat64(path, st); }
+int __lxstat64(int ver, const char *path, struct stat64 *st) { return lstat64(path, st); }
+int __fxstatat64(int ver, int dirfd, const char *path, struct stat64 *st, int flags) { return fstatat64(dirfd, path, st, flags); }
+
 int statx(int dirfd, const char *path, int flags, unsigned mask, struct statx *x)
 {
 	enum file_type type = kvm_path(dirfd, path) ? FILE_KVM : type_at(dirfd, path, flags);

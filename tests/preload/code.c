@@ -245,5 +245,6 @@ int main(int argc, char **argv)
 	changes_at_exits(&g, rounds);
 	changes_of_slots(&g, 400);
 	changes_while_running(&g, rounds / 20);
+	close_range((unsigned)g.sys, (unsigned)g.vcpu[1], 0);
 	return 0;
 }

@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <spawn.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -228,6 +229,34 @@ static void close_all_above(struct client *c)
 	free(m);
 }
 
+/* The same for the eventfds that softkvm keeps copies of: interrupts still arrive. */
+static void irqfd_outlives_close_range(void)
+{
+	struct client c;
+	struct kvm_irqchip pic = { .chip_id = KVM_IRQCHIP_PIC_MASTER };
+	struct kvm_irqfd irq = { .gsi = 5 };
+	int e;
+
+	client_start(&c, code_hlt, 1);
+	close(c.vcpu);
+	CHECK(munmap(c.run, c.run_size) == 0);
+	close(c.vm);
+	CHECK((c.vm = ioctl(c.sys, KVM_CREATE_VM, 0)) >= 0);
+	client_vcpu(&c, true);
+	CHECK((e = eventfd(0, EFD_CLOEXEC)) > c.vcpu);
+	irq.fd = (uint32_t)e;
+	CHECK(ioctl(c.vm, KVM_IRQFD, &irq) == 0);
+	CHECK(close_range((unsigned)e + 1, ~0u, 0) == 0);
+	CHECK(eventfd_write(e, 1) == 0);
+	for (int i = 0; i < 10000 && !(pic.chip.pic.irr & 0x20); i++) {
+		CHECK(ioctl(c.vm, KVM_GET_IRQCHIP, &pic) == 0);
+		usleep(1000);
+	}
+	CHECK(pic.chip.pic.irr & 0x20);
+	close(e);
+	client_stop(&c);
+}
+
 int main(int argc, char **argv)
 {
 	struct client c;
@@ -247,5 +276,6 @@ int main(int argc, char **argv)
 	passed(argv[0]);
 	close_all_above(&c);
 	client_stop(&c);
+	irqfd_outlives_close_range();
 	return 0;
 }
