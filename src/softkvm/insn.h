@@ -68,6 +68,8 @@ bool vec_decode(struct insn *i, const struct decoded *d);      /* x87, MMX, SSE.
 void insn_set_mem(struct insn *i, const struct decoded *d, const ZydisDecodedOperand *op);
 /* Byte offset into gpr[] of a general-purpose register operand (AH..BH included). */
 uint8_t insn_reg_off(ZydisRegister r);
+/* SEG_* of an operand's segment register; SEG_DS of any other. */
+uint8_t insn_seg(ZydisRegister r);
 /* Raises #UD: what undefined bytes, bad LOCK prefixes and features not offered decode to. */
 insn_fn op_ud;
 

@@ -107,6 +107,24 @@ void block_flush(struct cpu *c)
 	c->code_stamp = CODE_STAMP_NONE;
 }
 
+/* What is known of the data segments: as seg_lin() checks them. */
+static uint32_t data_segments(const struct cpu *c)
+{
+	uint32_t m = BM_FLAT;
+
+	for (unsigned n = SEG_ES; n <= SEG_GS; n++) {
+		const struct seg *s = &c->seg[n];
+
+		if (n == SEG_CS)
+			continue;
+		if (!s->unusable && (s->type & 14) == 2)
+			m |= BM_SEG_DATA << n;
+		if (n <= SEG_DS && (s->base || s->limit != UINT32_MAX))
+			m &= ~(uint32_t)BM_FLAT;
+	}
+	return m;
+}
+
 uint32_t block_mode(const struct cpu *c, bool one)
 {
 	const struct seg *cs = &c->seg[SEG_CS];
@@ -116,7 +134,8 @@ uint32_t block_mode(const struct cpu *c, bool one)
 		m |= BM_CODE64 | BM_STACK64;
 	else
 		m |= (c->code_bits == 32 ? BM_CODE32 : BM_CODE16) | (c->stack_bits == 32 ? BM_STACK32 : BM_STACK16) |
-		     (c->real || c->vm86 ? BM_REAL : 0) | (cs->base || cs->limit != UINT32_MAX ? BM_SEG : 0);
+		     (c->real || c->vm86 ? BM_REAL : c->code_bits == 32 ? data_segments(c) : 0) |
+		     (cs->base || cs->limit != UINT32_MAX ? BM_SEG : 0);
 	return m | (c->smm ? BM_SMM : 0) | (c->cpl == 3 ? BM_USER : 0) |
 	       (c->tlb == c->tlbs[TLB_KERNEL_AC] ? BM_AC : 0);
 }
@@ -457,7 +476,7 @@ static bool same_again(struct cpu *c, struct block_fast *e, uint64_t stamp)
 	struct block *b = e->blk;
 	struct code_page pg;
 
-	if (!e->stamp || (uint32_t)e->stamp != (uint32_t)stamp || !(stamp & BM_CODE64) || (stamp & BM_ONE) || b->cross)
+	if (!e->stamp || (uint32_t)e->stamp != (uint32_t)stamp || (stamp & (BM_SEG | BM_ONE)) || b->cross)
 		return false;
 	block_no_insn(c);
 	mmu_fetch(c, e->rip, &pg);

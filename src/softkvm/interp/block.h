@@ -37,6 +37,9 @@ enum {
 	BM_USER = 128,          /* CPL 3: fetch permission; not part of the physical key */
 	BM_SEG = 256,           /* CS has a base or a limit: no links; not part of the physical key */
 	BM_AC = 512,            /* kernel code that may touch user pages (SMAP on, EFLAGS.AC set); not part of the physical key */
+	/* 32-bit code, for the translator: bit SEG_* says that the segment is data, may be written and does not expand down; in CS's place ... */
+	BM_SEG_DATA = 1 << 10,
+	BM_FLAT = BM_SEG_DATA << SEG_CS,        /* ... that those of ES, SS and DS have no base and 4 GiB */
 };
 #define BM_PHYS_MASK (~(uint32_t)(BM_USER | BM_SEG | BM_AC))
 
@@ -118,6 +121,14 @@ static inline struct code_page block_page(const struct block *b)
 {
 	return (struct code_page){ .gpa = b->gpa & ~4095ULL, .host = b->host - (b->gpa & 4095), .lines = b->lines,
 				   .ver = b->cross ? block_cross(b)->ver : (_Atomic uint32_t *)(uintptr_t)b->ver };
+}
+
+/* Code of this mode can be translated (jit/): 64-bit, and 32-bit with a flat code segment and a 32-bit stack in data that does not expand down. */
+static inline bool block_mode_translates(uint32_t mode)
+{
+	const uint32_t look = BM_CODE32 | BM_STACK32 | BM_SEG | BM_REAL | BM_SEG_DATA << SEG_SS;
+
+	return (mode & BM_CODE64) || (mode & look) == (BM_CODE32 | BM_STACK32 | BM_SEG_DATA << SEG_SS);
 }
 
 /* Current mode bits. `one`: a block of one instruction is wanted. */

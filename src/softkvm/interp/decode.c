@@ -34,7 +34,7 @@ uint8_t insn_reg_off(ZydisRegister r)
 	return (uint8_t)(n * 8 + high);
 }
 
-static uint8_t seg_number(ZydisRegister r)
+uint8_t insn_seg(ZydisRegister r)
 {
 	switch (r) {
 	case ZYDIS_REGISTER_ES: return SEG_ES;
@@ -53,7 +53,7 @@ void insn_set_mem(struct insn *i, const struct decoded *d, const ZydisDecodedOpe
 	int64_t disp = m->disp.has_displacement ? m->disp.value : 0;
 
 	i->flags |= IF_MEM;
-	i->seg = seg_number(m->segment);
+	i->seg = insn_seg(m->segment);
 	i->base = rip ? R_BLK : (uint8_t)reg_number(m->base, &high);
 	i->index = m->index == ZYDIS_REGISTER_NONE ? R_ZERO : (uint8_t)reg_number(m->index, &high);
 	i->scale = m->scale == 8 ? 3 : m->scale == 4 ? 2 : m->scale == 2 ? 1 : 0;

@@ -66,12 +66,41 @@ void gen_put(struct tr *t, unsigned guest, unsigned host)
 static const ZydisDecodedOperandMem *mem_operand(const struct tinsn *i)
 {
 	for (unsigned n = 0; n < i->z.operand_count; n++)
-		if (i->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && i->op[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM)
+		if (i->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && (i->op[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM ||
+								   i->op[n].encoding == ZYDIS_OPERAND_ENCODING_DISP16_32_64))
 			return &i->op[n].mem;
 	return NULL;
 }
 
-bool gen_address_at(struct tr *t, unsigned n, int64_t disp)
+bool tr_seg_flat(const struct tr *t, unsigned seg)
+{
+	uint32_t ok = BM_FLAT | BM_SEG_DATA << seg;
+
+	return seg != SEG_FS && seg != SEG_GS && (tr_64(t) || (seg != SEG_CS && (t->k->mode & ok) == ok));
+}
+
+/* ST from an offset in the segment to a linear address. `k` gets what is beyond a limit. False: its handler knows. */
+static bool gen_segment(struct tr *t, struct cold *k, unsigned seg, unsigned size)
+{
+	const struct seg *s = &t->c->seg[seg];
+	struct em *e = &t->h;
+
+	if (tr_seg_flat(t, seg))
+		return true;
+	if (!tr_64(t)) {
+		if (seg == SEG_CS || !(t->k->mode & BM_SEG_DATA << seg))
+			return false;
+		em_load32(e, SC, &s->limit);
+		em_mem(e, true, 0x8d, SC, SC, -1, 0, 1 - (int32_t)size);        /* the highest offset: may be negative */
+		EM(e, 0x49, 0x39, 0xcf);                                        /* cmp r15, rcx */
+		cold_from(k, em_jcc(e, 15));                                    /* jg */
+	}
+	em_op_abs(e, tr_64(t), 0x03, ST, &s->base);
+	return true;
+}
+
+/* ST = offset in its segment. */
+static bool gen_address_at(struct tr *t, unsigned n, int64_t disp)
 {
 	const struct tinsn *i = &t->t[n];
 	const ZydisDecodedOperandMem *m = mem_operand(i);
@@ -100,16 +129,7 @@ bool gen_address_at(struct tr *t, unsigned n, int64_t disp)
 			em_mem(&t->h, wide, 0x8d, ST, base, index,
 			       m->scale == 8 ? 3 : m->scale == 4 ? 2 : m->scale == 2 ? 1 : 0, (int32_t)disp);
 	}
-	if (m->segment == ZYDIS_REGISTER_FS || m->segment == ZYDIS_REGISTER_GS)
-		em_op_abs(&t->h, true, 0x03, ST, &t->c->seg[m->segment == ZYDIS_REGISTER_FS ? SEG_FS : SEG_GS].base);
 	return true;
-}
-
-bool gen_address(struct tr *t, unsigned n)
-{
-	const ZydisDecodedOperandMem *m = mem_operand(&t->t[n]);
-
-	return m && gen_address_at(t, n, m->disp.has_displacement ? m->disp.value : 0);
 }
 
 void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
@@ -126,6 +146,35 @@ void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
 	cold_from(k, em_jcc(e, 7));                     /* ja */
 	EM(e, 0x4c, 0x03, 0xb9);                        /* add r15, [rcx + host] */
 	e32(e, table + 8);
+}
+
+bool gen_operand_at(struct tr *t, unsigned n, struct cold *k, int64_t disp, unsigned size, bool write)
+{
+	const ZydisDecodedOperandMem *m = mem_operand(&t->t[n]);
+
+	if (!m || !gen_address_at(t, n, disp) || !gen_segment(t, k, insn_seg(m->segment), size))
+		return false;
+	gen_check(t, k, size, write);
+	return true;
+}
+
+bool gen_operand(struct tr *t, unsigned n, struct cold *k, unsigned size, bool write)
+{
+	const ZydisDecodedOperandMem *m = mem_operand(&t->t[n]);
+
+	return m && gen_operand_at(t, n, k, m->disp.has_displacement ? m->disp.value : 0, size, write);
+}
+
+void gen_stack_at(struct tr *t, struct cold *k, unsigned size, bool write)
+{
+	gen_segment(t, k, SEG_SS, size);        /* block_mode_translates() */
+	gen_check(t, k, size, write);
+}
+
+void gen_stack(struct tr *t, struct cold *k, int32_t d, unsigned size, bool write)
+{
+	em_mem(&t->h, tr_64(t), 0x8d, ST, H_R12, -1, 0, d);
+	gen_stack_at(t, k, size, write);
 }
 
 /* -- cold paths ---------------------------------------------------------------------------------- */
@@ -384,6 +433,16 @@ static void put_tail(struct em *e, const struct tinsn *i, const uint8_t *bytes, 
 		e8(e, bytes[end]);
 }
 
+/* INC and DEC as 32-bit code has them: the opcodes are prefixes in 64-bit code. */
+static void put_inc(struct em *e, bool o16, unsigned opcode, unsigned reg)
+{
+	if (o16)
+		e8(e, 0x66);
+	e8(e, 0x40 | reg >> 3);
+	e8(e, 0xff);
+	e8(e, 0xc0 | (opcode & 8) | (reg & 7));
+}
+
 static bool put_legacy(struct em *e, const struct tinsn *i, const uint8_t *bytes, struct regs r, int8_t disp)
 {
 	const ZydisDecodedInstruction *z = &i->z;
@@ -391,6 +450,12 @@ static bool put_legacy(struct em *e, const struct tinsn *i, const uint8_t *bytes
 	unsigned opcode = z->opcode;
 	bool lock = z->attributes & ZYDIS_ATTRIB_HAS_LOCK;
 
+	if (z->opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (opcode & 0xf0) == 0x40) {
+		put_inc(e, z->operand_width == 16, opcode, (unsigned)r.op);
+		return r.op >= 0;
+	}
+	if (z->opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && opcode == 0x82)
+		opcode = 0x80;          /* the same, and not in 64-bit code */
 	for (unsigned n = 0; n < z->raw.prefix_count; n++) {
 		uint8_t b = z->raw.prefixes[n].value;
 
@@ -473,8 +538,30 @@ static bool put_evex(struct em *e, const struct tinsn *i, const uint8_t *bytes, 
 	return true;
 }
 
+/*
+ * 32-bit code has eight registers: it ignores what would name others, and W where that would choose a 64-bit integer. No
+ * compiler makes those: the handler knows what they mean.
+ */
+static bool ignored_bits(const struct tinsn *i, const uint8_t *bytes, struct regs r)
+{
+	bool evex = i->z.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX, gpr = r.reg >= 0 || r.rm >= 0 || r.v >= 0;
+	const uint8_t *v = bytes + (evex ? i->z.raw.evex.offset : i->z.raw.vex.offset);
+	unsigned p1 = v[1], p2 = v[2];
+
+	for (unsigned n = 0; n < i->z.operand_count_visible; n++) {
+		if (i->op[n].encoding == ZYDIS_OPERAND_ENCODING_IS4)
+			return true;
+		gpr |= i->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && i->op[n].size == 32;
+	}
+	if (v[0] == 0xc5)
+		return (p1 & 0xc0) != 0xc0;
+	return (p1 & (evex ? 0xf0 : 0xe0)) != (evex ? 0xf0 : 0xe0) || !(p2 & 0x40) || (evex && !(v[3] & 8)) || ((p2 & 0x80) && gpr);
+}
+
 bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, struct regs r)
 {
+	if (!tr_64(t) && i->z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY && ignored_bits(i, bytes, r))
+		return false;
 	if (r.mem || i->z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY || i->z.opcode_map != ZYDIS_OPCODE_MAP_DEFAULT)
 		gen_point(t, (unsigned)(i - t->t));
 	switch (i->z.encoding) {

@@ -1,40 +1,44 @@
-/* Near branches, calls, returns and the stack, in 64-bit code. */
+/* Near branches, calls, returns and the stack, of the code's natural width. */
 #include "softkvm/jit/internal.h"
 
-uint64_t tr_target(const struct tr *t, unsigned n) { return tr_end(t, n) + (uint64_t)t->t[n].op[0].imm.value.s; }
-
-static void lea_rsp(struct tr *t, int32_t d) { em_mem(&t->h, true, 0x8d, H_R12, H_R12, -1, 0, d); }
-
-/* ST = host address of the 8 bytes at guest rsp + d. */
-static void stack(struct tr *t, struct cold *k, int32_t d, bool write)
+uint64_t tr_target(const struct tr *t, unsigned n)
 {
-	em_mem(&t->h, true, 0x8d, ST, H_R12, -1, 0, d);
-	gen_check(t, k, 8, write);
+	uint64_t to = tr_end(t, n) + (uint64_t)t->t[n].op[0].imm.value.s;
+
+	return tr_64(t) ? to : (uint32_t)to;
 }
 
-/* 8 bytes there. */
+/* Bytes of a stack slot. */
+static int32_t word(const struct tr *t) { return t->bits / 8; }
+
+static void lea_rsp(struct tr *t, int32_t d) { em_mem(&t->h, tr_64(t), 0x8d, H_R12, H_R12, -1, 0, d); }
+
+/* ST = host address of the slot at guest rsp + d. */
+static void stack(struct tr *t, struct cold *k, int32_t d, bool write) { gen_stack(t, k, d, (unsigned)word(t), write); }
+
+/* Slot at ST + d to or from a host register, for instruction n. */
 static void load(struct tr *t, unsigned n, unsigned reg, int32_t d)
 {
 	gen_point(t, n);
-	em_mem(&t->h, true, 0x8b, reg, ST, -1, 0, d);
+	em_mem(&t->h, tr_64(t), 0x8b, reg, ST, -1, 0, d);
 }
 
 static void store(struct tr *t, unsigned n, unsigned reg, int32_t d)
 {
 	gen_point(t, n);
-	em_mem(&t->h, true, 0x89, reg, ST, -1, 0, d);
+	em_mem(&t->h, tr_64(t), 0x89, reg, ST, -1, 0, d);
 }
 
 static void store_imm(struct tr *t, unsigned n, uint64_t v)
 {
-	if ((int64_t)v == (int32_t)v) {
+	if (!tr_64(t) || (int64_t)v == (int32_t)v) {
 		gen_point(t, n);
-		EM(&t->h, 0x49, 0xc7, 0x07);            /* mov qword [r15], imm32 */
+		e8(&t->h, tr_64(t) ? 0x49 : 0x41);      /* mov slot [r15], imm32 */
+		EM(&t->h, 0xc7, 0x07);
 		e32(&t->h, (uint32_t)v);
 	} else {
 		em_imm(&t->h, SC, v);
-		gen_point(t, n);
-		em_mem(&t->h, true, 0x89, SC, ST, -1, 0, 0);
+		store(t, n, SC, 0);
 	}
 }
 
@@ -52,24 +56,23 @@ static bool push(struct tr *t, unsigned n)
 	const ZydisDecodedOperand *o = &i->op[0];
 	struct cold *k;
 
-	if (o->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(o->reg.value) != ZYDIS_REGCLASS_GPR64)
+	if (o->type == ZYDIS_OPERAND_TYPE_REGISTER && !tr_full_reg(t, o->reg.value))
 		return false;
 	if (o->type != ZYDIS_OPERAND_TYPE_REGISTER && o->type != ZYDIS_OPERAND_TYPE_IMMEDIATE && o->type != ZYDIS_OPERAND_TYPE_MEMORY)
 		return false;
 	gen_clobber(t, n);
 	k = cold_new(t, n);
 	if (o->type == ZYDIS_OPERAND_TYPE_MEMORY) {
-		if (!gen_address(t, n))
+		if (!gen_operand(t, n, k, (unsigned)word(t), false))
 			return false;
-		gen_check(t, k, 8, false);
 		load(t, n, SA, 0);
 	}
-	stack(t, k, -8, true);
+	stack(t, k, -word(t), true);
 	if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
 		store_imm(t, n, (uint64_t)o->imm.value.s);
 	else
 		store(t, n, o->type == ZYDIS_OPERAND_TYPE_MEMORY ? SA : gen_get(t, insn_reg_off(o->reg.value) / 8, SA), 0);
-	lea_rsp(t, -8);
+	lea_rsp(t, -word(t));
 	back(t, n, k);
 	return true;
 }
@@ -80,7 +83,7 @@ static bool pop(struct tr *t, unsigned n)
 	struct cold *k;
 	unsigned g;
 
-	if (o->type != ZYDIS_OPERAND_TYPE_REGISTER || ZydisRegisterGetClass(o->reg.value) != ZYDIS_REGCLASS_GPR64)
+	if (o->type != ZYDIS_OPERAND_TYPE_REGISTER || !tr_full_reg(t, o->reg.value))
 		return false;
 	g = insn_reg_off(o->reg.value) / 8;
 	gen_clobber(t, n);
@@ -88,7 +91,7 @@ static bool pop(struct tr *t, unsigned n)
 	stack(t, k, 0, false);
 	load(t, n, t->map[g] >= 0 ? (unsigned)t->map[g] : SA, 0);
 	if (g != R_RSP)
-		lea_rsp(t, 8);
+		lea_rsp(t, word(t));
 	if (t->map[g] < 0)
 		gen_put(t, g, SA);
 	back(t, n, k);
@@ -103,10 +106,10 @@ static bool leave(struct tr *t, unsigned n)
 	gen_clobber(t, n);
 	k = cold_new(t, n);
 	bp = gen_get(t, R_RBP, SA);
-	em_mov(&t->h, ST, bp);
-	gen_check(t, k, 8, false);
+	em_mem(&t->h, tr_64(t), 0x8d, ST, (int)bp, -1, 0, 0);
+	gen_stack_at(t, k, (unsigned)word(t), false);
 	load(t, n, SC, 0);
-	em_mem(&t->h, true, 0x8d, H_R12, (int)bp, -1, 0, 8);
+	em_mem(&t->h, tr_64(t), 0x8d, H_R12, (int)bp, -1, 0, word(t));
 	gen_put(t, R_RBP, SC);
 	back(t, n, k);
 	return true;
@@ -150,7 +153,7 @@ static void go(struct tr *t)
 	EM(&t->h, 0xff, 0xe0);
 }
 
-/* Its 8 bytes are at ST + at already when `at` is not negative. */
+/* Its slot is at ST + at already when `at` is not negative. */
 static void ret_from(struct tr *t, unsigned n, int32_t at)
 {
 	const struct tinsn *i = &t->t[n];
@@ -161,7 +164,7 @@ static void ret_from(struct tr *t, unsigned n, int32_t at)
 		stack(t, k, 0, false);
 	load(t, n, SA, MAX(at, 0));
 	lookup(t, n, k);
-	lea_rsp(t, (int32_t)(8 + more));
+	lea_rsp(t, word(t) + (int32_t)more);
 	go(t);
 }
 
@@ -175,19 +178,19 @@ static bool ret(struct tr *t, unsigned n)
 /* -- runs of pushes; of pops, and the return behind them: one check ----------------------------------- */
 #define GROUP_MAX 8
 
-static int moves_reg(const struct tinsn *i, ZydisMnemonic m)
+static int moves_reg(const struct tr *t, const struct tinsn *i, ZydisMnemonic m)
 {
 	const ZydisDecodedOperand *o = &i->op[0];
 
 	if (i->by_handler || i->z.mnemonic != m || o->type != ZYDIS_OPERAND_TYPE_REGISTER ||
-	    ZydisRegisterGetClass(o->reg.value) != ZYDIS_REGCLASS_GPR64 || o->reg.value == ZYDIS_REGISTER_RSP)
+	    !tr_full_reg(t, o->reg.value) || insn_reg_off(o->reg.value) / 8 == R_RSP)
 		return -1;
 	return insn_reg_off(o->reg.value) / 8;
 }
 
-static bool plain_ret(const struct tinsn *i)
+static bool plain_ret(const struct tr *t, const struct tinsn *i)
 {
-	return !i->by_handler && i->z.mnemonic == ZYDIS_MNEMONIC_RET && (i->z.opcode == 0xc2 || i->z.opcode == 0xc3) && i->z.operand_width == 64;
+	return !i->by_handler && i->z.mnemonic == ZYDIS_MNEMONIC_RET && (i->z.opcode == 0xc2 || i->z.opcode == 0xc3) && i->z.operand_width == t->bits;
 }
 
 static struct cold *cold_group(struct tr *t, unsigned n, unsigned count)
@@ -208,12 +211,11 @@ static unsigned push_group(struct tr *t, unsigned n, unsigned count)
 
 	gen_clobber(t, n);
 	k = cold_group(t, n, count);
-	em_mem(&t->h, true, 0x8d, ST, H_R12, -1, 0, -8 * (int32_t)count);
-	gen_check(t, k, 8 * count, true);
-	for (unsigned m = 0; m < count; m++, t->rsp_off -= 8)
-		store(t, n + m, gen_get(t, (unsigned)moves_reg(&t->t[n + m], ZYDIS_MNEMONIC_PUSH), SA), 8 * (int32_t)(count - 1 - m));
+	gen_stack(t, k, -word(t) * (int32_t)count, (unsigned)word(t) * count, true);
+	for (unsigned m = 0; m < count; m++, t->rsp_off = (int8_t)(t->rsp_off - word(t)))
+		store(t, n + m, gen_get(t, (unsigned)moves_reg(t, &t->t[n + m], ZYDIS_MNEMONIC_PUSH), SA), word(t) * (int32_t)(count - 1 - m));
 	t->rsp_off = 0;
-	lea_rsp(t, -8 * (int32_t)count);
+	lea_rsp(t, -word(t) * (int32_t)count);
 	back(t, n + count - 1, k);
 	return count;
 }
@@ -228,19 +230,18 @@ static unsigned pop_group(struct tr *t, unsigned n, unsigned count, bool returns
 		gen_flags_save(t);
 	k = cold_group(t, n, all);
 	k->final = returns;
-	em_mov(&t->h, ST, H_R12);
-	gen_check(t, k, 8 * all, false);
-	for (unsigned m = 0; m < count; m++, t->rsp_off += 8) {
-		unsigned g = (unsigned)moves_reg(&t->t[n + m], ZYDIS_MNEMONIC_POP), h = t->map[g] >= 0 ? (unsigned)t->map[g] : SA;
+	gen_stack(t, k, 0, (unsigned)word(t) * all, false);
+	for (unsigned m = 0; m < count; m++, t->rsp_off = (int8_t)(t->rsp_off + word(t))) {
+		unsigned g = (unsigned)moves_reg(t, &t->t[n + m], ZYDIS_MNEMONIC_POP), h = t->map[g] >= 0 ? (unsigned)t->map[g] : SA;
 
-		load(t, n + m, h, 8 * (int32_t)m);
+		load(t, n + m, h, word(t) * (int32_t)m);
 		if (t->map[g] < 0)
 			gen_put(t, g, SA);
 	}
 	t->rsp_off = 0;
-	lea_rsp(t, 8 * (int32_t)count);
+	lea_rsp(t, word(t) * (int32_t)count);
 	if (returns)
-		ret_from(t, n + count, 8 * (int32_t)count);
+		ret_from(t, n + count, word(t) * (int32_t)count);
 	else
 		back(t, n + count - 1, k);
 	return all;
@@ -251,13 +252,13 @@ unsigned gen_stack_group(struct tr *t, unsigned n, unsigned end)
 	unsigned push = 0, pop = 0;
 	bool returns;
 
-	while (push < GROUP_MAX && n + push < end && moves_reg(&t->t[n + push], ZYDIS_MNEMONIC_PUSH) >= 0)
+	while (push < GROUP_MAX && n + push < end && moves_reg(t, &t->t[n + push], ZYDIS_MNEMONIC_PUSH) >= 0)
 		push++;
 	if (push > 1)
 		return push_group(t, n, push);
-	while (pop < GROUP_MAX && n + pop < end && moves_reg(&t->t[n + pop], ZYDIS_MNEMONIC_POP) >= 0)
+	while (pop < GROUP_MAX && n + pop < end && moves_reg(t, &t->t[n + pop], ZYDIS_MNEMONIC_POP) >= 0)
 		pop++;
-	returns = pop && pop < GROUP_MAX && n + pop < end && plain_ret(&t->t[n + pop]);
+	returns = pop && pop < GROUP_MAX && n + pop < end && plain_ret(t, &t->t[n + pop]);
 	return pop + returns > 1 ? pop_group(t, n, pop, returns) : 0;
 }
 
@@ -269,20 +270,19 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 	gen_flags_save(t);
 	k = cold_last(t, n);
 	if (o->type == ZYDIS_OPERAND_TYPE_MEMORY) {
-		if (!gen_address(t, n))
+		if (!gen_operand(t, n, k, (unsigned)word(t), false))
 			return false;
-		gen_check(t, k, 8, false);
 		load(t, n, SA, 0);
 	} else {
-		em_mov(&t->h, SA, gen_get(t, insn_reg_off(o->reg.value) / 8, SA));
+		em_mem(&t->h, tr_64(t), 0x8d, SA, (int)gen_get(t, insn_reg_off(o->reg.value) / 8, SA), -1, 0, 0);
 	}
 	if (call) {
 		lookup(t, n, k);
 		struct cold *k2 = cold_last(t, n);
 
-		stack(t, k2, -8, true);
+		stack(t, k2, -word(t), true);
 		store_imm(t, n, tr_end(t, n));
-		lea_rsp(t, -8);
+		lea_rsp(t, -word(t));
 	} else {
 		lookup(t, n, k);
 	}
@@ -301,9 +301,9 @@ static bool direct(struct tr *t, unsigned n, bool call)
 	}
 	gen_flags_save(t);
 	k = cold_last(t, n);
-	stack(t, k, -8, true);
+	stack(t, k, -word(t), true);
 	store_imm(t, n, tr_end(t, n));
-	lea_rsp(t, -8);
+	lea_rsp(t, -word(t));
 	gen_edge(t, to, n, false);
 	return true;
 }
@@ -348,9 +348,9 @@ static bool conditional(struct tr *t, unsigned n)
 	return true;
 }
 
-static bool near_64(const struct tinsn *i)
+static bool near(const struct tr *t, const struct tinsn *i)
 {
-	return i->z.meta.branch_type != ZYDIS_BRANCH_TYPE_FAR && i->z.operand_width == 64 &&
+	return i->z.meta.branch_type != ZYDIS_BRANCH_TYPE_FAR && i->z.operand_width == t->bits &&
 	       i->z.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY;
 }
 
@@ -365,7 +365,7 @@ bool gen_branch(struct tr *t, unsigned n)
 	const struct tinsn *i = &t->t[n];
 	const ZydisDecodedOperand *o = &i->op[0];
 
-	if (!near_64(i))
+	if (!near(t, i))
 		return false;
 	switch (i->z.mnemonic) {
 	case ZYDIS_MNEMONIC_PUSH: return push(t, n);
@@ -376,7 +376,7 @@ bool gen_branch(struct tr *t, unsigned n)
 	case ZYDIS_MNEMONIC_CALL:
 		if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
 			return direct(t, n, i->z.mnemonic == ZYDIS_MNEMONIC_CALL);
-		if (o->type == ZYDIS_OPERAND_TYPE_REGISTER || (o->type == ZYDIS_OPERAND_TYPE_MEMORY && o->size == 64))
+		if (o->type == ZYDIS_OPERAND_TYPE_REGISTER || (o->type == ZYDIS_OPERAND_TYPE_MEMORY && o->size == t->bits))
 			return indirect(t, n, i->z.mnemonic == ZYDIS_MNEMONIC_CALL);
 		return false;
 	default:

@@ -16,7 +16,7 @@ static const ZydisDecodedOperand *mem_of(const struct tinsn *i)
 	return NULL;
 }
 
-static bool may_join(const struct tinsn *i)
+static bool may_join(const struct tr *t, const struct tinsn *i)
 {
 	const ZydisDecodedOperand *m;
 
@@ -24,9 +24,9 @@ static bool may_join(const struct tinsn *i)
 		return false;
 	m = mem_of(i);
 	return !m || (m->encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM && m->mem.type == ZYDIS_MEMOP_TYPE_MEM && m->size >= 8 &&
-		      m->size <= 64 && i->z.address_width == 64 && m->mem.base != ZYDIS_REGISTER_RIP &&
-		      m->mem.segment != ZYDIS_REGISTER_FS && m->mem.segment != ZYDIS_REGISTER_GS &&
-		      (m->mem.index == ZYDIS_REGISTER_NONE || ZydisRegisterGetClass(m->mem.index) == ZYDIS_REGCLASS_GPR64));
+		      m->size <= 64 && i->z.address_width == t->bits && m->mem.base != ZYDIS_REGISTER_RIP &&
+		      tr_seg_flat(t, insn_seg(m->mem.segment)) &&
+		      (m->mem.index == ZYDIS_REGISTER_NONE || tr_full_reg(t, m->mem.index)));
 }
 
 static bool same_base(const ZydisDecodedOperandMem *a, const ZydisDecodedOperandMem *b)
@@ -38,7 +38,7 @@ static bool writes(const struct tinsn *i, ZydisRegister r)
 {
 	for (unsigned n = 0; r != ZYDIS_REGISTER_NONE && n < i->z.operand_count; n++)
 		if (i->op[n].type == ZYDIS_OPERAND_TYPE_REGISTER && (i->op[n].actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) &&
-		    ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, i->op[n].reg.value) == r)
+		    ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, i->op[n].reg.value) == ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, r))
 			return true;
 	return false;
 }
@@ -51,12 +51,12 @@ unsigned row_find(struct tr *t, unsigned n, unsigned end, struct row *r)
 	const ZydisDecodedOperand *first, *m;
 	unsigned last = n;
 
-	if (!may_join(&t->t[n]) || !(first = mem_of(&t->t[n])))
+	if (!may_join(t, &t->t[n]) || !(first = mem_of(&t->t[n])))
 		return 0;
 	r->low = disp_of(&first->mem);
 	r->high = r->low + first->size / 8;
 	r->write = first->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
-	for (unsigned k = n; k < end && k < n + ROW_MAX && may_join(&t->t[k]); k++) {
+	for (unsigned k = n; k < end && k < n + ROW_MAX && may_join(t, &t->t[k]); k++) {
 		m = mem_of(&t->t[k]);
 		if (m) {
 			int64_t low = MIN(r->low, disp_of(&m->mem)), high = MAX(r->high, disp_of(&m->mem) + m->size / 8);
@@ -85,9 +85,8 @@ struct cold *row_begin(struct tr *t, unsigned n, unsigned count, const struct ro
 		k->more[k->nmore] = tr_site(t, n + m);
 		k->more[k->nmore++]->need = t->live;
 	}
-	if (!gen_address_at(t, n, r->low))
+	if (!gen_operand_at(t, n, k, r->low, (unsigned)(r->high - r->low), r->write))
 		return NULL;
-	gen_check(t, k, (unsigned)(r->high - r->low), r->write);
 	t->row = true;
 	t->row_low = r->low;
 	return k;

@@ -62,6 +62,17 @@ void slots_find(struct slots *s, const struct tinsn *i)
 		s->scratch[s->nscratch++] = ST;
 }
 
+/* rorx d, s, n: of 64 bits */
+static void rotate(struct em *e, unsigned d, unsigned s, unsigned n)
+{
+	e8(e, 0xc4);
+	e8(e, 0x43 | (d >> 3 ? 0 : 0x80) | (s >> 3 ? 0 : 0x20));
+	e8(e, 0xfb);
+	e8(e, 0xf0);
+	e8(e, 0xc0 | (d & 7) << 3 | (s & 7));
+	e8(e, n);
+}
+
 bool slots_load(struct tr *t, struct slots *s)
 {
 	unsigned used = 0;
@@ -71,8 +82,6 @@ bool slots_load(struct tr *t, struct slots *s)
 
 		if (g < 0)
 			continue;
-		if (s->high[k] && s->write[k])
-			return false;
 		if (t->map[g] >= 0 && !s->high[k]) {
 			s->host[k] = t->map[g];
 			continue;
@@ -89,15 +98,7 @@ bool slots_load(struct tr *t, struct slots *s)
 			return false;
 		s->host[k] = (int)s->scratch[used++];
 		if (s->high[k]) {
-			unsigned h = gen_get(t, (unsigned)g, (unsigned)s->host[k]);
-
-			/* rorx d, h, 8 */
-			e8(&t->h, 0xc4);
-			e8(&t->h, 0x43 | (s->host[k] >> 3 ? 0 : 0x80) | (h >> 3 ? 0 : 0x20));
-			e8(&t->h, 0xfb);
-			e8(&t->h, 0xf0);
-			e8(&t->h, 0xc0 | (s->host[k] & 7) << 3 | (h & 7));
-			e8(&t->h, 8);
+			rotate(&t->h, (unsigned)s->host[k], gen_get(t, (unsigned)g, (unsigned)s->host[k]), 8);
 		} else if (s->read[k]) {
 			em_load(&t->h, (unsigned)s->host[k], &t->c->gpr[g]);
 		}
@@ -105,11 +106,30 @@ bool slots_load(struct tr *t, struct slots *s)
 	return true;
 }
 
+/* AH..BH from the low byte of `host`; flags stay. */
+static void store_high(struct tr *t, unsigned guest, unsigned host)
+{
+	unsigned h = (unsigned)t->map[guest];
+
+	if (t->map[guest] < 0) {
+		em_op_abs(&t->h, false, 0x88, host, (uint8_t *)&t->c->gpr[guest] + 1);
+		return;
+	}
+	rotate(&t->h, h, h, 8);
+	e8(&t->h, 0x40 | host >> 3 << 2 | h >> 3);
+	e8(&t->h, 0x88);
+	e8(&t->h, 0xc0 | (host & 7) << 3 | (h & 7));
+	rotate(&t->h, h, h, 56);
+}
+
 void slots_store(struct tr *t, const struct slots *s)
 {
 	for (unsigned k = 0; k < SL_COUNT; k++)
-		if (s->guest[k] >= 0 && s->write[k] && t->map[s->guest[k]] < 0)
+		if (s->guest[k] >= 0 && s->write[k] && !s->high[k] && t->map[s->guest[k]] < 0)
 			em_store(&t->h, (unsigned)s->host[k], &t->c->gpr[s->guest[k]]);
+	for (unsigned k = 0; k < SL_COUNT; k++)
+		if (s->guest[k] >= 0 && s->write[k] && s->high[k])
+			store_high(t, (unsigned)s->guest[k], (unsigned)s->host[k]);
 }
 
 struct regs slots_regs(const struct slots *s)
@@ -136,9 +156,9 @@ struct cold *gen_access(struct tr *t, unsigned n, const struct slots *s, bool *o
 		t->mem_disp = (int8_t)((s->mem->mem.disp.has_displacement ? s->mem->mem.disp.value : 0) - t->row_low);
 	} else if (s->mem) {
 		gen_clobber(t, n);
-		*ok = gen_address(t, n) && s->mem->size >= 8 && s->mem->size <= 512;
 		k = cold_new(t, n);
-		gen_check(t, k, s->mem->size / 8, s->mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE);
+		*ok = s->mem->size >= 8 && s->mem->size <= 512 &&
+		      gen_operand(t, n, k, s->mem->size / 8, s->mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE);
 	}
 	return k;
 }
@@ -315,6 +335,25 @@ static bool xchg_acc(struct tr *t, unsigned n)
 	return true;
 }
 
+/* mov between al, ax, eax, rax and an address in the instruction: by way of the modrm form. */
+static bool moffs(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	bool store = i->z.opcode & 2;
+	struct cold *k;
+
+	gen_clobber(t, n);
+	k = cold_new(t, n);
+	if (!gen_operand(t, n, k, i->z.opcode & 1 ? i->z.operand_width / 8 : 1, store))
+		return false;
+	gen_point(t, n);
+	e8(&t->h, put_prefix66(t, i) | 5);
+	e8(&t->h, (store ? 0x88 : 0x8a) | (i->z.opcode & 1));
+	e8(&t->h, (H_R13 & 7) << 3 | (ST & 7));
+	cold_done(t, n, k);
+	return true;
+}
+
 static bool nothing(ZydisMnemonic m);
 
 bool int_row(const struct tinsn *i)
@@ -344,9 +383,20 @@ static bool small(struct tr *t, unsigned n, bool *done)
 	switch (i->z.mnemonic) {
 	case ZYDIS_MNEMONIC_LEA:
 		return lea(t, n);
+	case ZYDIS_MNEMONIC_MOV:
+		if (i->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i->z.opcode & 0xfc) == 0xa0)
+			return moffs(t, n);
+		break;
 	case ZYDIS_MNEMONIC_CLC: case ZYDIS_MNEMONIC_STC: case ZYDIS_MNEMONIC_CMC:
 		gen_flags_before(t, n);
 		e8(&t->h, i->z.opcode);
+		gen_flags_after(t, n);
+		return true;
+	case ZYDIS_MNEMONIC_SAHF: case ZYDIS_MNEMONIC_LAHF:
+		gen_flags_before(t, n);
+		em_mov(&t->h, SA, H_R13);
+		e8(&t->h, i->z.opcode);
+		em_mov(&t->h, H_R13, SA);
 		gen_flags_after(t, n);
 		return true;
 	case ZYDIS_MNEMONIC_LFENCE: case ZYDIS_MNEMONIC_SFENCE: case ZYDIS_MNEMONIC_MFENCE: case ZYDIS_MNEMONIC_PAUSE:

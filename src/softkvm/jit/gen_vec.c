@@ -54,7 +54,7 @@ static bool describe(struct tr *t, unsigned n, struct vec_op *op, bool *gpr)
 	d->z = i->z;
 	memcpy(d->op, i->op, sizeof d->op);
 	d->bytes = tr_bytes(t, n);
-	d->code_bits = 64;
+	d->code_bits = t->bits;
 	d->cpu = t->c;
 	if (!vec_op_build(op, d))
 		return false;
@@ -108,7 +108,7 @@ bool gen_vec(struct tr *t, unsigned n)
 
 	if (t->t[n].in->flags & IF_END)
 		return false;
-	if (host_avx() && (i->z.mnemonic == ZYDIS_MNEMONIC_VZEROUPPER || i->z.mnemonic == ZYDIS_MNEMONIC_VZEROALL))
+	if (tr_64(t) && host_avx() && (i->z.mnemonic == ZYDIS_MNEMONIC_VZEROUPPER || i->z.mnemonic == ZYDIS_MNEMONIC_VZEROALL))
 		return vzero(t, n);
 	if (!describe(t, n, &op, &gpr))
 		return false;
@@ -124,9 +124,9 @@ bool gen_vec(struct tr *t, unsigned n)
 			gen_live(t, k, bit);
 	}
 	if (s.mem) {
-		if (!gen_address(t, n) || s.mem->size < 8 || s.mem->size > 512)
+		if (s.mem->size < 8 || s.mem->size > 512 ||
+		    !gen_operand(t, n, k, s.mem->size / 8, s.mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE))
 			return false;
-		gen_check(t, k, s.mem->size / 8, s.mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE);
 		if (op.align) {
 			EM(&t->h, 0x41, 0xf6, 0xc7);            /* test r15b, align */
 			e8(&t->h, op.align);

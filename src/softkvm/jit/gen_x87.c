@@ -50,9 +50,9 @@ bool gen_x87(struct tr *t, unsigned n)
 			gen_live(t, k, JV_X87);
 	}
 	if (s.mem) {
-		if (!gen_address(t, n) || s.mem->size < 16 || s.mem->size > 80)
+		if (s.mem->size < 16 || s.mem->size > 80 ||
+		    !gen_operand(t, n, k, s.mem->size / 8, s.mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE))
 			return false;
-		gen_check(t, k, s.mem->size / 8, s.mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE);
 	}
 	t->live |= JV_X87;
 	t->mem_disp = 0;

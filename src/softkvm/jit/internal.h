@@ -214,7 +214,7 @@ struct tinsn {
 
 #define VEC_MAX 32
 struct cold {
-	uint8_t *from[4];
+	uint8_t *from[6];
 	unsigned nfrom;
 	uint8_t *back;
 	struct jit_site *site, *more[8];        /* more: of the instructions behind, in order */
@@ -245,6 +245,7 @@ struct tr {
 	uint8_t live;                   /* JV_*: known to be the host's */
 	struct decoded d;
 	bool failed;
+	uint8_t bits;                   /* 64, or 32: the natural width of operands, addresses and the stack */
 	struct part part[REGION_PARTS];
 	int8_t map[16];                 /* host register of each guest register, -1: in memory */
 	const struct jit_map_thunks *thunks;
@@ -272,10 +273,14 @@ void gen_flags_save(struct tr *t);              /* to cpu->aflags if only the ho
 void gen_flags_load(struct tr *t);              /* to the host if only cpu->aflags has them; uses SA */
 void gen_clobber(struct tr *t, unsigned n);     /* EFLAGS are about to be destroyed before instruction n ran */
 void gen_flags_after(struct tr *t, unsigned n); /* instruction n has run natively */
-bool gen_address_at(struct tr *t, unsigned n, int64_t disp);     /* with another displacement */
-bool gen_address(struct tr *t, unsigned n);     /* ST = linear address of the memory operand; false: cannot */
 /* ST = host address of the access at linear ST, or to the cold path; uses SC. */
 void gen_check(struct tr *t, struct cold *k, unsigned size, bool write);
+/* ST = host address of the memory operand, or to the cold path; uses SC and flags. False: cannot. */
+bool gen_operand(struct tr *t, unsigned n, struct cold *k, unsigned size, bool write);
+bool gen_operand_at(struct tr *t, unsigned n, struct cold *k, int64_t disp, unsigned size, bool write);   /* with another displacement */
+/* The same for the stack, at offset ST, and at guest rsp + d. */
+void gen_stack_at(struct tr *t, struct cold *k, unsigned size, bool write);
+void gen_stack(struct tr *t, struct cold *k, int32_t d, unsigned size, bool write);
 void gen_handler(struct tr *t, unsigned n);
 unsigned gen_get(struct tr *t, unsigned guest, unsigned scratch);       /* host register holding it now */
 void gen_put(struct tr *t, unsigned guest, unsigned host);
@@ -288,6 +293,14 @@ void gen_jcc_part(struct tr *t, unsigned p, unsigned cc);       /* to a part, on
 /* Code goes to the cold part until this is called again; it ends with a jump. */
 static inline void tr_swap(struct tr *t) { struct em e = t->h; t->h = t->cold; t->cold = e; t->swapped = !t->swapped; }
 static inline uint64_t tr_end(const struct tr *t, unsigned n) { return t->t[n].rip + t->t[n].in->len; }
+static inline bool tr_64(const struct tr *t) { return t->bits == 64; }
+/* A general-purpose register of the natural width. */
+static inline bool tr_full_reg(const struct tr *t, ZydisRegister r)
+{
+	return ZydisRegisterGetClass(r) == (tr_64(t) ? ZYDIS_REGCLASS_GPR64 : ZYDIS_REGCLASS_GPR32);
+}
+/* The segment needs neither base nor limit. */
+bool tr_seg_flat(const struct tr *t, unsigned seg);
 uint64_t tr_target(const struct tr *t, unsigned n);
 /* For the budget: instructions of the part up to n; which of the others ran is not known. */
 static inline uint32_t tr_count(const struct tr *t, unsigned n) { return n + 1 - t->part[t->now].first; }

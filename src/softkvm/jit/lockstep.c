@@ -343,6 +343,8 @@ static uint16_t flags_read(struct cpu *c, uint16_t left, struct seen *s)
 	if (t.op[0].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || t.z.meta.category == ZYDIS_CATEGORY_CALL)
 		return left;
 	to = c->rip + (uint64_t)t.op[0].imm.value.s;
+	if (c->code_bits != 64)
+		to = (uint32_t)to;
 	if (t.z.meta.category == ZYDIS_CATEGORY_COND_BR) {
 		uint16_t next = flags_read(c, left, s);
 

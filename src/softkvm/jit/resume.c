@@ -95,7 +95,11 @@ static void take_registers(struct cpu *c, const struct jit_point *p, const greg_
 	for (unsigned g = 0; g < 16; g++)
 		if (map[g] >= 0)
 			c->gpr[g] = (uint64_t)r[reg[map[g]]];
-	c->gpr[R_RSP] += (uint64_t)(int64_t)p->rsp;
+	if (p->rsp) {
+		c->gpr[R_RSP] += (uint64_t)(int64_t)p->rsp;
+		if (!(k->mode & BM_CODE64))
+			c->gpr[R_RSP] = (uint32_t)c->gpr[R_RSP];
+	}
 	if (p->host_flags)
 		c->aflags = aflags_from((uint64_t)r[REG_EFL]);
 	c->rip = k->rip + (uint64_t)(int64_t)p->rip;

@@ -185,7 +185,7 @@ static uint64_t next_code(struct cpu *c, struct jit *j)
 	block_check_generation(c);
 	mode = block_mode(c, false);
 	stamp = block_stamp(c, mode);
-	if (ind->rip != c->rip || ind->stamp != stamp || (mode & (BM_CODE64 | BM_SEG)) != BM_CODE64)
+	if (ind->rip != c->rip || ind->stamp != stamp || !block_mode_translates(mode))
 		return 1;
 	j->low->stamp = stamp;
 	c->stats.blocks_run++;
@@ -253,8 +253,9 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 		return JIT_NOT;
 	}
 	if (unlikely(!k || k->rip != c->rip || k->mode != mode)) {
-		if ((mode & (BM_CODE64 | BM_SEG | BM_ONE)) != BM_CODE64 || b->cross || b == c->blocks->scratch ||
-		    c->tlb == c->tlbs[TLB_NONE] || j->off || b->runs++ < j->threshold)
+		/* Code in the last page of 4 GiB may go on at 0: not worth a thought. */
+		if (!block_mode_translates(mode) || (mode & BM_ONE) || (!(mode & BM_CODE64) && c->rip >> 12 >= 0xfffff) || b->cross ||
+		    b == c->blocks->scratch || c->tlb == c->tlbs[TLB_NONE] || j->off || b->runs++ < j->threshold)
 			return JIT_NOT;
 		if (k)
 			b->runs = 0;

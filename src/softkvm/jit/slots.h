@@ -17,7 +17,7 @@ struct slots {
 };
 
 void slots_find(struct slots *s, const struct tinsn *i);
-/* Host registers for all slots; false: not enough scratch, or a high byte written. */
+/* Host registers for all slots; false: not enough scratch. */
 bool slots_load(struct tr *t, struct slots *s);
 void slots_store(struct tr *t, const struct slots *s);
 struct regs slots_regs(const struct slots *s);

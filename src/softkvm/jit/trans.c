@@ -140,12 +140,12 @@ int tr_part(const struct tr *t, uint64_t rip)
 	return -1;
 }
 
-static enum tend end_of(const struct tinsn *i)
+static enum tend end_of(const struct tr *t, const struct tinsn *i)
 {
 	if (!(i->in->flags & IF_END))
 		return END_NONE;
 	if (i->by_handler || i->z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY || i->op[0].type != ZYDIS_OPERAND_TYPE_IMMEDIATE ||
-	    !i->op[0].imm.is_relative || i->z.operand_width != 64)
+	    !i->op[0].imm.is_relative || i->z.operand_width != t->bits)
 		return END_OTHER;
 	if (i->z.mnemonic == ZYDIS_MNEMONIC_JMP)
 		return END_JMP;
@@ -177,7 +177,7 @@ static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 		} else {
 			tinsn_flags(i);
 		}
-		i->end = end_of(i);
+		i->end = end_of(t, i);
 		if (i->end == END_OTHER)
 			i->tested = JIT_ALL_FLAGS, i->killed = 0;
 	}
@@ -252,7 +252,8 @@ static void labels(struct tr *t)
 			note_label(t, to, p, to > t->t[n].rip && tr_part(t, fall) != (int)p + 1);
 			break;
 		default:        /* a call's target */
-			if (!t->t[n].by_handler && t->t[n].op[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && t->t[n].op[0].imm.is_relative)
+			if (!t->t[n].by_handler && t->t[n].op[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && t->t[n].op[0].imm.is_relative &&
+			    t->t[n].z.operand_width == t->bits)
 				note_label(t, tr_target(t, n), p, false);
 		}
 	}
@@ -436,6 +437,7 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	t->k = k;
 	t->tlb = j->c->tlb;
 	t->failed = false;
+	t->bits = mode & BM_CODE64 ? 64 : 32;
 	collect(t);
 	labels(t);
 	map_choose(t);

@@ -46,6 +46,17 @@ void harness_mode(unsigned bits)
 	mmu_select(c);
 }
 
+void harness_compat(void)
+{
+	struct cpu *c = &h.cpu;
+
+	harness_mode(64);
+	c->code_bits = c->stack_bits = 32;
+	c->flat = false;
+	for (unsigned n = 0; n < 6; n++)
+		c->seg[n].db = 1;
+}
+
 void harness_start(void)
 {
 	struct cpu *c = &h.cpu;
@@ -129,16 +140,16 @@ bool event_deliver(struct cpu *c)
 bool event_boundary(struct cpu *c) { return true; }
 bool mwait_goes_on(struct cpu *c) { return false; }
 void event_insn_done(struct cpu *c) { c->one_insn = false; }
-uint64_t seg_lin(struct cpu *c, unsigned seg, uint64_t off, unsigned size, enum access acc)
-{
-	if (off + size - 1 > c->seg[seg].limit)
-		cpu_raise_err(c, seg == SEG_SS ? EXC_SS : EXC_GP, 0);
-	return (uint32_t)(c->seg[seg].base + off);
-}
+void event_update_one_insn(struct cpu *c) { }
+void event_unblocked(struct cpu *c) { }
 void lapic_timer_poll(struct cpu *c) { }
 void clock_update(struct cpu *c) { }
 void vm_park(struct cpu *c) { }
-bool vcpu_poll(struct cpu *c) { c->budget = 16384; return c->run->immediate_exit; }
+bool vcpu_poll(struct cpu *c)
+{
+	c->budget = 16384;
+	return c->run->immediate_exit || (h.polls_left && !--h.polls_left);
+}
 void vm_pause_all(struct vm *vm, struct cpu *self) { }
 void vm_resume_all(struct vm *vm, struct cpu *self) { }
 void vm_request_all(struct vm *vm, uint32_t req, struct cpu *except) { }

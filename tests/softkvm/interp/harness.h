@@ -23,6 +23,7 @@ struct harness {
 	struct event got;       /* last event that reached event_deliver() */
 	uint64_t got_rip;
 	bool exit_on_event;
+	unsigned polls_left;    /* not 0: budgets (16384 instructions) after which a run ends with RUN_EINTR */
 };
 
 extern struct harness h;
@@ -31,6 +32,8 @@ void harness_start(void);
 void harness_stop(void);
 /* 16, 32 (with paging off) or 64 bits; flat segments. */
 void harness_mode(unsigned bits);
+/* 32-bit code under the 64-bit mode's page tables; flat segments. */
+void harness_compat(void);
 void harness_code(const void *bytes, size_t n);
 /* Run from H_CODE until HLT or an event. */
 enum run_result harness_run(void);

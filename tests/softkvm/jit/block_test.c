@@ -1,5 +1,5 @@
 /*
- * Random blocks of 64-bit code, run by the interpreter and by the translator from the same state: registers,
+ * Random blocks of 64-bit code (--32: of 32-bit code, with segments that are flat, based, limited or useless), run by the interpreter and by the translator from the same state: registers,
  * flags, vector registers, memory and the event that ended the run must agree. The code is a handful of random
  * instructions with jumps among them, memory operands around a few data pages (one missing, one read-only) and
  * now and then far off (non-canonical, wrapping), inside a loop that runs often enough to be translated.
@@ -43,13 +43,25 @@ struct result {
 	uint8_t zmm[32][64];
 	uint8_t fx[160];
 	struct event ev;
-	bool halted;
+	bool halted, endless;           /* endless: it overwrote itself or its counter */
 	uint8_t mem[PAGES * 4096];
 };
 
-static ZydisDecoder dec;
+static ZydisDecoder dec, host_dec;
+static bool narrow;             /* 32-bit code */
+static unsigned count_seg;      /* where its counter is: flat */
 
 /* -- instructions ---------------------------------------------------------------------------------- */
+static void random_opcode32(uint8_t *b, unsigned *n, bool vec)
+{
+	if (vec && below(4) == 0)
+		b[(*n)++] = (uint8_t)(0xd8 | below(8));
+	else if (vec && below(4) == 0)
+		*n = 0, b[(*n)++] = 0xc4, b[(*n)++] = (uint8_t)(0xc0 | (below(8) ? 0x20 : 0) | (1 + below(3)));
+	else if (vec ? below(3) : below(3) == 0)
+		b[(*n)++] = 0x0f;
+}
+
 static unsigned random_bytes(uint8_t *b, bool vec)
 {
 	unsigned n = 0;
@@ -59,7 +71,11 @@ static unsigned random_bytes(uint8_t *b, bool vec)
 	case 1: b[n++] = below(2) ? 0xf2 : 0xf3; break;
 	case 2: b[n++] = 0xf0; break;
 	}
-	if (vec && below(4) == 0) {
+	if (narrow && below(8) == 0)
+		b[n++] = "\x26\x2e\x36\x3e\x64\x65\x64\x65\x67"[below(9)];
+	if (narrow)
+		random_opcode32(b, &n, vec);
+	else if (vec && below(4) == 0) {
 		if (below(3) == 0)
 			b[n++] = (uint8_t)(0x40 | below(16));
 		b[n++] = (uint8_t)(0xd8 | below(8));
@@ -103,13 +119,15 @@ static bool wanted(const ZydisDecodedInstruction *z, const ZydisDecodedOperand *
 	case ZYDIS_CATEGORY_DATAXFER: case ZYDIS_CATEGORY_MISC: case ZYDIS_CATEGORY_SSE: case ZYDIS_CATEGORY_AVX:
 	case ZYDIS_CATEGORY_AVX2: case ZYDIS_CATEGORY_BROADCAST: case ZYDIS_CATEGORY_LOGICAL_FP: case ZYDIS_CATEGORY_VFMA:
 	case ZYDIS_CATEGORY_X87_ALU: case ZYDIS_CATEGORY_FCMOV: case ZYDIS_CATEGORY_MMX:
-	case ZYDIS_CATEGORY_AES: case ZYDIS_CATEGORY_SHA: case ZYDIS_CATEGORY_PCLMULQDQ: case ZYDIS_CATEGORY_FLAGOP:
+	case ZYDIS_CATEGORY_DECIMAL: case ZYDIS_CATEGORY_AES: case ZYDIS_CATEGORY_SHA: case ZYDIS_CATEGORY_PCLMULQDQ: case ZYDIS_CATEGORY_FLAGOP:
 		break;
 	default:
 		return false;
 	}
 	for (unsigned n = 0; n < z->operand_count; n++)
-		if (op[n].type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op[n].reg.value) == ZYDIS_REGCLASS_SEGMENT)
+		if ((op[n].type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op[n].reg.value) == ZYDIS_REGCLASS_SEGMENT) ||
+		    /* page tables lie there */
+		    (op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && z->address_width == 16 && (op[n].actions & ZYDIS_OPERAND_ACTION_MASK_WRITE)))
 			return false;
 	switch (z->mnemonic) {
 	case ZYDIS_MNEMONIC_FNSTENV: case ZYDIS_MNEMONIC_FNSAVE:        /* store pointers, which translated code does not keep */
@@ -117,7 +135,7 @@ static bool wanted(const ZydisDecodedInstruction *z, const ZydisDecodedOperand *
 	case ZYDIS_MNEMONIC_POPF: case ZYDIS_MNEMONIC_POPFQ: case ZYDIS_MNEMONIC_PUSHF: case ZYDIS_MNEMONIC_PUSHFQ:
 	case ZYDIS_MNEMONIC_ENTER: case ZYDIS_MNEMONIC_CPUID: case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_STD:
 	case ZYDIS_MNEMONIC_MONITORX: case ZYDIS_MNEMONIC_MWAITX: case ZYDIS_MNEMONIC_CLZERO: case ZYDIS_MNEMONIC_CLI:
-	case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED: case ZYDIS_MNEMONIC_LAHF:
+	case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED:
 	case ZYDIS_MNEMONIC_LEAVE:
 		return z->mnemonic == ZYDIS_MNEMONIC_LEAVE && below(4) == 0;
 	default:
@@ -171,7 +189,7 @@ static void put_stack(struct code *c)
 
 	for (unsigned n = 2 + below(5); n && c->count < BODY * 2 - 1; n--) {
 		uint8_t b[2] = { 0x41, (uint8_t)((pop ? 0x58 : 0x50) | below(8)) };
-		bool rex = below(2);
+		bool rex = !narrow && below(2);
 
 		if (!rex && (b[1] & 7) == 4)
 			continue;
@@ -193,7 +211,7 @@ static void put_row(struct code *c)
 				 (uint8_t)(0x40 | below(8) << 3 | base), (uint8_t)(below(80) - 20) };
 
 		c->at[c->count++] = c->n;
-		put(c, b, 4);
+		put(c, b + narrow, 4 - narrow);
 	}
 }
 
@@ -204,8 +222,44 @@ static void put_div(struct code *c, uint16_t *bad)
 
 	c->at[c->count++] = c->n;
 	put(c, "\x31\xd2", 2);
-	put(c, b, 4);
+	put(c, b + narrow, 4 - narrow);
 	*bad = 0x8d5;
+}
+
+/*
+ * A call of a few bytes, directly or not, and the return; `at` is the code's offset in its page. Flags stay. What is
+ * called has no jump, and no instruction that jumps may lead to.
+ */
+static void put_call(struct code *c, unsigned at)
+{
+	unsigned kind = below(4), reg = "\0\1\2\3\6\7"[below(6)], from, more = below(3) ? 0 : 8;
+	uint8_t mov[] = { (uint8_t)(0xb8 | reg), 0, 0, 0, 0 }, reach[] = { 0xff, (uint8_t)((kind == 1 ? 0xd0 : 0xe0) | reg) };
+	uint32_t to;
+
+	c->at[c->count++] = from = c->n;
+	switch (kind) {
+	case 0:                 /* call +2 */
+		put(c, "\xe8\x02\0\0", 5);
+		break;
+	case 3:                 /* push ; ret */
+		to = H_CODE + at + from + 8;
+		put(c, "\x68", 1);
+		put(c, &to, 4);
+		put(c, "\xc3\xeb\x06\x8d\x40\x01\x8d\x49\x01", 9);    /* over ; lea eax, [eax + 1] ; lea ecx, [ecx + 1] */
+		return;
+	default:                /* mov reg, imm ; call or jmp reg */
+		to = H_CODE + at + from + 9;
+		memcpy(mov + 1, &to, 4);
+		put(c, mov, 5);
+		put(c, reach, 2);
+	}
+	/* Over ; lea edx, [edx + 3] ; mov reg, data: stores by way of it shall not reach the code ; ret */
+	to = DATA + 8192 + below(4096);
+	memcpy(mov + 1, &to, 4);
+	put(c, kind == 2 ? "\xeb\x08" : more ? "\xeb\x0b" : "\xeb\x09", 2);
+	put(c, "\x8d\x52\x03", 3);
+	put(c, mov, 5);
+	put(c, more ? "\xc2\x08" : "\xc3", kind == 2 ? 0 : more ? 3 : 1);
 }
 
 /* A forward conditional jump over the next instruction or two; where it leads is known later. */
@@ -218,7 +272,7 @@ static void put_jcc(struct code *c)
 }
 
 /* loop: body ; dec dword [DATA_COUNT] via absolute address ; jnz loop ; hlt. Flags at the end are known ones. */
-static void make(struct code *c, bool vec)
+static void make(struct code *c, bool vec, unsigned at)
 {
 	uint16_t bad = 0;
 	unsigned n = 1 + below(BODY), tries = 0, body;
@@ -234,6 +288,8 @@ static void make(struct code *c, bool vec)
 			put_row(c);
 		if (below(16) == 0)
 			put_div(c, &bad);
+		if (below(12) == 0 && c->count < BODY * 2 - 1)
+			put_call(c, at);
 		put_random(c, vec, &bad);
 	}
 	c->at[c->count] = c->n;
@@ -247,6 +303,8 @@ static void make(struct code *c, bool vec)
 	}
 	/* The counter lies where random operands hardly reach; it defines all flags but CF: add, not dec. */
 	static const uint8_t count[] = { 0x83, 0x04, 0x25, 0, 0, 0x50, 0, 0xff };       /* add dword [0x500000], -1 */
+	if (narrow)
+		put(c, &"\x26\x2e\x36\x3e\x64\x65"[count_seg], 1);
 	put(c, count, sizeof count);
 	int32_t rel = (int32_t)body - (int32_t)(c->n + 6);
 	put(c, "\x0f\x85", 2);
@@ -268,12 +326,34 @@ static uint64_t value(void)
 
 static struct result start;
 
+/* Of 32-bit code: mostly all flat but FS and GS; else with bases and limits near what operands reach, or of another type. */
+static void random_segments(void)
+{
+	static const uint32_t limits[] = { UINT32_MAX, DATA + 16383, 0x1fff, 0x17, DATA + 8192 + 2047, 0xfffffffe };
+	bool flat = below(4);
+
+	harness_compat();
+	for (unsigned n = SEG_ES; n <= SEG_GS; n++) {
+		struct seg *s = &h.cpu.seg[n];
+
+		if (n == SEG_CS || n == count_seg || (n <= SEG_DS && (flat || below(2))))
+			continue;
+		s->base = below(2) ? 0 : below(2) ? DATA + below(8192) : (uint32_t)-(int32_t)below(65536);
+		s->limit = below(2) ? UINT32_MAX : limits[below(ARRAY_SIZE(limits))];
+		if (below(8) == 0)
+			s->type = n == SEG_SS ? 7 : "\1\5\7\x9\xb"[below(5)];
+		s->unusable = n != SEG_SS && below(8) == 0;
+	}
+}
+
 static void random_state(void)
 {
 	for (unsigned r = 0; r < 16; r++)
-		start.gpr[r] = value();
+		start.gpr[r] = value() | (narrow && below(4) == 0 ? rnd() << 32 : 0);
 	/* The page below is missing: runs of pushes and pops may end in the middle. */
 	start.gpr[R_RSP] = DATA + 8192 + (below(4) ? 2048 : below(2) ? 0 : 4096 - 64) + 8 * below(16);
+	if (narrow)
+		random_segments();
 	start.rflags = rnd() & 0x8d5;
 	start.mxcsr = below(8) ? 0x1f80 : 0x1fa0;
 	for (unsigned n = 0; n < sizeof start.zmm / 8; n++)
@@ -334,7 +414,8 @@ static void run(struct result *out, unsigned loops)
 	mmio_reset(c);
 	c->mmio.next_write = 0;
 	c->trap_db = false;
-	harness_run();
+	h.polls_left = 1000;
+	out->endless = harness_run() == RUN_EINTR;
 	out->halted = c->halted;
 	memcpy(out->gpr, c->gpr, sizeof out->gpr);
 	out->rip = h.got.valid ? h.got_rip : c->rip;
@@ -420,7 +501,7 @@ static unsigned no_point(const struct jit *j, size_t from)
 			at++;
 			continue;
 		}
-		if (ZYAN_FAILED(ZydisDecoderDecodeFull(&dec, j->rw + at, 15, &z, op))) {
+		if (ZYAN_FAILED(ZydisDecoderDecodeFull(&host_dec, j->rw + at, 15, &z, op))) {
 			printf("code at %zx is not understood\n", at);
 			return bad + 1;
 		}
@@ -446,13 +527,18 @@ static void break_code(struct jit *j)
 }
 
 /* -- main ------------------------------------------------------------------------------------------- */
+struct counts { unsigned trapped, endless; };
 static struct result interpreted, translated;
 
-static bool agree(unsigned loops)
+static bool agree(unsigned loops, struct counts *n)
 {
 	struct jit *jit = h.cpu.jit;
 
 	run(&translated, loops);
+	if (interpreted.endless || translated.endless) {
+		n->endless++;
+		return true;
+	}
 	if (!differ(&interpreted, &translated, false))
 		return true;
 	/* An operand may have reached memory that only this restores. */
@@ -465,7 +551,7 @@ static bool agree(unsigned loops)
 	return !differ(&interpreted, &translated, false);
 }
 
-static bool one(unsigned seed, bool vec, unsigned *trapped)
+static bool one(unsigned seed, bool vec, struct counts *n)
 {
 	struct jit *jit = h.cpu.jit;
 	unsigned at = below(4) ? 0 : 4096 - 40 + below(40), loops;
@@ -477,7 +563,9 @@ static bool one(unsigned seed, bool vec, unsigned *trapped)
 	hot = jit->hot;
 	gen = jit->gen;
 
-	make(&code, vec);
+	while (narrow && (count_seg = below(6)) == SEG_CS)
+		;
+	make(&code, vec, at);
 	code_at = at;
 	random_state();
 	loops = below(2) ? 24 + below(40) : 1 + below(4);
@@ -487,7 +575,7 @@ static bool one(unsigned seed, bool vec, unsigned *trapped)
 	jit->off = true;
 	run(&interpreted, loops);
 	jit->off = false;
-	ok = agree(loops);
+	ok = agree(loops, n);
 	if (ok && gen == jit->gen)
 		ok = !no_point(jit, hot);
 	if (ok && below(2)) {
@@ -495,13 +583,16 @@ static bool one(unsigned seed, bool vec, unsigned *trapped)
 
 		break_code(jit);
 		what = ", with traps";
-		ok = agree(loops);
-		*trapped += jit->faults != before;
+		ok = agree(loops, n);
+		n->trapped += jit->faults != before;
 	}
 	if (ok)
 		return true;
 	printf("seed %u: %u rounds, code at %x%s\n", seed, loops, H_CODE + at, what);
 	disasm(&code, at);
+	for (unsigned r = SEG_ES; narrow && r <= SEG_GS; r++)
+		printf("  segment %u: base %" PRIx64 " limit %x type %x%s\n", r, h.cpu.seg[r].base, h.cpu.seg[r].limit, h.cpu.seg[r].type,
+		       h.cpu.seg[r].unusable ? " unusable" : "");
 	for (unsigned r = 0; r < 16; r++)
 		printf("  r%-2u %16" PRIx64 "%s", r, start.gpr[r], r % 4 == 3 ? "\n" : "");
 	differ(&interpreted, &translated, true);
@@ -510,8 +601,9 @@ static bool one(unsigned seed, bool vec, unsigned *trapped)
 
 int main(int argc, char **argv)
 {
-	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { 0 } };
-	unsigned cases = 10000, seed = 1, bad = 0, trapped = 0;
+	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { "32", 0, 0, 'n' }, { 0 } };
+	struct counts count = { 0 };
+	unsigned cases = 10000, seed = 1, bad = 0;
 	bool vec = false;
 	int o;
 
@@ -520,10 +612,12 @@ int main(int argc, char **argv)
 		case 'c': cases = (unsigned)strtoul(optarg, NULL, 0); break;
 		case 's': seed = (unsigned)strtoul(optarg, NULL, 0); break;
 		case 'v': vec = true; break;
+		case 'n': narrow = true; break;
 		default: return 2;
 		}
 	}
-	ZydisDecoderInit(&dec, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+	ZydisDecoderInit(&host_dec, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+	ZydisDecoderInit(&dec, narrow ? ZYDIS_MACHINE_MODE_LEGACY_32 : ZYDIS_MACHINE_MODE_LONG_64, narrow ? ZYDIS_STACK_WIDTH_32 : ZYDIS_STACK_WIDTH_64);
 	harness_start();
 	memcpy(low, h.ram, sizeof low);
 	h.cpu.cr4 |= CR4_OSFXSR | CR4_OSXSAVE;
@@ -535,11 +629,11 @@ int main(int argc, char **argv)
 	for (unsigned n = 0; n < cases && bad < 5; n++) {
 		rng = (seed + n) * 0x9e3779b97f4a7c15ULL | 1;
 		rnd(), rnd();
-		bad += !one(seed + n, vec, &trapped);
+		bad += !one(seed + n, vec, &count);
 	}
-	printf("%u cases from seed %u: %u differ, %u met traps\n", cases, seed, bad, trapped);
-	if (cases >= 1000 && trapped < cases / 20) {
-		printf("too few met traps\n");
+	printf("%u cases from seed %u: %u differ, %u met traps, %u did not end\n", cases, seed, bad, count.trapped, count.endless);
+	if (cases >= 1000 && (count.trapped < cases / 20 || count.endless > cases / 100)) {
+		printf("too few met traps or ended\n");
 		bad++;
 	}
 	jit_cpu_free(&h.cpu);
