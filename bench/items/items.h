@@ -26,7 +26,7 @@ struct bench_item {
 
 /* One table a class, ended by a NULL name. */
 extern const struct bench_item items_int[], items_branch[], items_string[], items_fp[], items_simd[], items_mem[], items_os[],
-	items_jit[], items_app[];
+	items_jit[], items_app[], items_i386[];
 
 void bench_begin(struct bench *b);
 void bench_end(struct bench *b);

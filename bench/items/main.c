@@ -11,7 +11,7 @@
 #include <time.h>
 
 static const struct bench_item *const classes[] = { items_int, items_branch, items_string, items_fp, items_simd, items_mem, items_os,
-	items_jit, items_app };
+	items_jit, items_app, items_i386 };
 
 static double now(void)
 {
