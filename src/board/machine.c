@@ -549,10 +549,10 @@ static int create_vm(struct machine *m, struct err *err)
 
 	if (!r)
 		r = kvm_vm_create(&m->vm, m->kvm, err);
-	if (!r) {
-		kvm_vm_soft_mode(m->vm, m->cfg.soft_mode);
+	if (!r)
+		r = kvm_vm_soft(m->vm, &m->cfg.soft, m->cfg.cpus, err);
+	if (!r)
 		r = io_space_create(&m->env.ports, "ports", 0x10000, err);
-	}
 	if (!r)
 		r = io_space_create(&m->env.mmio, "mmio", UINT64_MAX, err);
 	if (!r)

@@ -30,7 +30,7 @@ struct machine_device {
 struct machine_config {
 	const char *type;               /* "q35" ("pc" is an alias) or "microvm" */
 	enum kvm_accel accel;
-	enum kvm_soft_mode soft_mode;
+	struct kvm_soft_config soft;
 	const char *cpu_model;          /* "host,+avx2,-smap"; NULL: host */
 	unsigned cpus;                  /* 1..64 */
 	unsigned sockets, cores, threads;       /* 0: derived; else the product is `cpus` */

@@ -32,14 +32,59 @@ static int accel_mode(struct vm_opts *o, struct keyvals *l, struct err *err)
 	if (!v)
 		return 0;
 	if (!strcmp(v, "interp"))
-		o->soft_mode = SOFT_INTERP;
+		o->soft.mode = SOFT_INTERP;
 	else if (!strcmp(v, "translate"))
-		o->soft_mode = SOFT_TRANSLATE;
+		o->soft.mode = SOFT_TRANSLATE;
 	else if (!strcmp(v, "lockstep"))
-		o->soft_mode = SOFT_LOCKSTEP;
+		o->soft.mode = SOFT_LOCKSTEP;
 	else
 		return err_set(err, -EINVAL, "-accel mode: '%s' is none of interp, translate, lockstep", v);
 	return 0;
+}
+
+static int accel_code_memory(struct vm_opts *o, struct keyvals *l, struct err *err)
+{
+	const char *v = keyvals_get(l, "code-memory");
+
+	if (v && (parse_size(v, 1, &o->soft.code_bytes) || o->soft.code_bytes < 1 << 20 || o->soft.code_bytes > 1 << 30))
+		return err_set(err, -EINVAL, "-accel code-memory: '%s' is no size from 1M to 1G", v);
+	return 0;
+}
+
+/* on, off, or a file for JSON. */
+static int accel_stats(struct vm_opts *o, struct keyvals *l, struct err *err)
+{
+	const char *v = keyvals_get(l, "stats");
+	bool on;
+
+	if (!v)
+		return 0;
+	if (!*v)
+		return err_set(err, -EINVAL, "-accel stats: on, off or a file's name");
+	if (parse_bool(v, &on)) {
+		o->stats_file = vmopts_printf(o, "%s", v);
+		on = true;
+	} else {
+		o->stats = on;
+	}
+	o->soft.sample = on;
+	return 0;
+}
+
+static int accel_soft(struct vm_opts *o, struct keyvals *l, struct err *err)
+{
+	static const char *const keys[] = { "mode", "code-memory", "stats", "perf-map" };
+	int ret;
+
+	for (unsigned i = 0; o->accel == ACCEL_KVM && i < ARRAY_SIZE(keys); i++)
+		if (keyvals_get(l, keys[i]))
+			return err_set(err, -EINVAL, "-accel %s: only softkvm has that; say 'soft'", keys[i]);
+	ret = accel_mode(o, l, err);
+	if (!ret)
+		ret = accel_code_memory(o, l, err);
+	if (!ret)
+		ret = accel_stats(o, l, err);
+	return ret ? ret : keyvals_bool(l, "-accel", "perf-map", &o->soft.perf_map, err);
 }
 
 int opt_accel(struct vm_opts *o, const char *arg, struct err *err)
@@ -52,7 +97,7 @@ int opt_accel(struct vm_opts *o, const char *arg, struct err *err)
 	const char *a = keyvals_get(&l, "accel");
 	ret = a ? set_accel(o, "-accel", a, err) : err_set(err, -EINVAL, "-accel: name an accelerator: kvm, soft or auto");
 	if (!ret)
-		ret = accel_mode(o, &l, err);
+		ret = accel_soft(o, &l, err);
 	if (!ret)
 		ret = keyvals_only(&l, "-accel", "thread", "multi", err);
 	if (!ret)

@@ -20,7 +20,7 @@ static const struct option_def table[] = {
 
 	{ "machine", "TYPE[,KEY=VALUE...]", BOTH, opt_machine, "Machine type, q35 or microvm ('help' lists them), and accel=.", "Machine" },
 	{ "M", "TYPE[,KEY=VALUE...]", CTX_QEMU, opt_machine, NULL, NULL },
-	{ "accel", "kvm|soft|auto[,mode=interp|translate|lockstep]", BOTH, opt_accel, "What runs the guest: /dev/kvm, softkvm, or (default) the faster of the two here. 'tcg' means soft; mode: how softkvm executes guest code.", NULL },
+	{ "accel", "kvm|soft|auto[,mode=interp|translate|lockstep][,code-memory=SIZE][,stats=on|FILE][,perf-map=on]", BOTH, opt_accel, "What runs the guest: /dev/kvm, softkvm, or (default) the faster of the two here. 'tcg' means soft. Of softkvm: mode, how it executes guest code; code-memory, what translated code may take (default 128M); stats, what it counted and which guest code was hot, printed at the end or written to FILE as JSON; perf-map, names for perf(1).", NULL },
 	{ "enable-kvm", NULL, CTX_QEMU, opt_enable_kvm, "The same as -accel kvm.", NULL },
 	{ "cpu", "MODEL[,+FEATURE][,-FEATURE]", BOTH, opt_cpu, "CPU model and features; 'help' lists them. Default: host.", NULL },
 	{ "cpus", "N", CTX_RUN, opt_cpus, "Number of CPUs, 1 to 64.", NULL },
@@ -74,7 +74,7 @@ static const struct option_def table[] = {
 	{ "log", "LEVEL", CTX_RUN, opt_log_level, "error, warn (default), info or debug.", NULL },
 	{ "msg", "timestamp=on|off", CTX_QEMU, opt_msg, "Time stamps in messages.", NULL },
 	{ "sandbox", "on|off[,obsolete=][,elevateprivileges=][,spawn=][,resourcecontrol=allow|deny]", BOTH, opt_sandbox, "System calls are filtered (seccomp), the vCPU threads' most; default: on, with all groups but resourcecontrol denied, and spawn where the network needs scripts.", NULL },
-	{ "stats", NULL, BOTH, opt_stats, "At the end, print what softkvm counted on each vCPU, and the guest's speed.", NULL },
+	{ "stats", NULL, BOTH, opt_stats, "At the end, print what softkvm counted on each vCPU, and the guest's speed: -accel soft,stats=on.", NULL },
 	{ "version", NULL, BOTH, opt_version, "Print the version.", NULL },
 	{ "help", NULL, BOTH, opt_help, "Print this.", NULL },
 	{ "h", NULL, BOTH, opt_help, NULL, NULL },
@@ -130,7 +130,7 @@ int opt_log_level(struct vm_opts *o, const char *arg, struct err *err)
 
 int opt_stats(struct vm_opts *o, const char *arg, struct err *err)
 {
-	o->stats = true;
+	o->stats = o->soft.sample = true;
 	return 0;
 }
 

@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -15,6 +14,7 @@
 #include "base/util.h"
 #include "cli/backends.h"
 #include "cli/options.h"
+#include "cli/stats.h"
 #include "loop/loop.h"
 
 struct session {
@@ -28,6 +28,7 @@ struct session {
 	struct loop_watch *signal_watch;
 	bool pidfile_written;
 	struct sandbox *sandbox;
+	FILE *stats;                    /* for JSON */
 };
 
 static void quit(void *opaque)
@@ -170,7 +171,7 @@ static int session_start(struct session *s, struct err *err)
 	if (ret)
 		return ret;
 	struct machine_config cfg = {
-		.type = o->type, .accel = o->accel, .soft_mode = o->soft_mode, .cpu_model = o->cpu_model, .cpus = o->cpus, .sockets = o->sockets,
+		.type = o->type, .accel = o->accel, .soft = o->soft, .cpu_model = o->cpu_model, .cpus = o->cpus, .sockets = o->sockets,
 		.cores = o->cores, .threads = o->threads, .mem_size = o->mem_size,
 		.mem_backing = { .huge = o->hugepages, .prealloc = o->prealloc, .shared = o->mem_shared, .no_dump = !o->dump_guest_core },
 		.kernel = o->kernel, .initrd = o->initrd, .append = o->append, .bios = o->bios,
@@ -178,6 +179,8 @@ static int session_start(struct session *s, struct err *err)
 		.no_shutdown = o->no_shutdown, .name = o->name, .uuid = o->uuid, .devices = s->devices,
 		.ndevices = o->ndevices, .loop = s->loop, .workers = s->workers, .backends = backends_lookup(&s->backends),
 	};
+	if (o->stats_file && (ret = stats_open(&s->stats, o->stats_file, err)))
+		return ret;
 	ret = machine_create(&s->machine, &cfg, err);
 	return ret ? ret : pidfile_write(s, err);
 }
@@ -231,39 +234,18 @@ static void session_end(struct session *s)
 		free((void *)(uintptr_t)s->devices[i].props);
 	free(s->devices);
 	sandbox_free(s->sandbox);
+	if (s->stats)
+		fclose(s->stats);
 	if (s->pidfile_written)
 		unlink(s->o->pidfile);
 }
 
-static double cpu_seconds(void)
-{
-	struct rusage u;
-
-	getrusage(RUSAGE_SELF, &u);
-	return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) + (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6;
-}
-
-/* -stats: one line per vCPU, then the sum of instructions by the CPU time of the whole process. */
 static void print_stats(struct session *s)
 {
-	struct kvm_counter k[32];
-	uint64_t insns = 0;
-	struct kvm_vcpu *v;
-	double t = cpu_seconds();
-
-	for (unsigned i = 0; (v = machine_vcpu(s->machine, i)); i++) {
-		unsigned n = kvm_vcpu_counters(v, k, ARRAY_SIZE(k));
-
-		fprintf(stderr, "vcpu%u:%s", i, n ? "" : " nothing is counted with this accelerator");
-		for (unsigned j = 0; j < n; j++) {
-			fprintf(stderr, " %s=%" PRIu64, k[j].name, k[j].value);
-			if (!strcmp(k[j].name, "instructions"))
-				insns += k[j].value;
-		}
-		fputc('\n', stderr);
-	}
-	fprintf(stderr, "total: %.1f million instructions, %.3f s of CPU time, %.1f million a second\n", (double)insns / 1e6,
-		t, t > 0 ? (double)insns / 1e6 / t : 0);
+	if (s->o->stats)
+		stats_words(s->machine, stderr);
+	if (s->stats)
+		stats_json(s->machine, s->stats);
 }
 
 int vm_run(struct vm_opts *o)
@@ -278,8 +260,7 @@ int vm_run(struct vm_opts *o)
 		return 1;
 	}
 	status = machine_run(s.machine);
-	if (o->stats)
-		print_stats(&s);
+	print_stats(&s);
 	session_end(&s);
 	return status;
 }

@@ -39,7 +39,8 @@ struct vm_opts {
 	bool qemu;                      /* QEMU's words (else `lodge run`'s) */
 	char *type, *cpu_model, *kernel, *initrd, *append, *bios, *name, *uuid, *pidfile, *logfile, *mem_backend;
 	enum kvm_accel accel;
-	enum kvm_soft_mode soft_mode;
+	struct kvm_soft_config soft;
+	char *stats_file;               /* -accel stats=FILE */
 	uint64_t mem_size;
 	unsigned cpus, sockets, cores, threads;
 	bool boot_strict, dump_guest_core;

@@ -149,12 +149,31 @@ int kvm_vm_create(struct kvm_vm **out, struct kvm *k, struct err *err)
 	return 0;
 }
 
-void kvm_vm_soft_mode(struct kvm_vm *vm, enum kvm_soft_mode mode)
+static int soft_cap(struct kvm_vm *vm, uint32_t cap, uint64_t a0, uint64_t a1, uint64_t a2)
 {
-	struct kvm_enable_cap cap = { .cap = SOFTKVM_CAP_TRANSLATE, .args = { mode - SOFT_INTERP } };
+	struct kvm_enable_cap c = { .cap = cap, .args = { a0, a1, a2 } };
 
-	if (mode != SOFT_DEFAULT && vm->f.p->code_written)
-		vm->f.p->ioctl(&vm->f, KVM_ENABLE_CAP, (uintptr_t)&cap, NULL);
+	return vm->f.p->ioctl(&vm->f, KVM_ENABLE_CAP, (uintptr_t)&c, NULL);
+}
+
+int kvm_vm_soft(struct kvm_vm *vm, const struct kvm_soft_config *cfg, unsigned vcpus, struct err *err)
+{
+	uint64_t mode = cfg->mode == SOFT_DEFAULT ? SOFTKVM_TRANSLATE_AS_IS : cfg->mode - SOFT_INTERP, bytes = cfg->code_bytes;
+	int r;
+
+	if (!vm->f.p->code_written)
+		return 0;
+	if (bytes && bytes < vcpus * SOFTKVM_CODE_MIN)
+		return err_set(err, -EINVAL, "code-memory: %u CPUs need at least %uM", vcpus, vcpus);
+	if (!bytes && vcpus > 128)
+		bytes = vcpus * SOFTKVM_CODE_MIN;
+	r = soft_cap(vm, SOFTKVM_CAP_TRANSLATE, mode, bytes, vcpus);
+	if (r < 0)
+		return err_set_errno(err, r, "softkvm: cannot set the mode");
+	if (!cfg->perf_map && !cfg->sample)
+		return 0;
+	r = soft_cap(vm, SOFTKVM_CAP_PROFILE, (cfg->sample ? SOFTKVM_PROFILE_SAMPLE : 0u) | (cfg->perf_map ? SOFTKVM_PROFILE_PERF_MAP : 0u), 0, 0);
+	return r < 0 ? err_set_errno(err, r, "cannot create /tmp/perf-%d.map", (int)getpid()) : 0;
 }
 
 void kvm_vm_destroy(struct kvm_vm *vm)
@@ -273,6 +292,12 @@ unsigned kvm_vcpu_id(const struct kvm_vcpu *v)
 unsigned kvm_vcpu_counters(struct kvm_vcpu *v, struct kvm_counter *out, unsigned max)
 {
 	return v->f.p->counters ? v->f.p->counters(&v->f, out, max) : 0;
+}
+
+unsigned kvm_vcpu_hot(struct kvm_vcpu *v, struct kvm_hot *out, unsigned max, uint64_t *total)
+{
+	*total = 0;
+	return v->f.p->hot ? v->f.p->hot(&v->f, out, max, total) : 0;
 }
 
 void kvm_vcpu_prepare(struct kvm_vcpu *v)

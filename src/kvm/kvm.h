@@ -18,7 +18,7 @@ struct kvm_vm;
 struct kvm_vcpu;
 
 enum kvm_accel { ACCEL_AUTO, ACCEL_KVM, ACCEL_SOFT };
-/* How softkvm executes guest code; see kvm_vm_soft_mode(). */
+/* How softkvm executes guest code; see kvm_vm_soft(). */
 enum kvm_soft_mode { SOFT_DEFAULT, SOFT_INTERP, SOFT_TRANSLATE, SOFT_LOCKSTEP };
 
 /* AUTO: whichever is faster here (a calibration of a millisecond or two, logged). */
@@ -30,8 +30,14 @@ int kvm_ioctl(struct kvm *k, unsigned long req, void *arg);
 /* Guest instructions a second of a plain loop, measured now in about a millisecond; 0 when no guest can run. */
 uint64_t kvm_speed(struct kvm *k);
 
-/* Before vCPUs are made: how softkvm executes guest code. Linux KVM knows nothing of it and is left alone. */
-void kvm_vm_soft_mode(struct kvm_vm *vm, enum kvm_soft_mode mode);
+struct kvm_soft_config {
+	enum kvm_soft_mode mode;
+	uint64_t code_bytes;    /* for translations of all vCPUs; 0: 128 MiB, or 1 MiB for each vCPU where that is more */
+	bool perf_map;          /* write /tmp/perf-PID.map */
+	bool sample;            /* for kvm_vcpu_hot() */
+};
+/* Before vCPUs are made: how softkvm executes guest code on `vcpus` of them. Linux KVM knows nothing of it and is left alone. */
+int kvm_vm_soft(struct kvm_vm *vm, const struct kvm_soft_config *cfg, unsigned vcpus, struct err *err);
 int kvm_vm_create(struct kvm_vm **out, struct kvm *k, struct err *err);
 void kvm_vm_destroy(struct kvm_vm *vm);
 int kvm_vm_ioctl(struct kvm_vm *vm, unsigned long req, void *arg);      /* 0 or more, or -errno */
@@ -54,6 +60,9 @@ unsigned kvm_vcpu_id(const struct kvm_vcpu *v);
 /* What the provider counts on a vCPU, by name; how many of them were stored. 0: it counts nothing (Linux KVM). */
 struct kvm_counter { const char *name; uint64_t value; };
 unsigned kvm_vcpu_counters(struct kvm_vcpu *v, struct kvm_counter *out, unsigned max);
+/* Where a vCPU was most often when it looked around, first the most frequent; *total: samples. 0: not sampled. */
+struct kvm_hot { uint64_t addr, samples; unsigned cpl; };
+unsigned kvm_vcpu_hot(struct kvm_vcpu *v, struct kvm_hot *out, unsigned max, uint64_t *total);
 /* On the thread that will run it, before its rights are cut: the provider opens what running takes. */
 void kvm_vcpu_prepare(struct kvm_vcpu *v);
 /* KVM_RUN: 0, or -EINTR, -EAGAIN, ... */

@@ -8,6 +8,7 @@
 #include "base/err.h"
 
 struct kvm_counter;
+struct kvm_hot;
 struct kvm_file {
 	const struct kvm_provider *p;
 	int fd;                 /* /dev/kvm */
@@ -26,6 +27,7 @@ struct kvm_provider {
 	int (*code_written)(struct kvm_file *vm, uint64_t gpa, uint64_t len);   /* NULL: not needed */
 	void (*prepare)(struct kvm_file *vcpu);         /* NULL: nothing to do */
 	unsigned (*counters)(struct kvm_file *vcpu, struct kvm_counter *out, unsigned max);     /* NULL: none */
+	unsigned (*hot)(struct kvm_file *vcpu, struct kvm_hot *out, unsigned max, uint64_t *total);     /* NULL: none */
 };
 
 extern const struct kvm_provider kvm_provider_linux;

@@ -61,9 +61,26 @@ static unsigned soft_counters(struct kvm_file *vcpu, struct kvm_counter *out, un
 		{ "tlb_fills", s.tlb_fills }, { "tlb_flushes", s.tlb_flushes }, { "slow_loads", s.slow_loads },
 		{ "slow_stores", s.slow_stores }, { "exits", s.exits }, { "interrupts", s.interrupts },
 		{ "exceptions", s.exceptions }, { "code_invalidations", s.code_invalidations }, { "halts", s.halts },
+		{ "translations", s.translations }, { "translated_instructions", s.translated_insns }, { "translated_bytes", s.translated_bytes },
+		{ "code_bytes_used", s.code_used }, { "code_flushes", s.code_flushes }, { "links", s.links },
+		{ "code_entries", s.code_entries }, { "handler_calls", s.handler_calls }, { "left_for_loop", s.left_for_loop },
+		{ "left_by_jump", s.left_by_jump }, { "left_by_budget", s.left_by_budget }, { "host_faults", s.host_faults },
+		{ "exits_io", s.exit_io }, { "exits_mmio", s.exit_mmio }, { "exits_hlt", s.exit_hlt }, { "exits_signal", s.exit_signal },
+		{ "exits_irq_window", s.exit_irq_window }, { "exits_msr", s.exit_msr }, { "exits_debug", s.exit_debug },
+		{ "exits_shutdown", s.exit_shutdown }, { "exits_error", s.exit_error }, { "exits_other", s.exit_other },
 	};
 	for (n = 0; n < MIN(max, (unsigned)ARRAY_SIZE(all)); n++)
 		out[n] = all[n];
+	return n;
+}
+
+static unsigned soft_hot(struct kvm_file *vcpu, struct kvm_hot *out, unsigned max, uint64_t *total)
+{
+	struct softkvm_hot h[64];
+	unsigned n = softkvm_vcpu_hot(vcpu->soft, h, MIN(max, (unsigned)ARRAY_SIZE(h)), total);
+
+	for (unsigned k = 0; k < n; k++)
+		out[k] = (struct kvm_hot){ h[k].rip, h[k].samples, h[k].cpl };
 	return n;
 }
 
@@ -74,5 +91,5 @@ static void soft_prepare(struct kvm_file *vcpu)
 
 const struct kvm_provider kvm_provider_soft = {
 	.name = "soft", .open = soft_open, .ioctl = soft_ioctl, .mmap = soft_mmap, .munmap = soft_munmap,
-	.close = soft_close, .code_written = soft_code_written, .counters = soft_counters, .prepare = soft_prepare,
+	.close = soft_close, .code_written = soft_code_written, .counters = soft_counters, .hot = soft_hot, .prepare = soft_prepare,
 };

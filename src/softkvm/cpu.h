@@ -215,6 +215,7 @@ struct cpu {
 	bool data_bp, code_bp;          /* some data / code breakpoint is active: slow paths look */
 
 	struct softkvm_stats stats;
+	struct profile *profile;        /* profile.h; NULL: nobody asked */
 	bool in_unwind_scope;           /* cpu_raise() has somewhere to go */
 	bool client_fault;              /* the exit under way is EFAULT: memory of a slot is not mapped (fault.h) */
 	jmp_buf unwind;

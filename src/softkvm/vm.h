@@ -65,6 +65,9 @@ struct vm {
 		bool translate;                 /* SOFTKVM_CAP_TRANSLATE */
 		unsigned jit_mode;              /* enum jit_mode */
 		uint64_t code_bytes;            /* for all vCPUs */
+		unsigned code_vcpus;            /* so many will share them; 0: not known */
+		bool sample;                    /* SOFTKVM_CAP_PROFILE */
+		int perf_fd;                    /* perf map, or -1 */
 		uint64_t quirks_off;            /* KVM_X86_QUIRK_* */
 	} policy;
 	uint32_t boot_cpu_id;           /* KVM_SET_BOOT_CPU_ID */

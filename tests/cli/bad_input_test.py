@@ -105,6 +105,13 @@ with tempfile.TemporaryDirectory() as tmp:
     for n in ("0", "-1", "65", "x", "99999999999999999999"):
         check(["--cpus"], *run, "--kernel", k, "--cpus", n)
         check(["-smp"], *qemu, "-kernel", k, "-smp", n)
+    for size in ("1K", "2G", "x", ""):
+        check(["code-memory"], *run[:2], f"soft,code-memory={size}", "--kernel", k)
+    check(["code-memory", "4 CPUs"], *run[:2], "soft,code-memory=2M", "--kernel", k, "--cpus", "4")
+    check(["stats", missing], *run[:2], f"soft,stats={missing}/x", "--kernel", k)
+    check(["perf-map"], *run[:2], "soft,perf-map=x", "--kernel", k)
+    for key in ("mode=interp", "code-memory=8M", "stats=on", "perf-map=on"):
+        check([key.split("=")[0], "softkvm"], *run[:2], f"kvm,{key}", "--kernel", k)
     check(["-smp", "sockets"], *qemu, "-kernel", k, "-smp", "4,sockets=3")
     check(["--kernle", "did you mean --kernel"], *run, "--kernle", k)
     check(["-sdl"], *qemu, "-kernel", k, "-sdl")

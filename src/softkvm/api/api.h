@@ -145,4 +145,8 @@ void cpuid_free(struct cpu *c);
 void cpuid_runtime(struct cpu *c, struct kvm_cpuid_entry2 *e);
 const struct cpu_features *cpuid_host_features(void);  /* of the whole supported table */
 
+/* -- profile.c ------------------------------------------------------------------------------------ */
+long profile_start(struct vm *vm, uint64_t bits);       /* SOFTKVM_CAP_PROFILE */
+int profile_vcpu(struct cpu *c);
+
 #endif

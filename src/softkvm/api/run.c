@@ -409,6 +409,30 @@ static long run_locked(struct vcpu *v)
 	return run_guest(v);
 }
 
+static void count_exit(struct softkvm_stats *s, const struct kvm_run *run, long r)
+{
+	s->exits++;
+	if (r == -EINTR || (!r && run->exit_reason == KVM_EXIT_INTR)) {
+		s->exit_signal++;
+		return;
+	}
+	if (r) {
+		s->exit_error++;
+		return;
+	}
+	switch (run->exit_reason) {
+	case KVM_EXIT_IO: s->exit_io++; break;
+	case KVM_EXIT_MMIO: s->exit_mmio++; break;
+	case KVM_EXIT_HLT: s->exit_hlt++; break;
+	case KVM_EXIT_IRQ_WINDOW_OPEN: s->exit_irq_window++; break;
+	case KVM_EXIT_X86_RDMSR: case KVM_EXIT_X86_WRMSR: s->exit_msr++; break;
+	case KVM_EXIT_DEBUG: s->exit_debug++; break;
+	case KVM_EXIT_SHUTDOWN: case KVM_EXIT_SYSTEM_EVENT: s->exit_shutdown++; break;
+	case KVM_EXIT_INTERNAL_ERROR: case KVM_EXIT_FAIL_ENTRY: s->exit_error++; break;
+	default: s->exit_other++;
+	}
+}
+
 long vcpu_run(struct vcpu *v)
 {
 	long r;
@@ -422,7 +446,7 @@ long vcpu_run(struct vcpu *v)
 	fault_enter(NULL);
 	save_run(&v->cpu);
 	sync_out(v);
-	v->cpu.stats.exits++;
+	count_exit(&v->cpu.stats, v->cpu.run, r);
 	signals_leave(v);
 	return r;
 }

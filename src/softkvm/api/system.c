@@ -73,6 +73,7 @@ int check_extension(struct vm *vm, unsigned long cap)
 	case KVM_CAP_DIRTY_LOG_RING: case KVM_CAP_DIRTY_LOG_RING_ACQ_REL:
 		return ring_cap_bytes();
 	case SOFTKVM_CAP_TRANSLATE:
+	case SOFTKVM_CAP_PROFILE:
 		return 1;
 	case SOFTKVM_CAP_CODE_WRITTEN:
 		if (vm)

@@ -111,17 +111,20 @@ bool vcpu_init_sipi(struct cpu *c)
 }
 
 /* -- life ------------------------------------------------------------------------------------- */
-/* Memory for translations is shared out as if there were as many vCPUs as there are processors. */
+/* Memory for translations is shared out among the vCPUs that were announced, or as if there were as many as there are processors. */
 static void translator(struct cpu *c)
 {
 	const struct vm_policy *p = &c->vm->policy;
-	long n = sysconf(_SC_NPROCESSORS_ONLN);
-	unsigned made = atomic_load(&c->vm->ncpus) + 1;
+	uint64_t n = p->code_vcpus, made = atomic_load(&c->vm->ncpus) + 1;
+	struct jit_config cfg = { .mode = p->jit_mode, .perf_fd = p->perf_fd };
 	int r;
 
 	if (!p->translate)
 		return;
-	r = jit_cpu_init(c, p->code_bytes / MAX((uint64_t)MAX(n, 1), (uint64_t)made), p->jit_mode);
+	if (!n)
+		n = (uint64_t)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1);
+	cfg.bytes = p->code_bytes / MAX(n, made);
+	r = jit_cpu_init(c, &cfg);
 	if (r)
 		log_warn("softkvm: vCPU %u is interpreted: %s", c->id, strerror(-r));
 }
@@ -140,7 +143,7 @@ static int vcpu_init_parts(struct vcpu *v, struct vm *vm, unsigned id)
 	cpuid_none(c);
 	if (!c->feat)
 		return -ENOMEM;
-	if ((r = ring_new(vm, &v->ring)) || (r = mmu_cpu_init(c)) || (r = engine_cpu_init(c)))
+	if ((r = ring_new(vm, &v->ring)) || (r = mmu_cpu_init(c)) || (r = engine_cpu_init(c)) || (r = profile_vcpu(c)))
 		return r;
 	translator(c);
 	v->api->tsc_khz = vm->api->tsc_khz;
@@ -191,6 +194,7 @@ void vcpu_free(struct vcpu *v)
 	if (c->lapic)
 		lapic_destroy(c);
 	jit_cpu_free(c);
+	free(c->profile);
 	engine_cpu_free(c);
 	vec_cpu_free(c);
 	mmu_cpu_free(c);

@@ -2,8 +2,11 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include "base/log.h"
 #include "softkvm/api/api.h"
 #include "softkvm/jit/jit.h"
 #include "softkvm/bus.h"
@@ -41,6 +44,8 @@ static void vm_free(struct vm *vm)
 	if (vm->bus)
 		bus_destroy(vm);
 	phys_free(vm);
+	if (vm->policy.perf_fd >= 0)
+		close(vm->policy.perf_fd);
 	if (vm->ring)
 		munmap(vm->ring, API_PAGE);
 	if (vm->api) {
@@ -73,6 +78,10 @@ int vm_new(struct vm **out)
 	locks_init(vm);
 	mode_default(&vm->policy);
 	vm->policy.code_bytes = 128u << 20;
+	vm->policy.perf_fd = -1;
+	if (getenv("LODGE_PERF_MAP") && (r = (int)profile_start(vm, SOFTKVM_PROFILE_PERF_MAP)))
+		log_warn("softkvm: no perf map: %s", strerror(-r));
+	r = -ENOMEM;
 	vm->api = calloc(1, sizeof *vm->api);
 	if (!vm->api)
 		goto fail;

@@ -36,6 +36,21 @@ static long enable_x2apic(struct vm *vm, uint64_t flags)
 	return 0;
 }
 
+static long translate_enable(struct vm_policy *p, const __u64 *args)
+{
+	if ((args[0] > 2 && args[0] != SOFTKVM_TRANSLATE_AS_IS) || args[1] > SOFTKVM_CODE_MAX || (args[1] && args[1] < SOFTKVM_CODE_MIN) ||
+	    args[2] > VM_MAX_VCPUS)
+		return -EINVAL;
+	if (args[0] != SOFTKVM_TRANSLATE_AS_IS) {
+		p->translate = args[0];
+		p->jit_mode = args[0] == 2 ? JIT_LOCKSTEP : JIT_NORMAL;
+	}
+	if (args[1])
+		p->code_bytes = args[1];
+	p->code_vcpus = (unsigned)args[2];
+	return 0;
+}
+
 static long enable_locked(struct vm *vm, const struct kvm_enable_cap *cap)
 {
 	struct vm_policy *p = &vm->policy;
@@ -93,13 +108,9 @@ static long enable_locked(struct vm *vm, const struct kvm_enable_cap *cap)
 	case KVM_CAP_DIRTY_LOG_RING_ACQ_REL:
 		return ring_enable(vm, a);
 	case SOFTKVM_CAP_TRANSLATE:
-		if (a > 2)
-			return -EINVAL;
-		p->translate = a;
-		p->jit_mode = a == 2 ? JIT_LOCKSTEP : JIT_NORMAL;
-		if (cap->args[1])
-			p->code_bytes = cap->args[1];
-		return 0;
+		return translate_enable(p, cap->args);
+	case SOFTKVM_CAP_PROFILE:
+		return profile_start(vm, a);
 	case KVM_CAP_MAX_VCPU_ID:
 		if (!a || a > VM_MAX_VCPU_ID || vm->api->max_vcpu_ids_set)
 			return -EINVAL;

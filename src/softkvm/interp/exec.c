@@ -12,6 +12,7 @@
 #include "softkvm/interp/block.h"
 #include "softkvm/irqchip.h"
 #include "softkvm/jit/jit.h"
+#include "softkvm/profile.h"
 #include "softkvm/sys.h"
 #include "softkvm/vcpu.h"
 #include "softkvm/vm.h"
@@ -230,6 +231,8 @@ static enum run_result boundary(struct cpu *c)
 	c->blocks->want = NULL;
 	if (c->budget <= 0) {
 		count_insns(c);
+		if (unlikely(c->profile))
+			profile_sample(c->profile, c->rip + (c->flat ? 0 : c->seg[SEG_CS].base), c->cpl);
 		if (c->lapic)
 			lapic_timer_poll(c);
 		if (vcpu_poll(c))

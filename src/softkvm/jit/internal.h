@@ -123,13 +123,14 @@ struct jit {
 	struct jit_point *points;       /* touched as they are used */
 	uint32_t npoints, points_max;
 	bool alone;                     /* the instruction at alone_rip is to be interpreted: translated, it met a fault */
-	uint64_t alone_rip, faults;
+	uint64_t alone_rip;
 	struct jit_map_thunks maps[1 << 12];    /* by map.c's key, valid for one gen */
 	bool off;                       /* tests: interpret, but keep translations right */
 	struct lockstep *lock;          /* lockstep.h, or NULL */
 	unsigned threshold;             /* times a block is interpreted first */
 	struct tr *tr;                  /* the translator's working memory */
-	FILE *perf_map;
+	int perf_fd;                    /* perf map, or -1 */
+	size_t bytes;                   /* all that it may take */
 };
 
 /* -- byte emission ------------------------------------------------------------------------------ */
@@ -172,6 +173,7 @@ void map_out(struct em *e, struct tr *t);
 void map_of(int8_t map[16], unsigned key);      /* async-signal-safe */
 
 int jit_code_map(struct jit *j, size_t bytes);
+void jit_code_trim(struct jit *j);      /* give back the memory of what is not used now */
 void jit_code_unmap(struct jit *j);
 void *jit_arena(struct jit *j, size_t size);                            /* low memory, 64-byte aligned; NULL: full */
 

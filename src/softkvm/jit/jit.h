@@ -25,10 +25,11 @@ enum jit_mode { JIT_NORMAL, JIT_AT_ONCE, JIT_LOCKSTEP };
 #define JIT_BYTES_MIN ((size_t)1 << 20)
 
 /*
- * `code_bytes`: what its translations may take, tables included. 0, -ENOSPC (fewer than JIT_BYTES_MIN), -ENOMEM or -ENOTSUP (host
+ * bytes: what its translations may take, tables included; perf_fd: -1, or the perf map, which stays the caller's. 0, -ENOSPC (fewer than JIT_BYTES_MIN), -ENOMEM or -ENOTSUP (host
  * without BMI2, context not in low memory). Without it everything is interpreted.
  */
-int jit_cpu_init(struct cpu *c, size_t code_bytes, enum jit_mode mode);
+struct jit_config { size_t bytes; enum jit_mode mode; int perf_fd; };
+int jit_cpu_init(struct cpu *c, const struct jit_config *cfg);
 void jit_cpu_free(struct cpu *c);
 /* `b` is valid at cpu->rip. */
 enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode);

@@ -121,7 +121,7 @@ bool jit_fault(struct cpu *c, struct fault *f)
 	take_registers(c, p, r);
 	j->alone = true;
 	j->alone_rip = c->rip;
-	j->faults++;
+	c->stats.host_faults++;
 	r[REG_RAX] = 0;                 /* as `leave`, by no link */
 	r[REG_RIP] = (greg_t)(uintptr_t)(j->rx + j->abandon);
 	return true;

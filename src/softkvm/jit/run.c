@@ -1,9 +1,7 @@
 /* Running translated code, linking it, and what it calls. */
 #include <errno.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #include "softkvm/fault.h"
 #include "softkvm/jit/lockstep.h"
@@ -22,13 +20,33 @@ static bool addressable(const struct cpu *c)
 	return true;
 }
 
-int jit_cpu_init(struct cpu *c, size_t code_bytes, enum jit_mode mode)
+static int init(struct jit *j, const struct jit_config *cfg)
 {
-	struct jit *j;
-	size_t eighth;
+	size_t eighth = cfg->bytes / 8 & ~(size_t)4095;
 	int r;
 
-	if (code_bytes < JIT_BYTES_MIN)
+	j->gen = 1;
+	j->bytes = cfg->bytes;
+	j->perf_fd = cfg->perf_fd;
+	j->mxcsr_mask = mxcsr_mask();
+	j->threshold = cfg->mode == JIT_AT_ONCE ? 0 : cfg->mode == JIT_LOCKSTEP ? 3 : JIT_THRESHOLD;
+	j->tr = calloc(1, sizeof *j->tr);
+	j->arena_size = 3 * eighth;
+	j->low_size = sizeof *j->low + j->arena_size;
+	j->low = low_alloc(j->low_size);
+	if (!j->tr || !j->low || !low_is(j->low, j->low_size))
+		return -ENOMEM;
+	if ((r = jit_code_map(j, 4 * eighth)) || (r = points_map(j, eighth)))
+		return r;
+	return cfg->mode == JIT_LOCKSTEP ? lockstep_init(j) : 0;
+}
+
+int jit_cpu_init(struct cpu *c, const struct jit_config *cfg)
+{
+	struct jit *j;
+	int r;
+
+	if (cfg->bytes < JIT_BYTES_MIN)
 		return -ENOSPC;
 	if (!__builtin_cpu_supports("bmi2") || !addressable(c))
 		return -ENOTSUP;
@@ -36,32 +54,14 @@ int jit_cpu_init(struct cpu *c, size_t code_bytes, enum jit_mode mode)
 	if (!j)
 		return -ENOMEM;
 	j->c = c;
-	j->gen = 1;
-	j->mxcsr_mask = mxcsr_mask();
-	j->threshold = mode == JIT_AT_ONCE ? 0 : mode == JIT_LOCKSTEP ? 3 : JIT_THRESHOLD;
-	j->tr = calloc(1, sizeof *j->tr);
-	eighth = code_bytes / 8 & ~(size_t)4095;
-	j->arena_size = 3 * eighth;
-	j->low_size = sizeof *j->low + j->arena_size;
-	j->low = low_alloc(j->low_size);
-	r = j->tr && j->low && low_is(j->low, j->low_size) ? jit_code_map(j, 4 * eighth) : -ENOMEM;
-	if (!r)
-		r = points_map(j, eighth);
 	c->jit = j;
-	if (!r && mode == JIT_LOCKSTEP)
-		r = lockstep_init(j);
+	r = init(j, cfg);
 	if (r) {
 		jit_cpu_free(c);
 		return r;
 	}
 	jit_thunks(j);
 	fault_serve(FAULT_CODE, jit_fault);
-	if (getenv("LODGE_PERF_MAP")) {
-		char name[64];
-
-		snprintf(name, sizeof name, "/tmp/perf-%d.map", (int)getpid());
-		j->perf_map = fopen(name, "a");
-	}
 	return 0;
 }
 
@@ -72,8 +72,6 @@ void jit_cpu_free(struct cpu *c)
 	if (!j)
 		return;
 	lockstep_free(j);
-	if (j->perf_map)
-		fclose(j->perf_map);
 	jit_code_unmap(j);
 	points_unmap(j);
 	low_free(j->low, j->low_size);
@@ -89,6 +87,8 @@ void jit_flush(struct cpu *c)
 	if (!j)
 		return;
 	c->blocks->jit_want = NULL;
+	c->stats.code_flushes++;
+	c->stats.code_used = 0;
 	j->hot = JIT_THUNKS;
 	j->cold = 0;
 	j->arena = 0;
@@ -112,6 +112,7 @@ static void link_cut(struct jit *j, struct jit_link *l)
 
 static void link_to(struct jit *j, struct jit_link *l, const struct jit_code *to)
 {
+	j->c->stats.links++;
 	if (l->from->map == to->map) {
 		em_to(j->rw + l->at, j->rw + (l->near ? to->body_same : to->entry_same));
 	} else {
@@ -201,6 +202,7 @@ uint64_t jit_call_insn(struct jit_site *s)
 	const struct jit_code *k = (const struct jit_code *)(uintptr_t)s->code;
 	struct cpu *c = k->c;
 
+	c->stats.handler_calls++;
 	live_settle(c);
 	c->gpr[R_BLK] = k->rip + (uint64_t)(int64_t)s->delta;
 	c->rip = c->gpr[R_BLK] + s->bytes;
@@ -229,10 +231,14 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 
 	c->budget -= k->b->n;
 	c->stats.blocks_run++;
+	c->stats.code_entries++;
 	r = enter(j->rx + k->body);
 	live_settle(c);
-	if (r == 1)
+	if (r == 1) {
+		c->stats.left_for_loop++;
 		return JIT_LOOK;
+	}
+	*(r ? &c->stats.left_by_jump : &c->stats.left_by_budget) += 1;
 	c->blocks->jit_want = (struct jit_link *)(uintptr_t)r;
 	return JIT_DONE;
 }

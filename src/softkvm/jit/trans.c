@@ -1,6 +1,8 @@
 /* From a decoded block to code: decoding again, flag liveness, and the walk over its instructions. */
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdio.h>
+#include <unistd.h>
 
 #include "softkvm/jit/internal.h"
 
@@ -405,17 +407,60 @@ static bool walk(struct tr *t)
 	return true;
 }
 
+/* For perf(1): one line, whole, whatever other vCPUs write. */
 static void note(struct tr *t, const uint8_t *start)
 {
-	if (t->j->perf_map)
-		fprintf(t->j->perf_map, "%" PRIxPTR " %zx guest:%" PRIx64 "\n", (uintptr_t)(t->j->rx + (start - t->j->rw)),
-			(size_t)(t->h.p - start), t->k->rip);
+	char line[80];
+	int n;
+
+	if (t->j->perf_fd < 0)
+		return;
+	n = snprintf(line, sizeof line, "%" PRIxPTR " %zx guest:%" PRIx64 "\n", (uintptr_t)(t->j->rx + (start - t->j->rw)),
+		     (size_t)(t->h.p - start), t->k->rip);
+	if (write(t->j->perf_fd, line, (size_t)n) != n)
+		t->j->perf_fd = -1;     /* the file system is full */
 }
+
+/* Of a table's `size`, what its vCPU may use: vCPUs that came later want their part of the VM's. */
+static size_t part_of(const struct jit *j, size_t size)
+{
+	uint64_t n = atomic_load_explicit(&j->c->vm->ncpus, memory_order_relaxed), share = j->c->vm->policy.code_bytes / MAX(n, (uint64_t)1);
+
+	share = MAX(share, (uint64_t)JIT_BYTES_MIN);
+	return share >= j->bytes ? size : (size_t)((double)size * (double)share / (double)j->bytes);
+}
+
+static bool in(size_t used, size_t more, size_t size) { return used + more <= size; }
+
+static bool has_room(const struct jit *j, size_t (*size_of)(const struct jit *, size_t))
+{
+	return in(j->npoints, POINTS_MAX, size_of(j, j->points_max)) && in(j->hot, HOT_MAX + THUNKS_MAX, size_of(j, j->hot_size)) &&
+	       in(j->cold, COLD_MAX, size_of(j, j->size - j->hot_size)) && in(j->arena, ARENA_MAX, size_of(j, j->arena_size));
+}
+
+static size_t whole(const struct jit *j, size_t size) { return size; }
 
 static void room(struct jit *j)
 {
-	if (j->points_max - j->npoints < POINTS_MAX || j->hot_size - j->hot < HOT_MAX + THUNKS_MAX || j->size - j->hot_size - j->cold < COLD_MAX || j->arena_size - j->arena < ARENA_MAX)
-		jit_flush(j->c);
+	bool trim;
+
+	if (has_room(j, part_of))
+		return;
+	trim = has_room(j, whole);
+	jit_flush(j->c);
+	if (trim)
+		jit_code_trim(j);
+}
+
+static void count(struct tr *t, size_t bytes)
+{
+	struct softkvm_stats *s = &t->c->stats;
+	const struct jit *j = t->j;
+
+	s->translations++;
+	s->translated_insns += t->n;
+	s->translated_bytes += bytes;
+	s->code_used = j->hot + j->cold + j->arena + j->npoints * sizeof *j->points;
 }
 
 struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode)
@@ -463,6 +508,7 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	em_align(&t->h);
 	j->hot = (size_t)(t->h.p - j->rw);
 	j->cold = (size_t)(t->cold.p - j->rw) - j->hot_size;
+	count(t, (size_t)(t->h.p - h.p) + (size_t)(t->cold.p - cold.p));
 	b->code = k;
 	b->code_gen = j->gen;
 	return k;

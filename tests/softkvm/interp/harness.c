@@ -67,6 +67,7 @@ void harness_start(void)
 	h.run = calloc(1, sizeof *h.run);
 	h.ram = mmap(NULL, H_RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	h.vm.client_tells_code = true;
+	h.vm.policy.code_bytes = 64 << 20;
 	c->vm = &h.vm;
 	c->run = h.run;
 	c->feat = &feat;

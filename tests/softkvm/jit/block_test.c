@@ -579,12 +579,12 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 	if (ok && gen == jit->gen)
 		ok = !no_point(jit, hot);
 	if (ok && below(2)) {
-		uint64_t before = jit->faults;
+		uint64_t before = h.cpu.stats.host_faults;
 
 		break_code(jit);
 		what = ", with traps";
 		ok = agree(loops, n);
-		n->trapped += jit->faults != before;
+		n->trapped += h.cpu.stats.host_faults != before;
 	}
 	if (ok)
 		return true;
@@ -622,7 +622,7 @@ int main(int argc, char **argv)
 	memcpy(low, h.ram, sizeof low);
 	h.cpu.cr4 |= CR4_OSFXSR | CR4_OSXSAVE;
 	h.cpu.xcr0 = 0xe7;
-	if (jit_cpu_init(&h.cpu, 4 << 20, JIT_NORMAL)) {
+	if (jit_cpu_init(&h.cpu, &(struct jit_config){ .bytes = 4 << 20, .perf_fd = -1 })) {
 		printf("no translator here\n");
 		return 77;
 	}
