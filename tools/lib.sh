@@ -3,6 +3,14 @@
 say() { [ -t 2 ] && printf '\033[1m==> %s\033[0m\n' "$*" >&2 || printf '==> %s\n' "$*" >&2; }
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 
+known_kind() { # kind [kinds...]
+	local k=$1 o
+	shift
+	[ $# -gt 0 ] || set -- release debug asan tsan clang
+	for o; do [ "$k" = "$o" ] && return; done
+	die "unknown kind '$k'; there are: $*"
+}
+
 # Run quietly; show the output only when the command fails.
 quiet() {
 	local log
@@ -35,6 +43,18 @@ as_root() {
 	fi
 }
 
+# As root; of what goes wrong (no network, a broken package) the line that says so.
+apt_get() { # words...
+	local log why
+	log=$(mktemp)
+	if ! as_root apt-get "$@" >"$log" 2>&1; then
+		why=$(grep -m 1 '^E:' "$log" || tail -n 1 "$log")
+		rm -f "$log"
+		die "apt-get $1 failed: ${why#E: }"
+	fi
+	rm -f "$log"
+}
+
 need_packages() { # purposes...
 	local missing
 	command -v dpkg-query >/dev/null || {
@@ -51,7 +71,7 @@ need_packages() { # purposes...
 	say "installing: $(echo $missing)"
 	export DEBIAN_FRONTEND=noninteractive
 	as_root true || die "missing packages, and no root rights to install them; run as root: apt-get install $(echo $missing)"
-	quiet as_root apt-get update -q
+	apt_get update -q
 	# shellcheck disable=SC2086
-	quiet as_root apt-get install -q -y --no-install-recommends $missing
+	apt_get install -q -y --no-install-recommends $missing
 }

@@ -99,6 +99,11 @@ int parse_bool(const char *s, bool *v)
 	return -EINVAL;
 }
 
+bool parse_port_ok(const char *s)
+{
+	return s[strspn(s, "0123456789")] || strtoul(s, NULL, 10) <= 65535;
+}
+
 int parse_mac(const char *s, uint8_t mac[6])
 {
 	uint8_t out[6];

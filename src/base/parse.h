@@ -19,6 +19,8 @@ int parse_u64(const char *s, uint64_t *v);
 int parse_size(const char *s, uint64_t unit, uint64_t *bytes);
 /* on/yes/true/y and off/no/false/n. */
 int parse_bool(const char *s, bool *v);
+/* What getaddrinfo() may be asked: not a number above 65535, which it would cut to 16 bits. Names of services pass. */
+bool parse_port_ok(const char *s);
 /* "52:54:00:12:34:56", also with '-'. */
 int parse_mac(const char *s, uint8_t mac[6]);
 

@@ -12,6 +12,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "base/parse.h"
 #include "base/util.h"
 #include "block/nbd.h"
 #include "block/nbd_proto.h"
@@ -81,7 +82,7 @@ static int family(const struct nbd_config *c)
 static int connect_tcp(const struct nbd_config *c, unsigned timeout_ms, struct err *err)
 {
 	struct addrinfo hint = { .ai_family = family(c), .ai_socktype = SOCK_STREAM }, *list = NULL;
-	int r = getaddrinfo(c->host, c->port, &hint, &list), fd = -1, one = 1;
+	int r = parse_port_ok(c->port) ? getaddrinfo(c->host, c->port, &hint, &list) : EAI_SERVICE, fd = -1, one = 1;
 	if (r)
 		return err_set(err, -EHOSTUNREACH, "address resolution failed for %s:%s: %s", c->host, c->port, gai_strerror(r));
 	r = -EHOSTUNREACH;
@@ -161,7 +162,7 @@ static int listen_one(const struct addrinfo *a)
 int nbd_listen_tcp(const char *host, const char *port, int *fds, int max, struct err *err)
 {
 	struct addrinfo hint = { .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE }, *list = NULL;
-	int r = getaddrinfo(host && *host ? host : NULL, port, &hint, &list), n = 0;
+	int r = parse_port_ok(port) ? getaddrinfo(host && *host ? host : NULL, port, &hint, &list) : EAI_SERVICE, n = 0;
 	if (r)
 		return err_set(err, -EINVAL, "address resolution failed for %s:%s: %s", host ? host : "", port, gai_strerror(r));
 	for (struct addrinfo *a = list; a && n < max; a = a->ai_next) {

@@ -12,6 +12,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "base/parse.h"
 #include "base/log.h"
 #include "chr/internal.h"
 
@@ -36,7 +37,7 @@ static int unix_addr(struct chr_addr *a, const char *path, bool abstract, struct
 static int inet_addr_of(struct chr_addr *a, const char *host, const char *port, bool server, struct err *err)
 {
 	struct addrinfo hint = { .ai_socktype = SOCK_STREAM, .ai_flags = server ? AI_PASSIVE : 0 }, *res;
-	int r = getaddrinfo(host && *host ? host : NULL, port, &hint, &res);
+	int r = parse_port_ok(port) ? getaddrinfo(host && *host ? host : NULL, port, &hint, &res) : EAI_SERVICE;
 	if (r)
 		return err_set(err, -EINVAL, "-chardev socket: %s:%s: %s", host ? host : "", port, gai_strerror(r));
 	memcpy(&a->sa, res->ai_addr, res->ai_addrlen);

@@ -53,7 +53,7 @@ int img_usage(const char *fmt, ...)
 	va_start(ap, fmt);
 	vfprintf(stderr, fmt, ap);
 	va_end(ap);
-	fputs("\nTry 'qemu-img --help' for more information\n", stderr);
+	fputs("; try 'qemu-img --help'\n", stderr);
 	return 1;
 }
 
@@ -114,7 +114,7 @@ int64_t img_size(const char *text, const char *what)
 	if (r == -ERANGE || !r)
 		img_fail("Invalid %s specified. Must be between 0 and %lld.", what, (long long)INT64_MAX);
 	else
-		img_fail("Invalid %s specified. You may use k, M, G, T, P or E suffixes for \n"
+		img_fail("Invalid %s specified. You may use k, M, G, T, P or E suffixes for "
 			 "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.", what);
 	return -1;
 }

@@ -327,9 +327,8 @@ int io_main(int argc, char **argv)
 		case 'k': case 'm': return img_fail("-%c is not supported", c);
 		case 'V': puts("qemu-io version 7.2 (Lodge " LODGE_VERSION ")"); return 0;
 		case 's': return img_fail("-s is not supported; make an overlay with 'lodge img create -b'");
-		default:
-			fputs("Usage: lodge io [-rnU] [-f FMT] [-t CACHE] [-c COMMAND]... FILE\n", c == 'h' ? stdout : stderr);
-			return c != 'h';
+		case '?': return 1;     /* getopt told why */
+		default: puts("Usage: lodge io [-rnU] [-f FMT] [-t CACHE] [-d DISCARD] [-c COMMAND]... FILE"); return 0;
 		}
 	}
 	if (optind != argc - 1)

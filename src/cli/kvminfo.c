@@ -210,10 +210,12 @@ int verb_kvm_info(int argc, char **argv)
 	bool json = argc == 1 && !strcmp(argv[0], "--json"), help = argc == 1 && !strcmp(argv[0], "--help");
 	json_t *dev, *soft, *all;
 
-	if (help || (argc && !json)) {
-		fputs("Usage: lodge kvm-info [--json]\n\nWhat /dev/kvm is on this host and what Lodge's own implementation offers.\n", help ? stdout : stderr);
-		return help ? 0 : 2;
+	if (help) {
+		puts("Usage: lodge kvm-info [--json]\n\nWhat /dev/kvm is on this host and what Lodge's own implementation offers.");
+		return 0;
 	}
+	if (argc && !json)
+		return fprintf(stderr, "lodge: kvm-info: '%s' is no option; usage: lodge kvm-info [--json]\n", argv[0]), 2;
 	dev = probe_device();
 	soft = probe_softkvm();
 	if (json) {

@@ -24,7 +24,7 @@ static void print_log(enum log_level level, const char *line, void *opaque)
 		gmtime_r(&ts.tv_sec, &tm);
 		strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ ", &tm);
 	}
-	fprintf(stderr, "%slodge: %s: %s\n", stamp, names[level], line);
+	fprintf(o->log, "%slodge: %s: %s\n", stamp, names[level], line);
 }
 
 static int fail(const struct err *err)
@@ -44,16 +44,20 @@ static int verb_vm(bool qemu, int argc, char **argv)
 	int ret = vmopts_parse(&o, argc, argv, &err);
 	if (!ret)
 		ret = vmopts_finish(&o, &err);
-	if (!ret && o.logfile && !freopen(o.logfile, "a", stderr))
+	/* Why there is no machine is still told on standard error. */
+	o.log = !ret && o.logfile ? fopen(o.logfile, "ae") : stderr;
+	if (!o.log)
 		ret = err_set_errno(&err, -errno, "cannot open the log file %s", o.logfile);
 	if (ret < 0) {
 		status = fail(&err);
 	} else if (!ret) {
-		setvbuf(stderr, NULL, _IOLBF, 0);
+		setvbuf(o.log, NULL, _IOLBF, 0);
 		log_set_sink(print_log, &o, (enum log_level)o.log_level);
 		status = vm_run(&o);
 		log_set_sink(NULL, NULL, LOG_ERROR);
 	}
+	if (o.log && o.log != stderr)
+		fclose(o.log);
 	vmopts_free(&o);
 	return status;
 }

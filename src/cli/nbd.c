@@ -208,8 +208,7 @@ static int other_option(struct nbd_args *a, int c)
 	case 'T': return fail("-T is not supported: there is no tracing");
 	case OPT_SELINUX: return fail("--selinux-label is not supported");
 	}
-	fputs("Try `qemu-nbd --help' for more information.\n", stderr);
-	return 1;
+	return fail("-%c is not supported", c);
 }
 
 /* -1: go on; else the exit status. */
@@ -238,6 +237,8 @@ static int parse_args(struct nbd_args *a, int argc, char **argv)
 				return fail("-d needs the name of a device");
 			return nbd_dev_disconnect(dev, &err) ? fail("%s", err.msg) : (printf("%s disconnected\n", dev), 0);
 		}
+		if (c == '?')
+			return 1;       /* getopt told why */
 		int r = image_option(a, c);
 		if (r == -1)
 			r = other_option(a, c);
@@ -245,7 +246,7 @@ static int parse_args(struct nbd_args *a, int argc, char **argv)
 			return r;
 	}
 	if (optind < argc - 1 || (optind == argc && !a->list))
-		return fail("Invalid number of arguments\nTry `qemu-nbd --help' for more information.");
+		return fail("Invalid number of arguments; try 'qemu-nbd --help'");
 	a->file = optind < argc ? argv[optind] : NULL;
 	return -1;
 }

@@ -69,7 +69,7 @@ static const struct option_def table[] = {
 	{ "no-user-config", NULL, CTX_QEMU, opt_ignored_config, "Accepted: there are no configuration files.", NULL },
 	{ "nodefconfig", NULL, CTX_QEMU, opt_ignored_config, NULL, NULL },
 	{ "pidfile", "FILE", BOTH, opt_pidfile, "Write the process id there.", NULL },
-	{ "D", "FILE", CTX_QEMU, opt_logfile, "Write the log there instead of to standard error.", NULL },
+	{ "D", "FILE", CTX_QEMU, opt_logfile, "Write the log there instead of to standard error (where it is still told why a machine cannot start).", NULL },
 	{ "log-file", "FILE", CTX_RUN, opt_logfile, "Write the log there instead of to standard error.", NULL },
 	{ "log", "LEVEL", CTX_RUN, opt_log_level, "error, warn (default), info or debug.", NULL },
 	{ "msg", "timestamp=on|off", CTX_QEMU, opt_msg, "Time stamps in messages.", NULL },

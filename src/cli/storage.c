@@ -268,6 +268,13 @@ static int start(struct storage *s, int argc, char **argv, bool fork, struct err
 		r = option(s, c, err);
 	if (!r && optind < argc)
 		r = err_set(err, -EINVAL, "Unexpected argument: %s", argv[optind]);
+	for (unsigned i = 0; !r && i < s->o.nnodes; i++) { /* those that no export asked for: what is wrong with them is told now */
+		const char *name = keyvals_get(&s->o.nodes[i].opts, "node-name");
+		struct block *b;
+
+		if (name && !node_is_child(&s->o, name))
+			r = get_node(s, name, &b, err);
+	}
 	return r ? r : serve_ready(&s->sv, s->pidfile, err);
 }
 

@@ -7,6 +7,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "base/err.h"
 #include "block/block.h"
@@ -48,6 +49,7 @@ struct vm_opts {
 	     timestamps, stats;
 	int64_t rtc_offset;
 	int log_level;
+	FILE *log;                      /* where messages of a running machine go; main.c's */
 	struct sandbox_config sandbox;
 	bool spawn_given;               /* -sandbox spawn= was said */
 	VM_LIST(vm_device, devices);

@@ -216,7 +216,7 @@ static int add_hostfwd(struct user *u, const char *rule, struct err *err)
 static int connect_tcp(const char *host, const char *port, const char *rule, struct err *err)
 {
 	struct addrinfo hint = { .ai_socktype = SOCK_STREAM }, *res;
-	int r = getaddrinfo(host, port, &hint, &res);
+	int r = parse_port_ok(port) ? getaddrinfo(host, port, &hint, &res) : EAI_SERVICE;
 	if (r)
 		return err_set(err, -EINVAL, "-netdev user: guestfwd='%s': %s", rule, gai_strerror(r));
 	int fd = socket(res->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 
+from bad_input import multiboot
+
 LODGE = sys.argv[1]
 SANITIZED = len(sys.argv) > 2 and sys.argv[2] != "none"   # a sanitizer needs all the address space there is
 GUESTS = sys.argv[3:]           # images that boot: what of them is cut off must be noticed
@@ -33,15 +35,6 @@ def check(words, *argv, status=1, limit=0):
     if not ok:
         failures += 1
         print(f"FAIL {argv}: status {p.returncode}, wanted {status} and {words} in one line, got:\n{p.stderr}")
-
-
-def multiboot(path):
-    """The smallest image that would run: it stops at once through the debug exit port."""
-    code = bytes([0xb0, 0x00, 0xe6, 0xf4, 0xf4])
-    base = 0x100000
-    words = [0x1BADB002, 0x00010000, -(0x1BADB002 + 0x00010000) & 0xffffffff, base, base, 0, 0, base + 32]
-    with open(path, "wb") as f:
-        f.write(b"".join(w.to_bytes(4, "little") for w in words) + code)
 
 
 def needed(image):
@@ -73,6 +66,87 @@ def truncated(path, tmp):
                 f.write(image[:n])
             check([cut], "run", "--accel", "soft", "--kernel", cut)
     os.unlink(cut)
+
+
+def devices(k, disk):
+    """Devices and their back ends, in QEMU's words; the second word and those that follow are in the message."""
+    base = ("qemu", "-nodefaults", "-display", "none", "-accel", "soft", "-kernel", k)
+    drive = f"file={disk},format=raw"
+    for words, *argv in (
+            (["slot 3", "taken"], "-device", "virtio-rng-pci,addr=3", "-device", "virtio-rng-pci,addr=3"),
+            (["multifunction=on", "3.1"], "-device", "virtio-rng-pci,addr=3", "-device", "virtio-rng-pci,addr=3.1"),
+            (["multifunction=on", "3.1"], "-device", "virtio-rng-pci,addr=3.1", "-device", "virtio-rng-pci,addr=3"),
+            (["isa-serial", "0x3f8"], "-device", "isa-serial,index=0", "-device", "isa-serial,index=0"),
+            (["isa-debugcon", "overlaps"], "-device", "isa-debugcon", "-device", "isa-debugcon"),
+            (["isa-debug-exit", "rtc"], "-device", "isa-debug-exit,iobase=0x70"),
+            (["isa-debug-exit", "range"], "-device", "isa-debug-exit,iobase=0xffff"),
+            (["romfile"], "-device", "virtio-rng-pci,romfile=x.rom"),
+            (["rombar"], "-device", "virtio-rng-pci,rombar=2"),
+            (["bootindex", "-2"], "-drive", f"{drive},if=none,id=d", "-device", "virtio-blk-pci,drive=d,bootindex=-2"),
+            (["bootindex 1"], "-drive", f"{drive},if=none,id=d", "-device", "virtio-blk-pci,drive=d,bootindex=1", "-netdev",
+             "user,id=n", "-device", "virtio-net-pci,netdev=n,bootindex=1"),
+            (["bootindex"], "-device", "virtio-rng-pci,bootindex=1"),
+            (["virtserialport", "virtio-serial"], "-device", "virtserialport"),
+            (["nobus"], "-device", "virtio-rng-pci,bus=nobus.0"),
+            (["mac", "zz"], "-nic", "user,mac=zz"), (["unicast"], "-nic", "user,mac=01:00:00:00:00:01"),
+            (["e1000"], "-nic", "user,model=e1000"), (["bridge"], "-nic", "bridge"), (["99999"], "-nic", "user,hostfwd=tcp::99999-:22"),
+            (["15 characters"], "-nic", "tap,ifname=much-too-long-a-name"),
+            (["index", "twice"], "-drive", f"{drive},if=scsi,index=1", "-drive", f"{drive},if=scsi,unit=1"),
+            (["index=x"], "-drive", f"{drive},if=virtio,index=x"), (["index=", "unit="], "-drive", f"{drive},if=virtio,index=1,unit=1"),
+            (["cache=fast"], "-drive", f"{drive},if=virtio,cache=fast"), (["file="], "-drive", "if=virtio"),
+            (["aio=native"], "-drive", f"{drive},if=virtio,aio=native"), (["format 'nope'"], "-drive", f"file={disk},if=virtio,format=nope"),
+            (["127.0.0.1:99999"], "-serial", "tcp:127.0.0.1:99999,server=on,wait=off"), (["folder"], "-serial", "file:/nonexistent/folder/x"),
+            (["mkfifo"], "-serial", "pipe:/nonexistent/pipe"), (["'d'"], "-chardev", "null,id=c", "-serial", "chardev:d"),
+            (["unix:/nonexistent"], "-serial", "unix:/nonexistent/x,server=on,wait=off"),
+            (["pid file", "/nonexistent"], "-pidfile", "/nonexistent/pid"), (["log file", "/nonexistent"], "-D", "/nonexistent/log"),
+            (["-uuid"], "-uuid", "12"), (["-rtc", "yesterday"], "-rtc", "base=yesterday"), (["order=n"], "-boot", "order=n"),
+            (["enforce"], "-cpu", "host,enforce,+tbm,+xop,+amx-int8"),
+            (["on or off"], "-cpu", "host,migratable=maybe"), (["host-phys-bits"], "-cpu", "host,host-phys-bits=off"),
+            (["-sandbox"], "-sandbox", "maybe"), (["hvf"], "-accel", "hvf"), (["mode", "jit"], "-accel", "soft,mode=jit"),
+            (["size=0"], "-object", "memory-backend-ram,id=m,size=0", "-machine", "memory-backend=m"),
+            (["nomem"], "-machine", "memory-backend=nomem"), (["nope"], "-object", "nope,id=x"),
+            (["dump-guest-core"], "-machine", "q35,dump-guest-core=perhaps"), (["-global", "nope"], "-global", "nope.x=1"),
+            (["-global", "colour"], "-global", "virtio-rng-pci.colour=red"), (["sockets"], "-smp", "4,sockets=3")):
+        check(words, *base, *argv)
+
+
+def tools(tmp, disk, folder, missing):
+    """The other verbs: no words, wrong words, what is not there."""
+    new = os.path.join(tmp, "new")
+    size = os.path.getsize(disk)
+    for words, *argv in (
+            (["Not enough arguments"], "img"), (["frobnicate"], "img", "frobnicate"), (["file name"], "img", "create"),
+            (["size"], "img", "create", new), (["size"], "img", "create", new, "0Q"), (["9223372036854775807"], "img", "create", new, "99999999999999G"),
+            (["nope"], "img", "create", "-f", "nope", new, "1M"), (["/nonexistent/x"], "img", "create", "/nonexistent/x", "1M"),
+            ([folder], "img", "create", folder, "1M"), (["bogus"], "img", "create", "-f", "qcow2", "-o", "bogus=1", new, "1M"),
+            (["power of two"], "img", "create", "-f", "qcow2", "-o", "cluster_size=3", new, "1M"),
+            ([missing], "img", "create", "-f", "qcow2", "-b", missing, "-F", "raw", new), ([missing], "img", "info", missing),
+            ([folder, "directory"], "img", "info", folder), (["qcow2"], "img", "info", "-f", "qcow2", disk),
+            (["qcow2"], "img", "convert", "-f", "qcow2", "-O", "raw", disk, new), (["nope"], "img", "convert", "-O", "nope", disk, new),
+            (["/nonexistent"], "img", "convert", "-O", "raw", disk, "/nonexistent/x"), (["d.img"], "img", "convert", "-O", "raw", disk, disk),
+            (["size"], "img", "resize", "-f", "raw", disk, "abc"), (["positive"], "img", "resize", "-f", "raw", disk, "--", f"-{2 * size}"),
+            (["snapshot"], "img", "snapshot", "-c", "s", disk), (["backing file"], "img", "commit", disk),
+            ([missing], "img", "map", missing), ([missing], "img", "dd", f"if={missing}", f"of={new}"),
+            (["image file name"], "io"), ([missing], "io", missing), ([folder], "io", folder), (["-i native"], "io", "-i", "native", disk),
+            (["-m"], "io", "-m", disk), (["discard"], "io", "-d", "nope", disk),
+            (["arguments"], "nbd"), (["bogus"], "nbd", "--bogus"), ([missing], "nbd", missing), ([folder], "nbd", "-f", "raw", folder),
+            (["99999"], "nbd", "-f", "raw", "-p", "99999", disk), (["/nonexistent"], "nbd", "-f", "raw", "-k", "/nonexistent/s", disk),
+            (["Offset"], "nbd", "-f", "raw", "-o", str(2 * size), disk), (["'x'"], "nbd", "-e", "x", disk), (["aio"], "nbd", "--aio=io_uring", disk),
+            (["aio=often"], "nbd", "--aio=often", disk), (["detect-zeroes"], "nbd", "--detect-zeroes=unmap", disk),
+            (["/dev/nonexistent"], "nbd", "-f", "raw", "-c", "/dev/nonexistent", disk),
+            (["bogus"], "storage-daemon", "--bogus"), (["node-name"], "storage-daemon", "--blockdev", "driver=file,filename=x"),
+            (["nope"], "storage-daemon", "--blockdev", "driver=nope,node-name=x"),
+            ([missing], "storage-daemon", "--blockdev", f"driver=file,filename={missing},node-name=x"),
+            (["node-name='x'"], "storage-daemon", "--export", "type=nbd,id=a,node-name=x")):
+        check(words, *argv)
+    check([missing], "img", "compare", disk, missing, status=2)
+    check(["kvm-info", "--bogus"], "kvm-info", "--bogus", status=2)
+    check(["kvm-run", "COMMAND"], "kvm-run", status=2)
+    check([missing, "not found"], "kvm-run", missing, status=127)
+    if os.path.getsize(disk) != size:
+        global failures
+        failures += 1
+        print("FAIL the disk has another size now")
 
 
 with tempfile.TemporaryDirectory() as tmp:
@@ -159,6 +233,8 @@ with tempfile.TemporaryDirectory() as tmp:
         check(["memory", "MiB"], *run, "--kernel", k, "--memory", "4G", limit=2 << 30)
     if not os.path.exists("/dev/kvm"):
         check(["/dev/kvm"], "run", "--accel", "kvm", "--kernel", k)
+    devices(k, disk)
+    tools(tmp, disk, folder, missing)
     left = sorted(os.listdir(tmp))
     if left != ["d.img", "empty", "folder", "k", "short"]:
         failures += 1
