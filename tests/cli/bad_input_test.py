@@ -142,7 +142,8 @@ def tools(tmp, disk, folder, missing):
     check([missing], "img", "compare", disk, missing, status=2)
     check(["kvm-info", "--bogus"], "kvm-info", "--bogus", status=2)
     check(["kvm-run", "COMMAND"], "kvm-run", status=2)
-    check([missing, "not found"], "kvm-run", missing, status=127)
+    if not SANITIZED:       # its library is not built then
+        check([missing, "not found"], "kvm-run", missing, status=127)
     if os.path.getsize(disk) != size:
         global failures
         failures += 1
