@@ -179,6 +179,34 @@ def kernel_backports(start):
     other_kernel(start, "backports")
 
 
+def kernel_32bit(start, flavour):
+    """Debian's 32-bit kernel with 32-bit programs, started by QEMU (`lodge run` boots 64-bit kernels): legacy paging, two CPUs."""
+    folder = f"{GUEST}/{flavour}"
+    if not os.path.exists(f"{folder}/initramfs") or not shutil.which("qemu-system-x86_64"):
+        print(f"no {flavour} kernel or no QEMU: run 'tools/guest --kernel {flavour}' first")
+        sys.exit(77)
+    guest = start("kvm-run", "--", "qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512", "-smp", "2", "-nodefaults", "-display", "none",
+                  "-serial", "stdio", "-no-reboot", "-kernel", f"{folder}/vmlinuz", "-initrd", f"{folder}/initramfs", "-append", "console=ttyS0 panic=-1")
+    shell(guest)
+    assert guest.run("uname -m").strip() == "i686"
+    assert guest.run("nproc").strip() == "2"
+    want = hashlib.sha256(b"".join(b"%d\n" % i for i in range(1, 200001))).hexdigest()
+    for line in guest.run("(seq 200000 | sha256sum) & (seq 200000 | gzip | gunzip | sha256sum); wait").strip().splitlines():
+        assert line.split()[0] == want, line
+    guest.run("i=0; while [ $i -lt 300 ]; do (exit 0); i=$((i + 1)); done")
+    bad = [line for line in guest.run("dmesg").splitlines() if re.search(r"WARNING: CPU|BUG:|Call Trace|Oops|soft lockup|rcu:.*stall", line)]
+    assert not bad, "\n".join(bad)
+    power_off(guest)
+
+
+def kernel_i686(start):
+    kernel_32bit(start, "i686")
+
+
+def kernel_i686_pae(start):
+    kernel_32bit(start, "i686-pae")
+
+
 if __name__ == "__main__":
-    vm.main([one_cpu, four_cpus, killed_after_sync, program_32bit, kernel_generic, kernel_backports, lockstep] +
+    vm.main([one_cpu, four_cpus, killed_after_sync, program_32bit, kernel_generic, kernel_backports, kernel_i686, kernel_i686_pae, lockstep] +
             ([lockstep_whole] if "lockstep_whole" in sys.argv else []))
