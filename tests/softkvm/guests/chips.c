@@ -480,7 +480,7 @@ static void on_46(void) { note(0x46); aw(EOI, 0); }
 
 static void pit(void)
 {
-	u32 a, b;
+	u32 a, b, tries;
 	u64 t;
 
 	clear();
@@ -492,9 +492,16 @@ static void pit(void)
 	EQ(latch(2), 0x4000);                   /* waits for its gate */
 	delay(100000);
 	EQ(latch(2), 0x4000);
-	outb(0x61, 1);
-	a = latch(2); delay(200000); b = latch(2);
-	CHECK(a <= 0x4000 && b < a);
+	/* A host that is busy with others may let 14 ms pass between two of these lines: once more then. */
+	for (tries = 0; tries < 100; tries++) {
+		outb(0x61, 0);
+		outb(0x42, 0x00); outb(0x42, 0x40);
+		outb(0x61, 1);
+		a = latch(2); delay(200000); b = latch(2);
+		if (a <= 0x4000 && b < a)
+			break;
+	}
+	CHECK(tries < 100);
 	outb(0x61, 0);
 	a = latch(2); delay(200000);
 	EQ(latch(2), a);                        /* stopped where it was */
@@ -505,18 +512,24 @@ static void pit(void)
 		;
 	EQ(inb(0x61) & 0x20, 0x20);
 	EQ(status(2) & 0x80, 0x80);
-	/* one byte each */
+	/* one byte each, while the count stands still */
+	outb(0x61, 0);
 	outb(0x43, 0x90); outb(0x42, 0x20);
-	CHECK(inb(0x42) <= 0x20);
+	EQ(inb(0x42), 0x20);
 	outb(0x43, 0xa0); outb(0x42, 0x20);
-	CHECK(inb(0x42) <= 0x20);
+	EQ(inb(0x42), 0x20);
+	outb(0x61, 1);
 	/* a latched count stays until read */
 	outb(0x43, 0xb4); outb(0x42, 0xff); outb(0x42, 0xff);
-	outb(0x43, 0x80);
-	a = inb(0x42) | inb(0x42) << 8;
-	outb(0x43, 0x80); delay(300000); outb(0x43, 0x80);
-	b = inb(0x42) | inb(0x42) << 8;
-	CHECK(a >= b && a - b < 0x4000);
+	for (tries = 0; tries < 100; tries++) {
+		outb(0x43, 0x80);
+		a = inb(0x42) | inb(0x42) << 8;
+		outb(0x43, 0x80); delay(300000); outb(0x43, 0x80);
+		b = inb(0x42) | inb(0x42) << 8;
+		if (a >= b && a - b < 0x4000)
+			break;
+	}
+	CHECK(tries < 100);
 	/* BCD, mode 2 */
 	outb(0x43, 0xb5); outb(0x42, 0x00); outb(0x42, 0x10);
 	for (int i = 0; i < 20; i++) {

@@ -198,11 +198,11 @@ static void run_all(struct run *r)
 	unsigned n = r->g.nvcpus;
 
 	signal(SIGUSR1, nothing);
+	r->thread = pthread_self();             /* before the others copy it */
 	for (unsigned v = 1; v < n; v++) {
 		ap[v] = (struct ap){ .main = r, .v = v };
 		pthread_create(&ap[v].t, NULL, ap_thread, &ap[v]);
 	}
-	r->thread = pthread_self();
 	pthread_create(&dog, NULL, watchdog, r);
 	run_vcpu(r);
 	__atomic_store_n(&r->over, true, __ATOMIC_RELAXED);
