@@ -142,7 +142,7 @@ static int open_resolved(struct block **out, const struct block_opts *o, struct 
 	}
 	if (!depth)
 		warn_probed(b, o);
-	if (b == leaf && leaf->ragged)
+	if (b == leaf && leaf->ragged && !b->read_only && strcmp(o->format ? o->format : "", "raw"))
 		log_warn("%s: size %lld is no multiple of 512; the last sector is filled up with zeroes", leaf->file,
 			 (long long)leaf->drv->file_length(leaf));
 	*out = b;

@@ -131,7 +131,7 @@ static int create_qcow2(const struct image_create *c, struct block *leaf, struct
 	r = block_open(&b, &o, NULL, NULL, err);
 	if (r)
 		return r;
-	r = image_resize(b, c->size, c->prealloc, err);
+	r = image_resize(b, ALIGN_UP(c->size, (uint64_t)512), c->prealloc, err);
 	int r2 = block_sync_close(b); /* an image that was made is there after a power cut */
 	return r ? r : r2 ? err_set_errno(err, r2, "%s: cannot write", c->file) : 0;
 }
@@ -146,13 +146,15 @@ int image_create(const struct image_create *want, struct err *err)
 	if (!c.cluster_size)
 		c.cluster_size = 65536;
 	int r = qcow2 ? check_options(&c, err) : 0;
+	if (!qcow2 && c.prealloc == PREALLOC_METADATA) /* before anything is overwritten */
+		r = err_set(err, -ENOTSUP, "Unsupported preallocation mode: metadata");
 	if (!r)
 		r = make_file(c.file, c.tls, &leaf, err);
 	if (r)
 		return r;
 	if (qcow2)
 		return create_qcow2(&c, leaf, err);
-	r = image_resize(leaf, c.size, c.prealloc, err);
+	r = image_resize(leaf, ALIGN_UP(c.size, (uint64_t)512), c.prealloc, err);
 	block_free(leaf);
 	return r;
 }

@@ -116,9 +116,8 @@ int qcow2_open(struct block *b, const struct block_opts *o, unsigned depth, stru
 bool foreign_has_format(const char *name);
 int foreign_open(struct block *b, const char *format, const struct block_opts *o, unsigned depth, struct err *err);
 void foreign_info(const struct block *b, struct image_info *i);
+int foreign_check(struct block *b, struct image_check *c, struct err *err);
 
-/* A name that an image holds, relative to the image; malloc()ed. */
-char *block_path_beside(const char *file, const char *name);
 /* A backing file, read-only; `depth` bounds the chain. */
 int block_open_backing(struct block **out, const struct block_opts *o, struct block *above, unsigned depth, struct err *err);
 

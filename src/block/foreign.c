@@ -240,6 +240,28 @@ static int foreign_map(struct block *b, uint64_t off, uint64_t len, struct block
 	return 0;
 }
 
+/* Everything the tables say is inside its file. 0, or -errno when looking itself failed. */
+int foreign_check(struct block *b, struct image_check *c, struct err *err)
+{
+	struct foreign_run run;
+	char line[160];
+	if (!strcmp(b->drv->name, "vpc"))
+		return err_set(err, -ENOTSUP, "%s: a vpc image has no metadata to check", b->file);
+	for (uint64_t off = 0; off < b->length; off += run.len) {
+		int r = lookup(b->foreign, off, b->length - off, &run);
+		if (r == -ENOMEM)
+			return err_set(err, r, "%s: out of memory", b->file);
+		if (!r && (run.kind < FOREIGN_DATA || (run.kind == FOREIGN_DATA ? is_inside(&run) : true)))
+			continue;
+		c->corruptions++;
+		snprintf(line, sizeof line, "ERROR: the data at %llu of the disk is not in the file", (unsigned long long)off);
+		if (c->say)
+			c->say(c->opaque, line);
+		run.len = r ? MIN(b->length - off, (uint64_t)65536) : run.len;
+	}
+	return 0;
+}
+
 /* --- the node --- */
 
 static int foreign_flush(struct block *b)
@@ -315,4 +337,6 @@ void foreign_info(const struct block *b, struct image_info *i)
 {
 	i->cluster_size = b->foreign->cluster_size;
 	i->backing = b->foreign->parent;
+	if (!strcmp(b->drv->name, "vmdk"))
+		vmdk_info(b->foreign, i);
 }

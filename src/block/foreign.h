@@ -58,6 +58,8 @@ int vpc_open(struct foreign *f, const struct block_opts *o, unsigned depth, stru
 int vhdx_open(struct foreign *f, const struct block_opts *o, unsigned depth, struct err *err);
 int vmdk_open(struct foreign *f, const struct block_opts *o, unsigned depth, struct err *err);
 
+void vmdk_info(const struct foreign *f, struct image_info *i);
+
 /* All of [off, off+len) of a file, or -errno; -EIO past its end. */
 int foreign_pread(struct block *leaf, uint64_t off, void *buf, uint64_t len);
 /* The same for 4 or 8 bytes of a table, through the cache. Under f->lock. */

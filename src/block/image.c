@@ -267,6 +267,8 @@ int image_set_backing(struct block *b, const char *file, const char *format, str
 
 int image_check(struct block *b, unsigned fix, struct image_check *c, struct err *err)
 {
+	if (b->foreign)
+		return foreign_check(b, c, err);
 	int r = need_qcow2(b, fix, "metadata to check", err);
 	return r ? r : qcow2_check(b, fix, c, err);
 }

@@ -37,6 +37,8 @@ struct block_extent {
 /* The chain from `b` down to the file whose backing `base` is (NULL: all of it): who holds what is at `off`. */
 int image_map(struct block *b, struct block *base, uint64_t off, uint64_t len, struct block_extent *e);
 
+/* A name that the image `file` holds (its backing file), as it is opened: relative to the image. malloc()ed. */
+char *block_path_beside(const char *file, const char *name);
 struct block *image_backing(struct block *b);
 const char *image_format(const struct block *b);
 /* Bytes of disk the image's own files occupy, -errno. */
@@ -54,6 +56,10 @@ struct image_snapshot {
 };
 struct image_bitmap { char *name; uint64_t granularity; bool in_use, automatic; };
 
+/* What a VMDK image's descriptor says. */
+struct image_vmdk_extent { uint64_t size; uint32_t cluster_size; bool compressed; const char *file, *type; };
+struct image_vmdk { uint32_t cid, parent_cid; const char *create_type; const struct image_vmdk_extent *extents; unsigned n; };
+
 struct image_info {
 	uint32_t cluster_size;          /* 0: the format has none */
 	unsigned version, refcount_bits;
@@ -63,6 +69,7 @@ struct image_info {
 	unsigned nsnapshots;
 	struct image_bitmap *bitmaps;
 	unsigned nbitmaps;
+	struct image_vmdk vmdk;         /* n is 0 for other formats */
 };
 /* Strings belong to `b`, the arrays to the caller: image_info_free(). -ENOTSUP: the format has nothing to say. */
 int image_info(struct block *b, struct image_info *i);

@@ -135,15 +135,25 @@ static void strip_generic(struct keyvals *l)
 	l->n = k;
 }
 
+static bool has_prefix(const struct keyvals *l, const char *prefix)
+{
+	for (unsigned i = 0; i < l->n; i++) {
+		if (!strncmp(l->o[i].key, prefix, strlen(prefix)))
+			return true;
+	}
+	return false;
+}
+
 static int from_options(struct block_name *n, const char *what, struct err *err)
 {
 	const char *driver = keyvals_get(&n->all, "driver"), *v;
-	bool format = driver && is_format(driver);
+	/* Without a driver but with a file below it is an image whose format is to be found out. */
+	bool format = driver ? is_format(driver) : has_prefix(&n->all, "file.");
 	int r;
 	if (format) {
-		if (n->o.format && strcmp(n->o.format, driver))
+		if (driver && n->o.format && strcmp(n->o.format, driver))
 			return err_set(err, -EINVAL, "%s: driver=%s, but the format was given as %s", what, driver, n->o.format);
-		n->o.format = driver;
+		n->o.format = driver ? driver : n->o.format;
 		if (!keyvals_sub(&n->leaf, &n->all, "file.")) {
 			v = keyvals_get(&n->all, "file");
 			return v ? err_set(err, -ENOENT, "%s: file=%s names no node; write out its options (file.driver=...)", what, v) :

@@ -58,6 +58,10 @@ struct nbd_server_opts {
 	/* A connection that had got through the handshake ended; `left` others are there. On its thread. May be NULL. */
 	void (*closed)(void *opaque, unsigned left);
 	void *opaque;
+	/* The loop that the images' io_uring completes on, if one does: answers are then sent by `senders`, as a client that does
+	 * not read must not hold up the others. Both NULL otherwise. */
+	struct loop *loop;
+	struct workers *senders;
 };
 
 struct nbd_export {

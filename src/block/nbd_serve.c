@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "block/nbd_priv.h"
+#include "loop/loop.h"
 
 enum { JOBS_MAX = 64, BYTES_MAX = 64 << 20, KEEP_JOBS = 64, KEEP_BYTES = 8 << 20, BATCH = 16, BATCH_BYTES = 256 * 1024, EXTENTS_MAX = 4096,
        SPARSE_MIN = 65536 };
@@ -268,6 +269,12 @@ static bool more(const struct nbd_client *c)
 	return c->chan.tail - c->chan.head >= sizeof(struct nbd_request);
 }
 
+static void send_one(void *opaque)
+{
+	struct nbd_job *j = opaque;
+	send_answers(j->c, j);
+}
+
 /* The answer is known: on the connection's thread it is collected, elsewhere sent. */
 static void job_end(struct nbd_job *j, int ret)
 {
@@ -276,8 +283,10 @@ static void job_end(struct nbd_job *j, int ret)
 	if (j->counted)
 		write_end(c->ex);
 	if (!pthread_equal(c->thread, pthread_self())) {
+		const struct nbd_server_opts *o = &c->s->o;
 		j->next = NULL;
-		send_answers(c, j);
+		if (!o->loop || !loop_on_thread(o->loop) || workers_submit(o->senders, send_one, NULL, j))
+			send_answers(c, j);
 		return;
 	}
 	j->next = c->done;

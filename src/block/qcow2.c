@@ -323,6 +323,43 @@ static int driver_zero(struct block *b, uint64_t off, uint64_t len, unsigned fla
 	return after_write(b, q_zero(b->qcow2, off, len, flags & BLOCK_REQ_MAY_UNMAP && b->discard_unmap), flags);
 }
 
+/*
+ * Are clusters counted that the file system never gave blocks to (preallocation=metadata)? Then data clusters may be holes of
+ * the file, and asking the file about each is worth it; else it would only make mapping slow. QEMU's rule and thresholds, so
+ * that both call the same ranges zeroes. Lock held; looked at once.
+ */
+static bool is_sparsely_filled(struct qcow2 *q)
+{
+	struct stat st;
+	if (q->sparse_known)
+		return q->sparse_filled;
+	q->sparse_known = true;
+	if (q->leaf->fd < 0 || q->leaf->is_dev || fstat(q->leaf->fd, &st))
+		return false;
+	uint64_t clusters = size_to_clusters(q, (uint64_t)st.st_size), real = (uint64_t)st.st_blocks * 512 / q->cs, used = 0, v;
+	uint64_t enough = MAX(real * 10 / 9, real + 2);
+	for (uint64_t i = 0; i < clusters && used < enough && clusters - i >= enough - used; i++) {
+		if (q_ref(q, i, &v))
+			return false;
+		used += !!v;
+	}
+	q->sparse_filled = used >= enough;
+	return q->sparse_filled;
+}
+
+/* Of data at e->offset: does the file hold it, or is it a hole there? */
+static void map_below(struct qcow2 *q, struct block_extent *e)
+{
+	struct block_extent below;
+	int64_t end = q->data->drv->file_length(q->data);
+	if (end >= 0 && e->offset >= (uint64_t)end) {
+		e->zero = true;
+	} else if (q->data->drv->map && !q->data->drv->map(q->data, e->offset, e->len, &below)) {
+		e->len = MIN(e->len, below.len);
+		e->zero = below.zero;
+	}
+}
+
 static int driver_map(struct block *b, uint64_t off, uint64_t len, struct block_extent *e)
 {
 	struct qcow2 *q = b->qcow2;
@@ -332,6 +369,7 @@ static int driver_map(struct block *b, uint64_t off, uint64_t len, struct block_
 	while (!r && run.len < len && !q_lookup(q, off + run.len, len - run.len, &more, false) && more.kind == run.kind &&
 	       (run.host ? more.host == run.host + run.len : !more.host && run.kind != Q_DATA && run.kind != Q_COMPRESSED))
 		run.len += more.len; /* what goes on in the next table, or differs in what does not show */
+	bool ask = !r && run.kind == Q_DATA && is_sparsely_filled(q);
 	pthread_mutex_unlock(&q->lock);
 	if (r)
 		return r;
@@ -342,6 +380,8 @@ static int driver_map(struct block *b, uint64_t off, uint64_t len, struct block_
 		e->offset = run.host;
 		e->file = q->data->file;
 	}
+	if (ask)
+		map_below(q, e);
 	return 0;
 }
 

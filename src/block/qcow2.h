@@ -94,6 +94,7 @@ struct qcow2 {
 	int broken;                     /* -EIO after corruption was found: no more writing */
 	struct qbitmap *bitmaps;        /* qcow2_bitmap.c */
 	unsigned nbitmaps;
+	bool sparse_known, sparse_filled; /* data clusters may be holes in the file: see driver_map(); under lock */
 	bool bitmaps_loaded, tracking;  /* the directory is in memory; atomic: enabled ones follow writes */
 	/* the cluster decompressed last */
 	pthread_mutex_t comp_lock;
@@ -185,6 +186,8 @@ struct qrun { enum qkind kind; uint64_t len, host, raw; bool copied; };
 int q_lookup(struct qcow2 *q, uint64_t off, uint64_t len, struct qrun *run, bool cached_only);
 int q_entry_get(struct qcow2 *q, uint64_t off, struct qentry *e);
 /* The L2 table for writing: allocated, not shared. */
+/* Give the entry of `off` its table now: before its clusters, so that those of one table stand in a row. */
+int q_entry_reserve(struct qcow2 *q, uint64_t off);
 int q_entry_set(struct qcow2 *q, uint64_t off, const struct qentry *e);
 /* Give back what an entry points to. */
 int q_entry_release(struct qcow2 *q, const struct qentry *e);

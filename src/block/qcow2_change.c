@@ -129,12 +129,15 @@ int qcow2_resize(struct block *b, uint64_t size, enum block_prealloc p, struct e
 {
 	struct qcow2 *q = b->qcow2;
 	uint64_t old = b->length, entries;
-	size = ALIGN_UP(size, (uint64_t)512);
+	if (size % 512)
+		return err_set(err, -EINVAL, "The new size must be a multiple of 512");
 	entries = q_l1_entries(q, size);
 	if (size > (uint64_t)INT64_MAX - q->cs || entries * 8 > L1_BYTES_MAX)
 		return err_set(err, -EFBIG, "%s: Image is too big for its cluster size of %u bytes", b->file, q->cs);
 	if (size != old && q->nsnaps && q->h.version < 3)
 		return err_set(err, -ENOTSUP, "%s: Can't resize a v2 image which has snapshots", b->file);
+	if (q->h.autoclear & AUTOCLEAR_DATA_RAW && p == PREALLOC_OFF)
+		p = PREALLOC_METADATA; /* the data file stands for itself only where an entry shows each part of it */
 	int r = q_start_writing(q);
 	if (!r && size != old && (r = q_bitmaps_before_resize(q, err)))
 		return r;
@@ -310,6 +313,8 @@ int qcow2_amend(struct block *b, const struct image_amend *a, struct err *err)
 {
 	struct qcow2 *q = b->qcow2;
 	int r = 0;
+	if (a->set_version && a->version < 3 && a->set_lazy && a->lazy)
+		return err_set(err, -EINVAL, "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)");
 	if (a->set_version && a->version == 3)
 		r = to_version(q, 3, err);
 	if (!r && a->set_refcount_bits)

@@ -351,7 +351,7 @@ static int finish(struct check *k, struct err *err)
 	if (!r)
 		r = q_sync(q);
 	h = q->h;
-	if (!k->c->corruptions && !k->c->errors && k->fix & CHECK_FIX_ERRORS)
+	if (!k->c->corruptions && !k->c->errors)
 		h.incompat &= ~(uint64_t)(INCOMPAT_DIRTY | INCOMPAT_CORRUPT);
 	if (!r && h.incompat != q->h.incompat) {
 		r = q_write_head(q, &h);

@@ -174,7 +174,9 @@ static int group_alloc(struct qcow2 *q, struct group *g, uint64_t off, uint64_t 
 	if (q->data != q->leaf) {
 		g->host = g->first;
 	} else {
-		r = q_alloc(q, g->n, false, &g->host, &got);
+		r = q_entry_reserve(q, off);
+		if (!r)
+			r = q_alloc(q, g->n, false, &g->host, &got);
 		if (r)
 			return r;
 		g->n = got;

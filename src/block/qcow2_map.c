@@ -180,19 +180,30 @@ static struct qtable *own_table(struct qcow2 *q, uint64_t i, uint64_t old, int *
 	return t;
 }
 
-int q_entry_set(struct qcow2 *q, uint64_t off, const struct qentry *e)
+/* The table of `off`, ours alone, so that it can be changed. NULL with *r set. */
+static struct qtable *table_to_change(struct qcow2 *q, uint64_t off, int *r)
 {
 	uint64_t i, place;
-	int r = l2_place(q, q->l1, off, &i, &place);
-	struct qtable *t;
-	if (r)
-		return r;
-	if (i >= q->h.l1_size)
-		return -EINVAL;
+	*r = l2_place(q, q->l1, off, &i, &place);
+	if (!*r && i >= q->h.l1_size)
+		*r = -EINVAL;
+	if (*r)
+		return NULL;
 	if (place && q->l1[i] & OFLAG_COPIED)
-		t = q_table(q, &q->l2, place, false, &r);
-	else
-		t = own_table(q, i, place, &r);
+		return q_table(q, &q->l2, place, false, r);
+	return own_table(q, i, place, r);
+}
+
+int q_entry_reserve(struct qcow2 *q, uint64_t off)
+{
+	int r;
+	return table_to_change(q, off, &r) ? 0 : r;
+}
+
+int q_entry_set(struct qcow2 *q, uint64_t off, const struct qentry *e)
+{
+	int r;
+	struct qtable *t = table_to_change(q, off, &r);
 	if (!t)
 		return r;
 	unsigned at = l2_index(q, off) * q->entry_size;

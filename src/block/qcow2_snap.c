@@ -7,6 +7,7 @@
 #include "block/qcow2.h"
 
 enum { FIXED = 40, EXTRA_MAX = 1024 };
+#define EXTRA_OURS 24u          /* VM state size, disk size, instruction count */
 
 int q_read_l1(struct qcow2 *q, uint64_t off, uint32_t n, uint64_t **l1, struct err *err)
 {
@@ -102,7 +103,7 @@ static uint64_t table_bytes(const struct qcow2 *q, uint64_t *each, const struct 
 	uint64_t n = 0;
 	for (unsigned i = 0; i < q->nsnaps; i++) {
 		const struct qsnap *e = &q->snaps[i];
-		uint64_t one = ALIGN_UP(FIXED + MAX(e->extra_len, 16u) + strlen(e->s.id) + strlen(e->s.name), (uint64_t)8);
+		uint64_t one = ALIGN_UP(FIXED + MAX(e->extra_len, EXTRA_OURS) + strlen(e->s.id) + strlen(e->s.name), (uint64_t)8);
 		if (e == s && each)
 			*each = one;
 		n += one;
@@ -112,7 +113,7 @@ static uint64_t table_bytes(const struct qcow2 *q, uint64_t *each, const struct 
 
 static void put_one(uint8_t *p, const struct qsnap *s)
 {
-	uint32_t extra = MAX(s->extra_len, 16u);
+	uint32_t extra = MAX(s->extra_len, EXTRA_OURS);
 	size_t id = strlen(s->s.id), name = strlen(s->s.name);
 	put64(p, s->l1_off);
 	put32(p + 8, s->l1_size);
@@ -127,6 +128,8 @@ static void put_one(uint8_t *p, const struct qsnap *s)
 		memcpy(p + FIXED, s->extra, s->extra_len);
 	put64(p + FIXED, s->s.vm_state_size);
 	put64(p + FIXED + 8, s->s.disk_size);
+	if (s->extra_len < 24)
+		put64(p + FIXED + 16, s->s.icount);
 	memcpy(p + FIXED + extra, s->s.id, id);
 	memcpy(p + FIXED + extra + id, s->s.name, name);
 }
@@ -177,7 +180,7 @@ static int new_snap(struct qcow2 *q, const char *name, struct err *err)
 	s = &v[q->nsnaps];
 	clock_gettime(CLOCK_REALTIME, &now);
 	*s = (struct qsnap){ .l1_off = q->h.l1_off, .l1_size = q->h.l1_size,
-		.s = { .name = strdup(name), .disk_size = q->h.size, .date_sec = (uint32_t)now.tv_sec, .icount = UINT64_MAX,
+		.s = { .name = strdup(name), .disk_size = q->h.size, .date_sec = (uint32_t)now.tv_sec,
 		       .date_nsec = (uint32_t)now.tv_nsec } };
 	if (asprintf(&s->s.id, "%lu", id) < 0)
 		s->s.id = NULL;

@@ -339,6 +339,8 @@ static int raw_resize(struct block *b, uint64_t size, enum block_prealloc p, str
 	int64_t old = raw_file_length(b);
 	if (old < 0)
 		return err_set_errno(err, (int)old, "%s", b->file);
+	if (p == PREALLOC_METADATA)
+		return err_set(err, -ENOTSUP, "Unsupported preallocation mode: metadata");
 	if (b->is_dev)
 		return size <= b->length ? 0 : err_set(err, -ENOTSUP, "%s: a device cannot grow", b->file);
 	int r = raw_truncate(b, size);

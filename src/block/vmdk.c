@@ -25,12 +25,16 @@ struct vmdk_extent {
 	uint64_t at;                    /* flat: where its bytes start; sparse: the grain directory */
 	uint64_t grain;                 /* bytes */
 	uint32_t gtes;                  /* entries of a grain table */
+	const char *type;               /* in the descriptor's words; NULL: the extent that holds the descriptor */
 };
 
 struct vmdk {
 	struct vmdk_extent *extents;
+	struct image_vmdk_extent *names; /* for `info`: as many */
 	unsigned n;
 	bool has_parent;
+	uint32_t cid, parent_cid;
+	char create_type[64];
 };
 
 static struct vmdk_extent *find_extent(struct vmdk *v, uint64_t off)
@@ -67,14 +71,17 @@ static int lookup_sparse(struct foreign *f, const struct vmdk_extent *x, uint64_
 {
 	uint64_t number = off / x->grain, skip = off % x->grain;
 	uint8_t entry[4];
+	uint64_t left = (x->gtes - number % x->gtes) * x->grain - skip;
+	uint64_t all = MIN(run->len, left);
 	run->len = MIN(run->len, x->grain - skip);
 	run->leaf = x->leaf;
 	int r = foreign_entry(f, x->leaf, x->at + number / x->gtes * 4, entry, 4);
 	if (r)
 		return r;
 	uint64_t table = ld_le32(entry);
-	if (!table) {
+	if (!table) { /* nothing in the whole table's part */
 		run->kind = FOREIGN_HOLE;
+		run->len = all;
 		return 0;
 	}
 	r = foreign_entry(f, x->leaf, table * SECTOR + number % x->gtes * 4, entry, 4);
@@ -117,6 +124,12 @@ static int add_extent(struct foreign *f, const struct vmdk_extent *x, struct err
 	if (!more)
 		return err_set(err, -ENOMEM, "%s: out of memory", f->b->file);
 	v->extents = more;
+	struct image_vmdk_extent *names = realloc(v->names, (v->n + 1) * sizeof *names);
+	if (!names)
+		return err_set(err, -ENOMEM, "%s: out of memory", f->b->file);
+	v->names = names;
+	names[v->n] = (struct image_vmdk_extent){ .size = x->len, .cluster_size = x->sparse ? (uint32_t)x->grain : 0, .compressed = x->compressed,
+						  .file = x->leaf ? x->leaf->file : NULL, .type = x->type };
 	more[v->n] = *x;
 	more[v->n++].start = f->b->length;
 	f->b->length += x->len;
@@ -211,6 +224,7 @@ static int extent_line(struct foreign *f, const struct block_opts *o, const char
 	if (r)
 		return r;
 	x.at = offset * SECTOR;
+	x.type = !strcmp(type, "FLAT") ? "FLAT" : !strcmp(type, "VMFS") ? "VMFS" : !strcmp(type, "SPARSE") ? "SPARSE" : "VMFSSPARSE";
 	return flat ? add_extent(f, &x, err) : add_sparse_file(f, &x, err);
 }
 
@@ -242,7 +256,11 @@ static int parse_descriptor(struct foreign *f, const struct block_opts *o, char 
 	for (char *line = strtok_r(text, "\r\n", &save); line && !r; line = strtok_r(NULL, "\r\n", &save)) {
 		line += strspn(line, " \t");
 		if ((value = value_of(line, "parentCID")))
-			v->has_parent = strcasecmp(value, "ffffffff");
+			v->has_parent = (v->parent_cid = (uint32_t)strtoul(value, NULL, 16)) != UINT32_MAX;
+		else if ((value = value_of(line, "CID")))
+			v->cid = (uint32_t)strtoul(value, NULL, 16);
+		else if ((value = value_of(line, "createType")))
+			snprintf(v->create_type, sizeof v->create_type, "%s", value);
 		else if ((value = value_of(line, "parentFileNameHint")) && !f->parent)
 			f->parent = strdup(value);
 		else if (!embedded && is_extent(line))
@@ -302,7 +320,14 @@ static void vmdk_free(struct foreign *f)
 	if (!f->vmdk)
 		return;
 	free(f->vmdk->extents);
+	free(f->vmdk->names);
 	free(f->vmdk);
+}
+
+void vmdk_info(const struct foreign *f, struct image_info *i)
+{
+	const struct vmdk *v = f->vmdk;
+	i->vmdk = (struct image_vmdk){ v->cid, v->parent_cid, v->create_type, v->names, v->n };
 }
 
 int vmdk_open(struct foreign *f, const struct block_opts *o, unsigned depth, struct err *err)
@@ -313,6 +338,7 @@ int vmdk_open(struct foreign *f, const struct block_opts *o, unsigned depth, str
 	f->vmdk = calloc(1, sizeof *f->vmdk);
 	if (!f->vmdk)
 		return err_set(err, -ENOMEM, "%s: out of memory", f->b->file);
+	f->vmdk->parent_cid = UINT32_MAX;
 	f->b->length = 0;
 	f->lookup = vmdk_lookup;
 	if (size < 4 || foreign_pread(f->b->child, 0, h, MIN((uint64_t)size, sizeof h)))

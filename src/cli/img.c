@@ -9,67 +9,55 @@
 #include "base/log.h"
 #include "base/parse.h"
 #include "cli/serve.h"
+#include "cli/tool.h"
 
 const char img_missing[] = "Expecting one image file name";
 
+#define IMG "[--object objectdef] [--image-opts] "
+/* The words of each verb: for --help, and which long options it takes (img_getopt). */
 static const struct { const char *name, *args; int (*fn)(int argc, char **argv); } verbs[] = {
-	{ "amend", "[-p] [-q] [-f fmt] [-t cache] -o options filename", img_amend },
-	{ "bench", "[-c count] [-d depth] [-f fmt] [--flush-interval=flush_interval] [-n] [--no-drain] [-o offset] [--pattern=pattern] "
-	  "[-q] [-s buffer_size] [-S step_size] [-t cache] [-w] [-U] filename", img_bench },
+	{ "amend", IMG "[-p] [-q] [-f fmt] [-t cache] [--force] -o options filename", img_amend },
+	{ "bench", "[-c count] [-d depth] [-f fmt] [--flush-interval=flush_interval] [-i aio] [-n] [--no-drain] [-o offset] [--pattern=pattern] "
+	  "[-q] [-s buffer_size] [-S step_size] [-t cache] [-w] [-U] [--image-opts] filename", img_bench },
 	{ "bitmap", "(--merge SOURCE | --add | --remove | --clear | --enable | --disable)... [-b source_file [-F source_fmt]] [-g granularity] "
 	  "[--object objectdef] [--image-opts | -f fmt] filename bitmap", img_bitmap },
-	{ "check", "[-q] [-f fmt] [--output=ofmt] [-r [leaks | all]] [-T src_cache] [-U] filename", img_check },
-	{ "commit", "[-q] [-f fmt] [-t cache] [-b base] [-r rate_limit] [-d] [-p] filename", img_commit },
-	{ "compare", "[-f fmt] [-F fmt] [-T src_cache] [-p] [-q] [-s] [-U] filename1 filename2", img_compare },
-	{ "convert", "[-U] [-c] [-p] [-q] [-n] [-f fmt] [-t cache] [-T src_cache] [-O output_fmt] [-B backing_file [-F backing_fmt]] "
-	  "[-o options] [-l snapshot_param] [-S sparse_size] [-m num_coroutines] [-W] [-C] [-r rate_limit] [--bitmaps [--skip-broken-bitmaps]] [--salvage] filename [filename2 [...]] "
-	  "output_filename", img_convert },
-	{ "create", "[-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o options] filename [size]", img_create },
-	{ "dd", "[-U] [-f fmt] [-O output_fmt] [bs=block_size] [count=blocks] [skip=blocks] if=input of=output", img_dd },
-	{ "info", "[-f fmt] [--output=ofmt] [--backing-chain] [-U] filename", img_info },
-	{ "map", "[-f fmt] [--start-offset=offset] [--max-length=len] [--output=ofmt] [-U] filename", img_map },
-	{ "measure", "[--output=ofmt] [-O output_fmt] [-o options] [--size N | [-f fmt] [-l snapshot_param] filename]", img_measure },
-	{ "snapshot", "[-U] [-q] [-l | -a snapshot | -c snapshot | -d snapshot] filename", img_snapshot },
-	{ "rebase", "[-U] [-q] [-f fmt] [-t cache] [-T src_cache] [-p] [-u] -b backing_file [-F backing_fmt] filename", img_rebase },
-	{ "resize", "[-f fmt] [--preallocation=prealloc] [-q] [--shrink] filename [+ | -]size", img_resize },
+	{ "check", IMG "[-q] [-f fmt | --format=fmt] [--output=ofmt] [-r [leaks | all] | --repair=...] [-T src_cache] [-U] filename", img_check },
+	{ "commit", IMG "[-q] [-f fmt] [-t cache] [-b base] [-r rate_limit] [-d] [-p] filename", img_commit },
+	{ "compare", IMG "[-f fmt] [-F fmt] [-T src_cache] [-p] [-q] [-s] [-U] filename1 filename2", img_compare },
+	{ "convert", IMG "[--target-image-opts] [--target-is-zero] [--bitmaps [--skip-broken-bitmaps]] [-U] [-C] [-c] [-p] [-q] [-n] [-f fmt] "
+	  "[-t cache] [-T src_cache] [-O output_fmt] [-B backing_file [-F backing_fmt]] [-o options] [-l snapshot_param] [-S sparse_size] "
+	  "[-r rate_limit] [-m num_coroutines] [-W] [--salvage] filename [filename2 [...]] output_filename", img_convert },
+	{ "create", "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o options] filename [size]", img_create },
+	{ "dd", IMG "[-U] [-f fmt] [-O output_fmt] [bs=block_size] [count=blocks] [skip=blocks] if=input of=output", img_dd },
+	{ "info", IMG "[-f fmt | --format=fmt] [--output=ofmt] [--backing-chain] [-U] filename", img_info },
+	{ "map", IMG "[-f fmt | --format=fmt] [--start-offset=offset] [--max-length=len] [--output=ofmt] [-U] filename", img_map },
+	{ "measure", "[--output=ofmt] [-O output_fmt] [-o options] [--size N | " IMG "[-f fmt] [-l snapshot_param] [-U] filename]", img_measure },
+	{ "snapshot", IMG "[-U] [-q] [-l | -a snapshot | -c snapshot | -d snapshot] filename", img_snapshot },
+	{ "rebase", IMG "[-U] [-q] [-f fmt] [-t cache] [-T src_cache] [-p] [-u] -b backing_file [-F backing_fmt] filename", img_rebase },
+	{ "resize", IMG "[-f fmt] [--preallocation=prealloc] [-q] [--shrink] filename [+ | -]size", img_resize },
 };
 
 int img_fail(const char *fmt, ...)
 {
 	va_list ap;
-	fflush(stdout);
-	fputs("qemu-img: ", stderr);
 	va_start(ap, fmt);
-	vfprintf(stderr, fmt, ap);
+	int r = tool_fail("qemu-img", "", fmt, ap);
 	va_end(ap);
-	fputc('\n', stderr);
-	return 1;
+	return r;
 }
 
 int img_usage(const char *fmt, ...)
 {
 	va_list ap;
-	fputs("qemu-img: ", stderr);
 	va_start(ap, fmt);
-	vfprintf(stderr, fmt, ap);
+	int r = tool_fail("qemu-img", "; try 'qemu-img --help'", fmt, ap);
 	va_end(ap);
-	fputs("; try 'qemu-img --help'\n", stderr);
-	return 1;
+	return r;
 }
 
 int img_cache(const char *mode, enum block_cache *c)
 {
-	static const struct { const char *name; enum block_cache c; } modes[] = {
-		{ "writeback", CACHE_WRITEBACK }, { "none", CACHE_NONE }, { "off", CACHE_NONE },
-		{ "writethrough", CACHE_WRITETHROUGH }, { "directsync", CACHE_DIRECTSYNC }, { "unsafe", CACHE_UNSAFE },
-	};
-	for (unsigned i = 0; i < ARRAY_SIZE(modes); i++) {
-		if (!strcmp(mode, modes[i].name)) {
-			*c = modes[i].c;
-			return 0;
-		}
-	}
-	return img_fail("Invalid cache option: %s", mode);
+	return tool_cache(mode, c) ? 0 : img_fail("Invalid cache option: %s", mode);
 }
 
 /* What --object, --image-opts and --target-image-opts said: of the program, not of any machine. */
@@ -80,10 +68,15 @@ const struct tls_store *img_objects(void)
 	return &given.objects;
 }
 
+bool img_image_opts(void)
+{
+	return given.image_opts;
+}
+
 struct block *img_open(const char *file, const struct img_open *o)
 {
 	struct block_opts b = { .file = file, .format = o->format, .read_only = !o->write, .shared = o->shared, .as_is = o->as_is,
-				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal };
+				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal, .aio = o->aio };
 	struct err err = { 0 };
 	struct block *blk;
 	if (o->cache && img_cache(o->cache, &b.cache))
@@ -98,7 +91,7 @@ struct block *img_open(const char *file, const struct img_open *o)
 	int r = opts ? keyvals_parse(&l, "--image-opts", file, "driver", &err) : 0;
 	b.options = opts ? &l : NULL;
 	if (!r)
-		r = block_open(&blk, &b, NULL, NULL, &err);
+		r = block_open(&blk, &b, o->loop, o->workers, &err);
 	if (r)
 		img_fail("Could not open '%s': %s", file, err.msg);
 	keyvals_free(&l);
@@ -119,6 +112,31 @@ int64_t img_size(const char *text, const char *what)
 	return -1;
 }
 
+static bool has_long(const char *args, const char *name)
+{
+	size_t n = strlen(name);
+	for (const char *p = args; (p = strstr(p, "--")); p += 2) {
+		if (!strncmp(p + 2, name, n) && !strchr("abcdefghijklmnopqrstuvwxyz-", p[2 + n]))
+			return true;
+	}
+	return false;
+}
+
+/* Those of `all` that the verb takes. */
+static void options_of(const char *verb, const struct option *all, struct option *out)
+{
+	const char *args = "";
+	for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++) {
+		if (!strcmp(verbs[i].name, verb))
+			args = verbs[i].args;
+	}
+	for (; all->name; all++) {
+		if (all->val == 'h' || (all->val == 'U' ? strstr(args, "[-U]") != NULL : has_long(args, all->name)))
+			*out++ = *all;
+	}
+	*out = *all;
+}
+
 int img_getopt(int argc, char **argv, const char *shorts)
 {
 	static const struct option longs[] = {
@@ -137,7 +155,10 @@ int img_getopt(int argc, char **argv, const char *shorts)
 		{ "disable", no_argument, 0, OPT_BITMAP_ADD + BITMAP_DISABLE }, { "merge", required_argument, 0, OPT_BITMAP_ADD + BITMAP_MERGE },
 		{ "format", required_argument, 0, 'f' }, { "repair", required_argument, 0, 'r' }, { 0 },
 	};
-	int c = getopt_long(argc, argv, shorts, longs, NULL);
+	struct option mine[ARRAY_SIZE(longs)];
+	options_of(argv[0], longs, mine);
+	opterr = 0;
+	int c = getopt_long(argc, argv, shorts, mine, NULL);
 	if (c == ':') {
 		img_usage("missing argument for option '%s'", argv[optind - 1]);
 		exit(1);
@@ -152,7 +173,7 @@ int img_getopt(int argc, char **argv, const char *shorts)
 		if (r < 0)
 			img_fail("%s", err.msg);
 		if (r)
-			exit(r < 0);
+			exit(r > 0 ? 0 : strcmp(argv[0], "compare") ? 1 : 2);
 	}
 	given.image_opts |= c == OPT_IMAGE_OPTS;
 	given.target_opts |= c == OPT_TARGET_OPTS;
@@ -186,18 +207,6 @@ void img_json_string(const char *s)
 	putchar('"');
 }
 
-static int prealloc_mode(const char *v, enum block_prealloc *p)
-{
-	static const char *const modes[] = { "off", "metadata", "falloc", "full" };
-	for (unsigned i = 0; i < ARRAY_SIZE(modes); i++) {
-		if (!strcmp(v, modes[i])) {
-			*p = (enum block_prealloc)i;
-			return 0;
-		}
-	}
-	return img_fail("Invalid parameter '%s'", v);
-}
-
 static int version_of(const char *v, unsigned *version)
 {
 	*version = !strcmp(v, "0.10") || !strcmp(v, "v2") ? 2 : 3;
@@ -224,7 +233,7 @@ int img_create_options(struct image_create *c, struct keyvals *l, struct img_cre
 		seen->size = true;
 	}
 	if (GET("preallocation"))
-		r = prealloc_mode(v, &c->prealloc), seen->other = true;
+		r = tool_prealloc(v, &c->prealloc) ? 0 : img_fail("Invalid parameter '%s'", v), seen->prealloc = seen->other = true;
 	if (!qcow2)
 		return r ? r : keyvals_end(l, "qemu-img: -o", &err) ? img_fail("%s", err.msg) : 0;
 	if (GET("backing_file"))
@@ -239,7 +248,7 @@ int img_create_options(struct image_create *c, struct keyvals *l, struct img_cre
 			r = img_fail("Cluster size must be a power of two between 512 and 2048k");
 	}
 	if (GET("compat"))
-		r = version_of(v, &c->version), seen->version = true;
+		r = version_of(v, &c->version), seen->version = true, seen->compat = v;
 	if (GET("compression_type")) {
 		c->zstd = !strcmp(v, "zstd");
 		seen->other = true;

@@ -23,7 +23,15 @@ int io_main(int argc, char **argv);
 int img_fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int img_usage(const char *fmt, ...) __attribute__((format(printf, 1, 2)));      /* with "Try --help" */
 /* plain: a name even with --image-opts; target: --target-image-opts decides. */
-struct img_open { const char *format, *cache, *backing, *internal; bool write, shared, no_backing, as_is, plain, target, discard_ignore; };
+struct img_open {
+	const char *format, *cache, *backing, *internal;
+	bool write, shared, no_backing, as_is, plain, target, discard_ignore;
+	enum block_aio aio;
+	struct loop *loop;              /* for io_uring's completions, with workers; both NULL otherwise */
+	struct workers *workers;
+};
+/* --image-opts was given. */
+bool img_image_opts(void);
 /* NULL after telling why. */
 struct block *img_open(const char *file, const struct img_open *o);
 /* "10G": -1 after telling why. */
@@ -37,7 +45,7 @@ int img_getopt(int argc, char **argv, const char *shorts);
 int img_output(const char *text, bool *json);
 void img_json_string(const char *s);
 /* -o of create, convert, amend, measure: 0, or 1 after telling why. `seen` names what was given. */
-struct img_create_seen { bool size, version, lazy, refcount_bits, data_raw, other; };
+struct img_create_seen { bool size, version, lazy, refcount_bits, data_raw, prealloc, other; const char *compat; /* as it was said */ };
 int img_create_options(struct image_create *c, struct keyvals *l, struct img_create_seen *seen);
 void img_progress(bool on, double percent);
 /* "64 KiB" as QEMU writes sizes. */

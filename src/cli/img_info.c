@@ -8,7 +8,7 @@
 
 /* --- info --- */
 
-struct info { struct block *b; struct image_info i; bool qcow2; const char *file; };
+struct info { struct block *b; struct image_info i; bool qcow2; const char *file; char *name; };
 
 static void human_snapshots(const struct image_info *i)
 {
@@ -58,14 +58,19 @@ static void human_specific(const struct image_info *i)
 	printf("    corrupt: %s\n    extended l2: %s\n", i->corrupt ? "true" : "false", i->extended_l2 ? "true" : "false");
 }
 
-/* The backing name as it is, and as it is opened. */
-static char *full_backing(const char *file, const char *backing)
+static void human_vmdk(const struct image_vmdk *v)
 {
-	const char *slash = strrchr(file, '/');
-	char *s;
-	if (*backing == '/' || !slash || block_name_is_protocol(backing))
-		return strdup(backing);
-	return asprintf(&s, "%.*s%s", (int)(slash - file + 1), file, backing) < 0 ? NULL : s;
+	printf("Format specific information:\n    cid: %u\n    parent cid: %u\n    create type: %s\n    extents:\n", v->cid, v->parent_cid, v->create_type);
+	for (unsigned k = 0; k < v->n; k++) {
+		const struct image_vmdk_extent *x = &v->extents[k];
+		printf("        [%u]:\n", k);
+		if (x->compressed)
+			puts("            compressed: true");
+		printf("            virtual size: %llu\n            filename: %s\n", (unsigned long long)x->size, x->file ? x->file : "");
+		if (x->cluster_size)
+			printf("            cluster size: %u\n", x->cluster_size);
+		printf("            format: %s\n", x->type ? x->type : "");
+	}
 }
 
 static void human_info(const struct info *n)
@@ -82,7 +87,7 @@ static void human_info(const struct info *n)
 	if (n->i.dirty)
 		puts("cleanly shut down: no");
 	if (n->i.backing) {
-		char *full = full_backing(n->file, n->i.backing);
+		char *full = block_path_beside(n->file, n->i.backing);
 		printf("backing file: %s", n->i.backing);
 		if (full && strcmp(full, n->i.backing))
 			printf(" (actual path: %s)", full);
@@ -94,6 +99,8 @@ static void human_info(const struct info *n)
 	human_snapshots(&n->i);
 	if (n->qcow2)
 		human_specific(&n->i);
+	if (n->i.vmdk.n)
+		human_vmdk(&n->i.vmdk);
 }
 
 static void pad(int n)
@@ -167,6 +174,26 @@ static void json_specific(const struct image_info *i, int at)
 	printf("%*s}\n%*s},\n", at + 4, "", at, "");
 }
 
+static void json_vmdk(const struct image_vmdk *v, int at)
+{
+	printf("%*s\"format-specific\": {\n%*s\"type\": \"vmdk\",\n%*s\"data\": {\n", at, "", at + 4, "", at + 4, "");
+	printf("%*s\"cid\": %u,\n%*s\"parent-cid\": %u,\n%*s\"create-type\": ", at + 8, "", v->cid, at + 8, "", v->parent_cid, at + 8, "");
+	img_json_string(v->create_type);
+	printf(",\n%*s\"extents\": [\n", at + 8, "");
+	for (unsigned k = 0; k < v->n; k++) {
+		const struct image_vmdk_extent *x = &v->extents[k];
+		printf("%*s{\n", at + 12, "");
+		if (x->compressed)
+			printf("%*s\"compressed\": true,\n", at + 16, "");
+		printf("%*s\"virtual-size\": %llu,\n%*s\"filename\": ", at + 16, "", (unsigned long long)x->size, at + 16, "");
+		img_json_string(x->file ? x->file : "");
+		if (x->cluster_size)
+			printf(",\n%*s\"cluster-size\": %u", at + 16, "", x->cluster_size);
+		printf(",\n%*s\"format\": \"%s\"\n%*s}%s\n", at + 16, "", x->type ? x->type : "", at + 12, "", k + 1 < v->n ? "," : "");
+	}
+	printf("%*s]\n%*s}\n%*s},\n", at + 8, "", at + 4, "", at, "");
+}
+
 static void json_info(const struct info *n, int at)
 {
 	int64_t disk = image_disk_size(n->b);
@@ -188,8 +215,10 @@ static void json_info(const struct info *n, int at)
 		printf("%*s\"actual-size\": %lld,\n", at, "", (long long)disk);
 	if (n->qcow2)
 		json_specific(&n->i, at);
+	if (n->i.vmdk.n)
+		json_vmdk(&n->i.vmdk, at);
 	if (n->i.backing) {
-		char *full = full_backing(n->file, n->i.backing);
+		char *full = block_path_beside(n->file, n->i.backing);
 		printf("%*s\"full-backing-filename\": ", at, "");
 		img_json_string(full ? full : n->i.backing);
 		printf(",\n%*s\"backing-filename\": ", at, "");
@@ -200,11 +229,38 @@ static void json_info(const struct info *n, int at)
 	printf("%*s\"dirty-flag\": %s\n%*s}", at, "", n->i.dirty ? "true" : "false", at - 4, "");
 }
 
+enum { CHAIN_MAX = 200 };
+
+/* The image and, for the chain, those below it, opened one by one. 0, or 1 after telling why; *n are to be closed in any case. */
+static int gather(const char *file, struct img_open *o, bool chain, struct info *v, unsigned *n)
+{
+	char *name = strdup(file);
+	while (name) {
+		struct info *i = &v[*n];
+		*i = (struct info){ .b = img_open(name, o), .name = name };
+		if (!i->b) {
+			free(name);
+			return 1;
+		}
+		++*n;
+		i->file = block_name_is_protocol(name) || (*n == 1 && img_image_opts()) ? block_name(i->b) : name;
+		i->qcow2 = !image_info(i->b, &i->i) && !strcmp(image_format(i->b), "qcow2");
+		name = chain && i->i.backing ? block_path_beside(i->file, i->i.backing) : NULL;
+		o->format = i->i.backing_format;
+		o->plain = true;
+		if (name && *n == CHAIN_MAX) {
+			free(name);
+			return img_fail("the backing chain is too long; does it loop?");
+		}
+	}
+	return 0;
+}
+
 int img_info(int argc, char **argv)
 {
 	struct img_open o = { .no_backing = true, .as_is = true };
 	bool json = false, chain = false;
-	unsigned k = 0;
+	unsigned n = 0;
 	int c;
 	while ((c = img_getopt(argc, argv, ":hf:U")) >= 0) {
 		if (c == 'f')
@@ -218,43 +274,27 @@ int img_info(int argc, char **argv)
 	}
 	if (optind != argc - 1)
 		return img_usage("%s", img_missing);
-	char *file = strdup(argv[optind]);
-	if (json && chain)
+	struct info *v = calloc(CHAIN_MAX, sizeof *v);
+	int r = v ? gather(argv[optind], &o, chain, v, &n) : img_fail("out of memory");
+	if (!r && json && chain)
 		puts("[");
-	while (file && k++ < 200) {
-		struct info n = { .b = img_open(file, &o), .file = file };
-		if (n.b && block_name_is_protocol(file))
-			n.file = block_name(n.b);
-		char *next = NULL;
-		if (!n.b) {
-			free(file);
-			return 1;
-		}
-		n.qcow2 = !image_info(n.b, &n.i) && !strcmp(image_format(n.b), "qcow2");
-		if (k > 1)
+	for (unsigned i = 0; !r && i < n; i++) {
+		if (i)
 			puts(json ? "," : "");
 		if (json)
-			json_info(&n, chain ? 4 : 0);
+			json_info(&v[i], chain ? 4 : 0);
 		else
-			human_info(&n);
-		if (chain && n.i.backing) {
-			next = full_backing(file, n.i.backing);
-			static char format[64];
-			snprintf(format, sizeof format, "%s", n.i.backing_format ? n.i.backing_format : "");
-			o.format = *format ? format : NULL;
-		}
-		image_info_free(&n.i);
-		block_close(n.b);
-		free(file);
-		file = next;
+			human_info(&v[i]);
 	}
-	if (file) {
-		free(file);
-		return img_fail("the backing chain is too long; does it loop?");
-	}
-	if (json)
+	if (!r && json)
 		puts(chain ? "\n]" : "");
-	return 0;
+	while (n) {
+		image_info_free(&v[--n].i);
+		block_close(v[n].b);
+		free(v[n].name);
+	}
+	free(v);
+	return r;
 }
 
 /* --- map --- */
@@ -337,8 +377,10 @@ int img_map(int argc, char **argv)
 		printf("%-16s%-16s%-16s%s\n", "Offset", "Length", "Mapped to", "File");
 	uint64_t end = MIN(block_length(b), (uint64_t)from + MIN((uint64_t)len, (uint64_t)(INT64_MAX - from)));
 	int r = map_all(b, &m, (uint64_t)from, end);
+	if (m.json && m.first) /* nothing is there: QEMU shows that as one range of no length */
+		r = r ? r : print_extent(&m, (uint64_t)from, &(struct block_extent){ 0 });
 	if (m.json)
-		puts(m.first ? "[]" : "]");
+		puts("]");
 	block_close(b);
 	return r ? 1 : 0;
 }
@@ -374,15 +416,18 @@ static void human_check(const struct image_check *c)
 
 static void json_check(const struct image_check *c, const char *file, const char *format)
 {
-	printf("{\n    \"image-end-offset\": %llu,\n    \"total-clusters\": %llu,\n", (unsigned long long)c->end_offset,
-	       (unsigned long long)c->total);
+	puts("{");
+	if (c->end_offset)
+		printf("    \"image-end-offset\": %llu,\n", (unsigned long long)c->end_offset);
+	if (c->compressed)
+		printf("    \"compressed-clusters\": %llu,\n", (unsigned long long)c->compressed);
+	if (c->total)
+		printf("    \"total-clusters\": %llu,\n", (unsigned long long)c->total);
 	if (c->corruptions_fixed)
 		printf("    \"corruptions-fixed\": %llu,\n", (unsigned long long)c->corruptions_fixed);
 	if (c->corruptions)
 		printf("    \"corruptions\": %llu,\n", (unsigned long long)c->corruptions);
 	printf("    \"check-errors\": %llu,\n", (unsigned long long)c->errors);
-	if (c->compressed)
-		printf("    \"compressed-clusters\": %llu,\n", (unsigned long long)c->compressed);
 	if (c->leaks_fixed)
 		printf("    \"leaks-fixed\": %llu,\n", (unsigned long long)c->leaks_fixed);
 	if (c->leaks)
@@ -399,7 +444,7 @@ static void json_check(const struct image_check *c, const char *file, const char
 
 int img_check(int argc, char **argv)
 {
-	struct img_open o = { .no_backing = true, .as_is = true };
+	struct img_open o = { .as_is = true };
 	struct image_check k = { .say = print_finding }, again = { .say = print_finding };
 	struct err err = { 0 };
 	bool json = false, quiet = false;
@@ -424,8 +469,16 @@ int img_check(int argc, char **argv)
 	}
 	if (optind != argc - 1)
 		return img_usage("%s", img_missing);
-	o.write = fix;
 	struct block *b = img_open(argv[optind], &o);
+	if (b && fix && strcmp(image_format(b), "qcow2")) { /* the others are not written, so not repaired */
+		block_close(b);
+		return img_fail("This image format does not support repairing"), 63;
+	}
+	if (b && fix) {
+		block_close(b);
+		o.write = true;
+		b = img_open(argv[optind], &o);
+	}
 	if (!b)
 		return 1;
 	int r = image_check(b, fix, &k, &err);
@@ -459,7 +512,7 @@ int img_check(int argc, char **argv)
 
 int img_snapshot(int argc, char **argv)
 {
-	struct img_open o = { .no_backing = true };
+	struct img_open o = { 0 };
 	struct err err = { 0 };
 	struct image_info i;
 	const char *name = NULL;
@@ -480,7 +533,7 @@ int img_snapshot(int argc, char **argv)
 	struct block *b = img_open(argv[optind], &o);
 	if (!b)
 		return 1;
-	if (!o.write && !image_info(b, &i)) {
+	if (action == 'l' && !image_info(b, &i)) {
 		human_snapshots(&i);
 		image_info_free(&i);
 	} else if (action == 'c') {
@@ -508,7 +561,7 @@ struct measure { uint64_t size, required, full; };
 static uint64_t qcow2_bytes(const struct image_create *c, uint64_t size, uint64_t clusters)
 {
 	uint64_t cs = c->cluster_size, per_l2 = cs / (c->extended_l2 ? 16 : 8), l2 = (size / cs + !!(size % cs) + per_l2 - 1) / per_l2;
-	uint64_t l1 = (l2 * 8 + cs - 1) / cs, fixed = 1 + l2 + MAX(l1, 1u) + clusters;
+	uint64_t l1 = (l2 * 8 + cs - 1) / cs, fixed = 1 + l2 + l1 + clusters;
 	uint64_t per_block = cs * 8 / c->refcount_bits, blocks = 0, table = 0;
 	for (;;) {
 		uint64_t all = fixed + blocks + table, b = (all + per_block - 1) / per_block, t = (b * 8 + cs - 1) / cs;
@@ -517,6 +570,25 @@ static uint64_t qcow2_bytes(const struct image_create *c, uint64_t size, uint64_
 		blocks = MAX(blocks, b);
 		table = MAX(table, t);
 	}
+}
+
+/* What copies of the persistent bitmaps of `b` need in such an image: false when `b` cannot have any. */
+static bool bitmaps_bytes(struct block *b, uint64_t size, uint32_t cs, uint64_t *bytes)
+{
+	struct image_info i;
+	*bytes = 0;
+	if (!b || image_info(b, &i))
+		return false;
+	bool can = i.version >= 3;
+	uint64_t directory = 0;
+	for (unsigned k = 0; can && k < i.nbitmaps; k++) {
+		uint64_t bits = (size + i.bitmaps[k].granularity - 1) / i.bitmaps[k].granularity, clusters = ((bits + 7) / 8 + cs - 1) / cs;
+		*bytes += clusters * cs + ALIGN_UP(clusters * 8, (uint64_t)cs);
+		directory += ALIGN_UP(24 + strlen(i.bitmaps[k].name), (uint64_t)8);
+	}
+	*bytes += ALIGN_UP(directory, (uint64_t)cs);
+	image_info_free(&i);
+	return can;
 }
 
 static int used_clusters(struct block *b, uint64_t cs, uint64_t *n)
@@ -574,6 +646,8 @@ int img_measure(int argc, char **argv)
 		return img_fail("%s", err.msg);
 	cr.cluster_size = 65536;
 	r = img_create_options(&cr, &l, &seen);
+	if (!r && strcmp(cr.format, "raw") && strcmp(cr.format, "qcow2"))
+		r = img_fail("Cannot measure for format '%s': Lodge makes raw and qcow2 images", cr.format);
 	struct block *b = r || optind == argc ? NULL : img_open(argv[optind], &o);
 	r = r || (optind < argc && !b);
 	if (!r && b) {
@@ -588,12 +662,16 @@ int img_measure(int argc, char **argv)
 			used = all;
 		required = qcow2 ? qcow2_bytes(&cr, vs, all) - (all - used) * cr.cluster_size : vs;
 		full = qcow2 ? qcow2_bytes(&cr, vs, all) : vs;
-		if (json)
-			printf("{\n%s    \"required\": %llu,\n    \"fully-allocated\": %llu\n}\n", qcow2 && (!b || image_format(b)[0] == 'q') && cr.version >= 3 && b ?
-			       "    \"bitmaps\": 0,\n" : "", (unsigned long long)required, (unsigned long long)full);
-		else
-			printf("required size: %llu\nfully allocated size: %llu\n%s", (unsigned long long)required, (unsigned long long)full,
-			       qcow2 && b && image_format(b)[0] == 'q' ? "bitmaps size: 0\n" : "");
+		uint64_t bitmaps;
+		bool has = bitmaps_bytes(b, vs, cr.cluster_size, &bitmaps) && qcow2 && cr.version >= 3;
+		if (json && has)
+			printf("{\n    \"bitmaps\": %llu,\n", (unsigned long long)bitmaps);
+		else if (json)
+			puts("{");
+		printf(json ? "    \"required\": %llu,\n    \"fully-allocated\": %llu\n}\n" : "required size: %llu\nfully allocated size: %llu\n",
+		       (unsigned long long)required, (unsigned long long)full);
+		if (!json && has)
+			printf("bitmaps size: %llu\n", (unsigned long long)bitmaps);
 	}
 	block_close(b);
 	keyvals_free(&l);

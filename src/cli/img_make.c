@@ -6,49 +6,47 @@
 #include <unistd.h>
 
 #include "cli/img.h"
+#include "cli/tool.h"
 
-static char *beside(const char *file, const char *name)
-{
-	const char *slash = strrchr(file, '/');
-	char *s;
-	if (*name == '/' || !slash || block_name_is_protocol(name))
-		return strdup(name);
-	return asprintf(&s, "%.*s%s", (int)(slash - file + 1), file, name) < 0 ? NULL : s;
-}
-
-static void print_formatting(const struct image_create *c)
+static void print_formatting(const struct image_create *c, const struct img_create_seen *seen)
 {
 	printf("Formatting '%s', fmt=%s", c->file, c->format);
 	if (strcmp(c->format, "qcow2")) {
-		printf(" size=%llu\n", (unsigned long long)c->size);
+		printf(" size=%llu", (unsigned long long)c->size);
+		if (seen->prealloc)
+			printf(" preallocation=%s", tool_prealloc_name(c->prealloc));
+		puts("");
 		return;
 	}
-	static const char *const modes[] = { "off", "metadata", "falloc", "full" };
 	printf(" cluster_size=%u extended_l2=%s", c->cluster_size, c->extended_l2 ? "on" : "off");
-	if (c->prealloc)
-		printf(" preallocation=%s", modes[c->prealloc]);
+	if (seen->prealloc)
+		printf(" preallocation=%s", tool_prealloc_name(c->prealloc));
 	printf(" compression_type=%s size=%llu", c->zstd ? "zstd" : "zlib", (unsigned long long)c->size);
-	if (c->data_file)
-		printf(" data_file=%s", c->data_file);
-	if (c->data_raw)
-		printf(" data_file_raw=on");
-	if (c->version < 3)
-		printf(" compat=0.10");
+	if (seen->compat)
+		printf(" compat=%s", seen->compat);
 	if (c->backing)
 		printf(" backing_file=%s", c->backing);
 	if (c->backing_format)
 		printf(" backing_fmt=%s", c->backing_format);
+	if (c->data_file)
+		printf(" data_file=%s", c->data_file);
+	if (seen->data_raw)
+		printf(" data_file_raw=%s", c->data_raw ? "on" : "off");
 	printf(" lazy_refcounts=%s refcount_bits=%u\n", c->lazy_refcounts ? "on" : "off", c->refcount_bits);
 }
 
 /* The backing file's size is the default; it must be there and be what it is said to be. */
 static int look_at_backing(struct image_create *c, bool unchecked, bool have_size)
 {
-	char *path = beside(c->file, c->backing);
+	char *path = block_path_beside(c->file, c->backing);
 	struct img_open o = { .format = c->backing_format, .plain = true };
 	if (!c->backing_format) {
 		free(path);
 		return img_fail("%s: Could not create image: Backing file specified without backing format (use -F)", c->file);
+	}
+	if (path && !strcmp(path, c->file)) {
+		free(path);
+		return img_fail("%s: Error: Trying to create an image with the same filename as the backing file", c->file);
 	}
 	if (unchecked && have_size) {
 		free(path);
@@ -107,15 +105,18 @@ int img_create(int argc, char **argv)
 	if (!r && size >= 0)
 		cr.size = (uint64_t)size;
 	bool have_size = size >= 0 || seen.size;
+	if (!r && size >= 0 && seen.size)
+		r = img_fail("%s: The image size must be specified only once", cr.file);
+	if (!r && cr.backing_format && !cr.backing)
+		r = img_fail("%s: Backing format cannot be used without backing file", cr.file);
 	if (!r && cr.backing && strcmp(cr.format, "qcow2"))
 		r = img_fail("%s: Backing file not supported for file format '%s'", cr.file, cr.format);
 	if (!r && cr.backing && *cr.backing)
 		r = look_at_backing(&cr, unchecked, have_size);
 	else if (!r && !have_size)
 		r = img_fail("%s: Image creation needs a size parameter", cr.file);
-	cr.size = ALIGN_UP(cr.size, (uint64_t)512);
 	if (!r && !quiet)
-		print_formatting(&cr);
+		print_formatting(&cr, &seen);
 	fflush(stdout);
 	cr.tls = img_objects();
 	if (!r && image_create(&cr, &err))
@@ -143,13 +144,8 @@ int img_resize(int argc, char **argv)
 			quiet = true;
 		else if (c == OPT_SHRINK)
 			shrink = true;
-		else if (c == OPT_PREALLOC) {
-			static const char *const modes[] = { "off", "metadata", "falloc", "full" };
-			for (p = 0; p < 4 && strcmp(optarg, modes[p]);)
-				p++;
-			if (p == 4)
-				return img_fail("Invalid preallocation mode '%s'", optarg);
-		}
+		else if (c == OPT_PREALLOC && !tool_prealloc(optarg, &p))
+			return img_fail("Invalid preallocation mode '%s'", optarg);
 	}
 	if (optind != argc - 1)
 		return img_usage("Expecting image file name and size");
@@ -205,7 +201,9 @@ int img_amend(int argc, char **argv)
 	}
 	if (!options)
 		return img_usage("Must specify options (-o)");
-	if (img_options_help(options, o.format ? o.format : cr.format, true))
+	if (o.format && strcmp(o.format, "qcow2") && !block_check_format("-f", o.format, &err))
+		return img_fail("Format driver '%s' does not support option amendment", o.format);
+	if (img_options_help(options, cr.format, true))
 		return 0;
 	if (optind != argc - 1)
 		return img_usage("%s", img_missing);
@@ -216,11 +214,11 @@ int img_amend(int argc, char **argv)
 	struct image_amend a = { seen.version, seen.lazy, seen.refcount_bits, seen.data_raw, cr.version, cr.refcount_bits,
 				 cr.lazy_refcounts, cr.data_raw };
 	img_progress(progress && !r, 0);
-	if (!r && seen.other && !cr.backing)
+	if (!r && (cr.backing || cr.backing_format))
+		r = img_fail("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.");
+	if (!r && seen.other)
 		r = img_fail("Error while amending options: Invalid argument; this option cannot be changed");
 	if (!r && image_amend(b, &a, &err))
-		r = img_fail("%s", err.msg);
-	if (!r && cr.backing && image_set_backing(b, *cr.backing ? cr.backing : NULL, cr.backing_format, &err))
 		r = img_fail("%s", err.msg);
 	if (!r && seen.size && image_resize(b, cr.size, PREALLOC_OFF, &err))
 		r = img_fail("%s", err.msg);
@@ -298,8 +296,12 @@ int img_rebase(int argc, char **argv)
 	if (!b)
 		return 1;
 	bool remove = !base || !*base;
+	if (format && block_check_format("-F", format, &err)) {
+		block_close(b);
+		return img_fail("Invalid format name: %s", err.msg);
+	}
 	if (!unsafe && !remove) {
-		char *path = beside(file, base);
+		char *path = block_path_beside(file, base);
 		struct img_open n = { .format = format, .plain = true };
 		fresh = path ? img_open(path, &n) : NULL;
 		free(path);
@@ -356,7 +358,7 @@ static struct block *find_base(struct block *b, const char *file, const char *wa
 	struct image_info i;
 	char *at = strdup(file);
 	for (struct block *n = b; n && at && !image_info(n, &i) && i.backing; n = image_backing(n)) {
-		char *next = beside(at, i.backing);
+		char *next = block_path_beside(at, i.backing);
 		bool found = !want || !strcmp(i.backing, want) || (next && !strcmp(next, want));
 		struct block *below = image_backing(n);
 		image_info_free(&i);

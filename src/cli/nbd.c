@@ -2,7 +2,6 @@
 #include <errno.h>
 #include <getopt.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -13,6 +12,7 @@
 #include "cli/img.h"
 #include "cli/backends.h"
 #include "cli/serve.h"
+#include "cli/tool.h"
 #include "loop/loop.h"
 
 enum { OPT_CACHE = 256, OPT_AIO, OPT_DISCARD, OPT_DETECT, OPT_NBD_OBJECT, OPT_TLS, OPT_AUTHZ, OPT_NBD_IMAGE_OPTS, OPT_FORK, OPT_PID, OPT_SELINUX };
@@ -31,13 +31,10 @@ static int fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 static int fail(const char *fmt, ...)
 {
 	va_list ap;
-	fflush(stdout);
-	fputs("qemu-nbd: ", stderr);
 	va_start(ap, fmt);
-	vfprintf(stderr, fmt, ap);
+	int r = tool_fail("qemu-nbd", "", fmt, ap);
 	va_end(ap);
-	fputc('\n', stderr);
-	return 1;
+	return r;
 }
 
 static void help(void)
@@ -63,7 +60,7 @@ static void help(void)
 	     "  -l, --load-snapshot=SNAPSHOT_PARAM\n                            export an internal snapshot, read-only:\n"
 	     "                            'snapshot.id=[ID],snapshot.name=[NAME]' or '[ID_OR_NAME]'\n"
 	     "  -n, --nocache             disable host cache\n      --cache=MODE          none, writeback (default), writethrough, directsync, unsafe\n"
-	     "      --aio=threads         how images are read and written\n      --discard=MODE        ignore (default) or unmap\n"
+	     "      --aio=MODE            threads (default), native or io_uring\n      --discard=MODE        ignore (default) or unmap\n"
 	     "      --detect-zeroes=MODE  off (default), on or unmap\n      --image-opts          treat FILE as a full set of image options\n\n"
 	     "Sockets passed by a service manager (LISTEN_FDS) are used instead of -p, -b and -k.");
 }
@@ -139,17 +136,7 @@ static int cache_option(struct nbd_args *a, const char *mode)
 	if (a->seen_cache)
 		return fail("-n and --cache can only be specified once");
 	a->seen_cache = true;
-	static const struct { const char *name; enum block_cache c; } modes[] = {
-		{ "writeback", CACHE_WRITEBACK }, { "none", CACHE_NONE }, { "off", CACHE_NONE },
-		{ "writethrough", CACHE_WRITETHROUGH }, { "directsync", CACHE_DIRECTSYNC }, { "unsafe", CACHE_UNSAFE },
-	};
-	for (unsigned i = 0; i < ARRAY_SIZE(modes); i++) {
-		if (!strcmp(mode, modes[i].name)) {
-			a->b.cache = modes[i].c;
-			return 0;
-		}
-	}
-	return fail("Invalid cache mode `%s'", mode);
+	return tool_cache(mode, &a->b.cache) ? 0 : fail("Invalid cache mode `%s'", mode);
 }
 
 /* Options that say how the image is used. */
@@ -258,8 +245,6 @@ static int check_args(struct nbd_args *a)
 	/* These depend on others, which may come behind them. */
 	if (block_aio_key("--aio", a->aio, &a->b, &err) || detect_zeroes_key("--detect-zeroes", a->detect, &a->b, &err))
 		return fail("%s", err.msg);
-	if (a->b.aio > AIO_THREADS)
-		return fail("--aio=%s is not supported: images are read and written by threads (--aio=threads)", a->aio);
 	if (a->connect && (a->socket || a->port || a->bind))
 		return fail("Device connection is incompatible with -p, -b and -k");
 	if (a->tls && a->connect)
@@ -277,7 +262,7 @@ static int check_args(struct nbd_args *a)
 
 /* --- serving --- */
 
-struct running { struct nbd_args *a; struct serve sv; struct workers *w; struct block *blk; struct nbd_server *s; struct image_bits bits; int dev; };
+struct running { struct nbd_args *a; struct serve sv; struct workers *w; struct iothread *io; struct block *blk; struct nbd_server *s; struct image_bits bits; int dev; };
 
 static void client_gone(void *opaque, unsigned left)
 {
@@ -295,13 +280,16 @@ static int open_image(struct running *r, struct err *err)
 	a->b.tls = &a->objects;
 	a->b.internal = a->snapshot_id;
 	a->b.read_only |= a->snapshot_id != NULL;
+	bool ring = a->b.aio == AIO_NATIVE || a->b.aio == AIO_IO_URING;
 	int ret = workers_create(&r->w, NULL, WORKERS, err);
+	if (!ret && ring)
+		ret = iothread_create(&r->io, err); /* completions of io_uring arrive there */
 	if (!ret && a->image_opts) {
 		ret = keyvals_parse(&l, "--image-opts", a->file, "driver", err);
 		a->b.options = &l;
 	}
 	if (!ret)
-		ret = block_open(&r->blk, &a->b, NULL, r->w, err);
+		ret = block_open(&r->blk, &a->b, r->io ? iothread_loop(r->io) : NULL, r->w, err);
 	if (ret)
 		err_prefix(err, "Failed to blk_new_open '%s'", a->file);
 	keyvals_free(&l);
@@ -327,6 +315,10 @@ static int make_server(struct running *r, struct nbd_export *e, struct err *err)
 		return err_set(err, -EINVAL, "Offset (%llu) has to be smaller than image size (%llu)", (unsigned long long)a->offset, (unsigned long long)size);
 	*e = (struct nbd_export){ .name = a->name ? a->name : "", .desc = a->desc, .blk = r->blk, .off = a->offset, .len = size - a->offset,
 				  .writable = !block_read_only(r->blk), .multi_conn = a->shared != 1, .depth = a->depth };
+	if (r->io) {
+		o.loop = iothread_loop(r->io);
+		o.senders = r->w;
+	}
 	ret = a->bitmap ? serve_bitmap(e, a->bitmap, &r->bits, err) : 0;
 	if (!ret)
 		ret = nbd_server_new(&r->s, &o, err);
@@ -415,6 +407,8 @@ static int serve_image(struct nbd_args *a)
 	if (ret)
 		fail("%s", err.msg);
 	int lost = block_close_checked(r.blk);
+	if (r.io)
+		iothread_destroy(r.io);
 	workers_destroy(r.w);
 	free(r.bits.bits);
 	return ret ? 1 : lost ? fail("%s: %s", a->file, strerror(-lost)) : 0;

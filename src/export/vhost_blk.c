@@ -15,8 +15,9 @@
 #include "block/image.h"
 #include "export/export.h"
 #include "export/vhost_dev.h"
+#include "virtio/blk_req.h"
 
-enum { BATCH = 32, INLINE_MAX = 64 * 1024, RANGE_SECTORS = 1 << 22 };
+enum { BATCH = 32, INLINE_MAX = 64 * 1024 };
 
 struct request {
 	struct virtq_chain chain;
@@ -74,8 +75,7 @@ static void request_put(struct request *r)
 static void request_finish(struct request *r)
 {
 	struct vhost_queue *q = r->q;
-	bool unsupported = r->unsupported || r->io.ret == -ENOTSUP;
-	*r->status = unsupported ? VIRTIO_BLK_S_UNSUPP : r->io.ret ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK;
+	*r->status = virtio_blk_status(&r->io, r->unsupported);
 	virtq_fill(&q->q, &r->chain, (uint32_t)r->chain.in_len + 1);
 	request_put(r);
 	if (!--q->in_flight)
@@ -101,85 +101,13 @@ static void request_done(struct block_req *io)
 	pthread_mutex_unlock(&q->lock);
 }
 
-static int check_extent(const struct vhost_blk *v, uint64_t sector, uint64_t len)
-{
-	uint64_t off = sector << 9;
-	return sector >> 54 || (off | len) % v->block_size || range_bad(off, len, block_length(v->blk)) ? -EIO : 0;
-}
-
-static int prepare_rw(struct vhost_blk *v, struct request *r, uint64_t sector, bool write)
-{
-	struct virtq_chain *c = &r->chain;
-	r->io.op = write ? BLOCK_WRITE : BLOCK_READ;
-	r->io.off = sector << 9;
-	r->io.iov = write ? c->out : c->in;
-	r->io.iovcnt = (int)(write ? c->n_out : c->n_in);
-	r->io.len = write ? c->out_len : c->in_len;
-	r->io.flags = write && !__atomic_load_n(&v->wce, __ATOMIC_RELAXED) ? BLOCK_REQ_FUA : 0;
-	if ((write && !v->writable) || check_extent(v, sector, r->io.len))
-		return -EIO;
-	return r->io.len ? 0 : 1;
-}
-
-static int prepare_range(struct vhost_blk *v, struct request *r, bool zero)
-{
-	struct virtio_blk_discard_write_zeroes s;
-	if (!v->writable || r->chain.out_len != sizeof s || iov_to_buf(r->chain.out, r->chain.n_out, 0, &s, sizeof s) != sizeof s)
-		return -EIO;
-	r->unsupported = s.flags & (zero ? ~1u : ~0u);
-	if (r->unsupported)
-		return 1;
-	r->io.op = zero ? BLOCK_ZERO : BLOCK_DISCARD;
-	r->io.off = s.sector << 9;
-	r->io.len = (uint64_t)s.num_sectors << 9;
-	if (zero && s.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
-		r->io.flags |= BLOCK_REQ_MAY_UNMAP;
-	if (zero && !__atomic_load_n(&v->wce, __ATOMIC_RELAXED))
-		r->io.flags |= BLOCK_REQ_FUA;
-	if (s.num_sectors > RANGE_SECTORS || check_extent(v, s.sector, r->io.len))
-		return -EIO;
-	return s.num_sectors ? 0 : 1;
-}
-
-static int prepare_type(struct vhost_blk *v, struct request *r, const struct virtio_blk_outhdr *h)
-{
-	char id[VIRTIO_BLK_ID_BYTES] = "";
-	switch (h->type) {
-	case VIRTIO_BLK_T_IN:
-	case VIRTIO_BLK_T_OUT:
-		return prepare_rw(v, r, h->sector, h->type == VIRTIO_BLK_T_OUT);
-	case VIRTIO_BLK_T_FLUSH:
-		r->io.op = BLOCK_FLUSH;
-		return 0;
-	case VIRTIO_BLK_T_GET_ID:
-		memcpy(id, v->id, strnlen(v->id, sizeof id));
-		iov_from_buf(r->chain.in, r->chain.n_in, 0, id, sizeof id);
-		return 1;
-	case VIRTIO_BLK_T_DISCARD:
-	case VIRTIO_BLK_T_WRITE_ZEROES:
-		return prepare_range(v, r, h->type == VIRTIO_BLK_T_WRITE_ZEROES);
-	}
-	r->unsupported = true;
-	return 1;
-}
-
-/* 0: for the block layer, 1: answered, -1: no place for an answer. */
+/* 0: for the block layer, 1: answered, below 0: no place for an answer. */
 static int prepare(struct vhost_blk *v, struct request *r)
 {
-	struct virtq_chain *c = &r->chain;
-	struct virtio_blk_outhdr h;
+	struct virtio_blk_disk disk = { .blk = v->blk, .block_size = v->block_size, .id = v->id, .writable = v->writable,
+					.writethrough = !__atomic_load_n(&v->wce, __ATOMIC_RELAXED), .discard = true, .write_zeroes = true };
 	r->io = (struct block_req){ .done = request_done };
-	r->unsupported = false;
-	if (!c->n_in || iov_to_buf(c->out, c->n_out, 0, &h, sizeof h) != sizeof h)
-		return -1;
-	r->status = (uint8_t *)c->in[c->n_in - 1].iov_base + c->in[c->n_in - 1].iov_len - 1;
-	iov_trim_front(&c->out, &c->n_out, sizeof h);
-	iov_trim_to(c->in, &c->n_in, --c->in_len);
-	c->out_len -= sizeof h;
-	int r2 = prepare_type(v, r, &h);
-	if (r2 < 0)
-		r->io.ret = r2;
-	return r2 != 0;
+	return virtio_blk_request(&disk, &r->chain, &r->io, &r->status, &r->unsupported);
 }
 
 /* Up to BATCH requests from the ring; those for the block layer as a list. */
@@ -279,8 +207,8 @@ static void fill_config(struct vhost_blk *v)
 {
 	struct virtio_blk_config c = {
 		.capacity = block_length(v->blk) >> 9, .seg_max = 128 - 2, .blk_size = v->block_size, .min_io_size = 1, .opt_io_size = 1,
-		.wce = v->wce, .num_queues = (uint16_t)v->dev.nq, .max_discard_sectors = RANGE_SECTORS, .max_discard_seg = 1,
-		.discard_sector_alignment = v->block_size >> 9, .max_write_zeroes_sectors = RANGE_SECTORS, .max_write_zeroes_seg = 1,
+		.wce = v->wce, .num_queues = (uint16_t)v->dev.nq, .max_discard_sectors = VIRTIO_BLK_RANGE_SECTORS, .max_discard_seg = 1,
+		.discard_sector_alignment = v->block_size >> 9, .max_write_zeroes_sectors = VIRTIO_BLK_RANGE_SECTORS, .max_write_zeroes_seg = 1,
 		.write_zeroes_may_unmap = 1,
 	};
 	v->dev.config_len = (uint32_t)MIN(sizeof c, (size_t)VHOST_CONFIG_MAX);

@@ -18,12 +18,12 @@
 #include "block/block.h"
 #include "virtio/ioerr.h"
 #include "virtio/pci.h"
+#include "virtio/blk_req.h"
 #include "virtio/virtio.h"
 
 #define BATCH 32
 #define INLINE_MAX (256 * 1024)         /* a batch with more in it is worth another thread's time */
 #define INLINE_REQUESTS 8               /* with an I/O thread: what one kick does by itself */
-#define WZ_MAX_SECTORS (1u << 22)       /* 2 GiB a request */
 
 struct blk;
 
@@ -86,14 +86,12 @@ static void request_put(struct blk *d, struct blk_request *r)
 	d->pool = r;
 }
 
-/* Lock held. The status byte is the last of the writable part (5.2.6). */
+/* Lock held. */
 static void request_finish(struct blk *d, struct blk_request *r)
 {
 	struct virtio_dev *v = &d->vp.v;
-	bool ok = !r->io.ret && !r->unsupported;
 
-	*r->status = r->unsupported || r->io.ret == -ENOTSUP ? VIRTIO_BLK_S_UNSUPP : ok ? VIRTIO_BLK_S_OK
-											 : VIRTIO_BLK_S_IOERR;
+	*r->status = virtio_blk_status(&r->io, r->unsupported);
 	/* The status sits behind the data, so all of `in` counts as touched. */
 	virtq_fill(virtio_vq(v, r->qi), &r->chain, r->chain.in_len + 1);
 	request_put(d, r);
@@ -138,107 +136,20 @@ static void request_done(struct block_req *io)
 	__atomic_sub_fetch(&d->in_flight, 1, __ATOMIC_RELEASE);
 }
 
-static bool bad_extent(struct blk *d, uint64_t sector, uint64_t len)
-{
-	uint64_t off = sector << 9;
-
-	return sector >> 54 || (off | len) % d->blk_size || range_bad(off, len, block_length(d->drive));
-}
-
-static int prepare_rw(struct blk *d, struct blk_request *r, uint64_t sector, bool write)
-{
-	struct virtq_chain *c = &r->chain;
-
-	r->io.op = write ? BLOCK_WRITE : BLOCK_READ;
-	r->io.off = sector << 9;
-	r->io.iov = write ? c->out : c->in;
-	r->io.iovcnt = write ? c->n_out : c->n_in;
-	r->io.len = write ? c->out_len : c->in_len;
-	if (bad_extent(d, sector, r->io.len) || (write && block_read_only(d->drive)))
-		return -EIO;
-	if (write && !d->vp.v.config[offsetof(struct virtio_blk_config, wce)])
-		r->io.flags |= BLOCK_REQ_FUA;
-	return r->io.len ? 0 : 1;
-}
-
-static int prepare_get_id(struct blk *d, struct blk_request *r)
-{
-	char id[VIRTIO_BLK_ID_BYTES] = "";
-
-	if (d->serial)
-		memcpy(id, d->serial, strnlen(d->serial, sizeof(id)));
-	iov_from_buf(r->chain.in, r->chain.n_in, 0, id, sizeof(id));
-	return 1;
-}
-
-/* 5.2.6.1: one range a request is what the config space allows. */
-static int prepare_range(struct blk *d, struct blk_request *r, bool zero)
-{
-	struct virtio_blk_discard_write_zeroes s;
-	bool ro = block_read_only(d->drive);
-
-	if (ro || r->chain.out_len != sizeof(s) ||
-	    iov_to_buf(r->chain.out, r->chain.n_out, 0, &s, sizeof(s)) != sizeof(s))
-		return -EIO;
-	r->unsupported = s.flags & (zero ? ~1u : ~0u);
-	if (r->unsupported)
-		return 1;
-	r->io.op = zero ? BLOCK_ZERO : BLOCK_DISCARD;
-	r->io.off = s.sector << 9;
-	r->io.len = (uint64_t)s.num_sectors << 9;
-	if (zero && (s.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP))
-		r->io.flags |= BLOCK_REQ_MAY_UNMAP;
-	if (zero && !d->vp.v.config[offsetof(struct virtio_blk_config, wce)])
-		r->io.flags |= BLOCK_REQ_FUA;
-	if (s.num_sectors > WZ_MAX_SECTORS || bad_extent(d, s.sector, r->io.len))
-		return -EIO;
-	return s.num_sectors ? 0 : 1;
-}
-
-static int prepare_type(struct blk *d, struct blk_request *r, const struct virtio_blk_outhdr *h)
-{
-	struct virtio_dev *v = &d->vp.v;
-
-	switch (h->type) {
-	case VIRTIO_BLK_T_IN:
-	case VIRTIO_BLK_T_OUT:
-		return prepare_rw(d, r, h->sector, h->type == VIRTIO_BLK_T_OUT);
-	case VIRTIO_BLK_T_FLUSH:
-		r->io.op = BLOCK_FLUSH;
-		return 0;
-	case VIRTIO_BLK_T_GET_ID:
-		return prepare_get_id(d, r);
-	case VIRTIO_BLK_T_DISCARD:
-	case VIRTIO_BLK_T_WRITE_ZEROES:
-		if (virtio_has(v, h->type == VIRTIO_BLK_T_DISCARD ? VIRTIO_BLK_F_DISCARD : VIRTIO_BLK_F_WRITE_ZEROES))
-			return prepare_range(d, r, h->type == VIRTIO_BLK_T_WRITE_ZEROES);
-		break;
-	}
-	r->unsupported = true;
-	return 1;
-}
-
 /* 0: goes to the block layer; 1: answered (io.ret set); -1: no place to answer. */
 static int request_prepare(struct blk *d, struct blk_request *r)
 {
-	struct virtq_chain *c = &r->chain;
-	struct virtio_blk_outhdr h;
+	struct virtio_dev *v = &d->vp.v;
+	struct virtio_blk_disk disk = { .blk = d->drive, .block_size = d->blk_size, .id = d->serial, .writable = !block_read_only(d->drive),
+					.writethrough = !v->config[offsetof(struct virtio_blk_config, wce)],
+					.discard = virtio_has(v, VIRTIO_BLK_F_DISCARD), .write_zeroes = virtio_has(v, VIRTIO_BLK_F_WRITE_ZEROES) };
 	int ret;
 
 	r->io = (struct block_req){ .done = request_done };
-	r->unsupported = false;
-	if (!c->n_in || iov_to_buf(c->out, c->n_out, 0, &h, sizeof(h)) != sizeof(h)) {
-		log_guest("%s: request without header or status", d->vp.v.name);
-		return -1;
-	}
-	r->status = (uint8_t *)c->in[c->n_in - 1].iov_base + c->in[c->n_in - 1].iov_len - 1;
-	iov_trim_front(&c->out, &c->n_out, sizeof(h));
-	iov_trim_to(c->in, &c->n_in, --c->in_len);
-	c->out_len -= sizeof(h);
-	ret = prepare_type(d, r, &h);
+	ret = virtio_blk_request(&disk, &r->chain, &r->io, &r->status, &r->unsupported);
 	if (ret < 0)
-		r->io.ret = ret;
-	return ret != 0;
+		log_guest("%s: request without header or status", v->name);
+	return ret;
 }
 
 /* Pop up to `batch` requests: a list of those for the block layer; the others are answered here. */
@@ -452,10 +363,10 @@ static void fill_config(struct blk *d)
 		.physical_block_exp = __builtin_ctz(MAX((uint32_t)d->pbs, d->blk_size) / d->blk_size),
 		.wce = cached(d),
 		.num_queues = d->num_queues,
-		.max_discard_sectors = WZ_MAX_SECTORS & ~(d->blk_size / 512 - 1),
+		.max_discard_sectors = VIRTIO_BLK_RANGE_SECTORS & ~(d->blk_size / 512 - 1),
 		.max_discard_seg = 1,
 		.discard_sector_alignment = d->blk_size / 512,
-		.max_write_zeroes_sectors = WZ_MAX_SECTORS & ~(d->blk_size / 512 - 1),
+		.max_write_zeroes_sectors = VIRTIO_BLK_RANGE_SECTORS & ~(d->blk_size / 512 - 1),
 		.max_write_zeroes_seg = 1,
 		.write_zeroes_may_unmap = 1,
 	};

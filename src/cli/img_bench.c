@@ -1,0 +1,243 @@
+/* lodge img bench: many requests of one size, timed. */
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cli/img.h"
+#include "cli/tool.h"
+#include "loop/loop.h"
+
+enum { BENCH_THREADS = 64, CACHED_THREADS = 16, RING_DEPTH = 1024 };
+
+struct bench {
+	struct block *b;
+	uint64_t count, next, off, size, step, flush;
+	bool write, no_drain;
+	int pattern, error;
+	pthread_mutex_t lock;
+	pthread_cond_t idle;            /* a slot of the ring's is free */
+	struct bench_slot *spare;
+	unsigned in_flight;
+};
+
+/* Lock held: where the next request goes. */
+static uint64_t next_offset(struct bench *k)
+{
+	uint64_t off = k->off;
+	k->off += k->step;
+	if (k->off + k->size > block_length(k->b))
+		k->off = block_length(k->b) <= k->size ? 0 : k->off % (block_length(k->b) - k->size + 1) / 512 * 512;
+	return off;
+}
+
+/* --- -i native, io_uring: requests in flight without a thread each --- */
+
+struct bench_slot { struct block_req r; struct iovec iov; struct bench *k; struct bench_slot *next; };
+
+static void slot_done(struct block_req *r)
+{
+	struct bench_slot *s = container_of(r, struct bench_slot, r);
+	struct bench *k = s->k;
+	pthread_mutex_lock(&k->lock);
+	if (r->ret && !k->error)
+		k->error = r->ret;
+	s->next = k->spare;
+	k->spare = s;
+	k->in_flight--;
+	pthread_cond_signal(&k->idle);
+	pthread_mutex_unlock(&k->lock);
+}
+
+/* Lock held, dropped around the submission. */
+static void submit_slot(struct bench *k, enum block_op op)
+{
+	struct bench_slot *s = k->spare;
+	k->spare = s->next;
+	k->in_flight++;
+	s->r = (struct block_req){ .op = op, .done = slot_done };
+	if (op != BLOCK_FLUSH) {
+		s->r.off = next_offset(k);
+		s->r.len = k->size;
+		s->r.iov = &s->iov;
+		s->r.iovcnt = 1;
+		k->next++;
+	}
+	pthread_mutex_unlock(&k->lock);
+	block_submit(k->b, &s->r);
+	pthread_mutex_lock(&k->lock);
+}
+
+static int run_ring(struct bench *k, unsigned depth)
+{
+	struct bench_slot *slots = calloc(depth, sizeof *slots);
+	uint8_t *buf = NULL;
+	if (!slots || posix_memalign((void **)&buf, 4096, depth * k->size)) {
+		free(slots);
+		return -ENOMEM;
+	}
+	memset(buf, k->pattern, depth * k->size);
+	for (unsigned i = 0; i < depth; i++) {
+		slots[i] = (struct bench_slot){ .iov = { buf + i * k->size, k->size }, .k = k, .next = k->spare };
+		k->spare = &slots[i];
+	}
+	pthread_mutex_lock(&k->lock);
+	while (k->next < k->count && !k->error) {
+		while (!k->spare)
+			pthread_cond_wait(&k->idle, &k->lock);
+		submit_slot(k, k->write ? BLOCK_WRITE : BLOCK_READ);
+		if (!k->flush || k->next % k->flush)
+			continue;
+		while (k->in_flight && !k->no_drain)
+			pthread_cond_wait(&k->idle, &k->lock);
+		while (!k->spare)
+			pthread_cond_wait(&k->idle, &k->lock);
+		submit_slot(k, BLOCK_FLUSH);
+	}
+	while (k->in_flight)
+		pthread_cond_wait(&k->idle, &k->lock);
+	pthread_mutex_unlock(&k->lock);
+	free(slots);
+	free(buf);
+	return k->error;
+}
+
+/* --- threads --- */
+
+static void *bencher(void *opaque)
+{
+	struct bench *k = opaque;
+	uint8_t *buf = NULL;
+	if (posix_memalign((void **)&buf, 4096, k->size))
+		return NULL;
+	memset(buf, k->pattern, k->size);
+	pthread_mutex_lock(&k->lock);
+	while (k->next < k->count && !k->error) {
+		uint64_t off = next_offset(k), nth = ++k->next;
+		pthread_mutex_unlock(&k->lock);
+		int r = k->write ? image_write(k->b, off, buf, k->size) : image_read(k->b, off, buf, k->size);
+		if (!r && k->flush && nth % k->flush == 0)
+			r = image_flush(k->b);
+		pthread_mutex_lock(&k->lock);
+		if (r)
+			k->error = r;
+	}
+	pthread_mutex_unlock(&k->lock);
+	free(buf);
+	return NULL;
+}
+
+static int run_threads(struct bench *k, unsigned want)
+{
+	pthread_t t[BENCH_THREADS];
+	unsigned n = 0;
+	while (n + 1 < want && !pthread_create(&t[n], NULL, bencher, k))
+		n++;
+	bencher(k);
+	while (n)
+		pthread_join(t[--n], NULL);
+	return k->error;
+}
+
+/* 0, or 1 after telling why. */
+static int check_args(const struct bench *k, const struct img_open *o, int64_t depth, enum block_cache cache)
+{
+	if (!k->size || k->size > 1 << 30 || depth < 1 || depth > INT32_MAX)
+		return img_fail(depth < 1 || depth > INT32_MAX ? "Invalid queue depth specified" : "Invalid buffer size specified");
+	if (o->aio == AIO_NATIVE && cache != CACHE_NONE && cache != CACHE_DIRECTSYNC)
+		return img_fail("aio=native was specified, but it requires cache.direct=on, which was not specified (-t none or -t directsync)");
+	if (!k->write && k->flush)
+		return img_fail("--flush-interval is only available in write tests");
+	return k->flush && k->flush < (uint64_t)depth ? img_fail("Flush interval can't be smaller than depth") : 0;
+}
+
+static void announce(const struct bench *k, int64_t depth)
+{
+	printf("Sending %llu %s requests, %llu bytes each, %lld in parallel (starting at offset %llu, step size %llu)\n",
+	       (unsigned long long)k->count, k->write ? "write" : "read", (unsigned long long)k->size, (long long)depth,
+	       (unsigned long long)k->off, (unsigned long long)k->step);
+	if (k->flush)
+		printf("Sending flush every %llu requests\n", (unsigned long long)k->flush);
+}
+
+static int parse_args(struct bench *k, struct img_open *o, int argc, char **argv, int64_t *depth, bool *quiet)
+{
+	int64_t v = 0;
+	int c;
+	while ((c = img_getopt(argc, argv, ":hc:d:f:ni:o:qs:S:t:wU")) >= 0) {
+		if ((strchr("cdosS", c) || c == OPT_FLUSH || c == OPT_PATTERN) && (v = img_size(optarg, "number")) < 0)
+			return 1;
+		switch (c) {
+		case 'c': k->count = (uint64_t)v; break;
+		case 'd': *depth = v; break;
+		case 'f': o->format = optarg; break;
+		case 'n': o->aio = AIO_NATIVE; break;
+		case 'i':
+			if (!tool_aio(optarg, &o->aio))
+				return img_fail("Invalid aio option: %s", optarg);
+			break;
+		case 'o': k->off = (uint64_t)v; break;
+		case 'q': *quiet = true; break;
+		case 's': k->size = (uint64_t)v; break;
+		case 'S': k->step = (uint64_t)v; break;
+		case 't': o->cache = optarg; break;
+		case 'w': k->write = o->write = true; break;
+		case 'U': o->shared = true; break;
+		case OPT_FLUSH: k->flush = (uint64_t)v; break;
+		case OPT_NO_DRAIN: k->no_drain = true; break;
+		case OPT_PATTERN:
+			k->pattern = (int)v;
+			if (v > 255)
+				return img_fail("Invalid pattern byte specified");
+			break;
+		}
+	}
+	return optind != argc - 1 ? img_usage("%s", img_missing) : 0;
+}
+
+static double seconds(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+int img_bench(int argc, char **argv)
+{
+	struct bench k = { .count = 75000, .size = 4096, .lock = PTHREAD_MUTEX_INITIALIZER, .idle = PTHREAD_COND_INITIALIZER };
+	struct img_open o = { 0 };
+	enum block_cache cache = CACHE_WRITEBACK;
+	struct iothread *io = NULL;
+	struct err err = { 0 };
+	bool quiet = false;
+	int64_t depth = 64;
+	if (parse_args(&k, &o, argc, argv, &depth, &quiet) || (o.cache && img_cache(o.cache, &cache)) || check_args(&k, &o, depth, cache))
+		return 1;
+	k.step = k.step ? k.step : k.size;
+	bool ring = o.aio == AIO_NATIVE || o.aio == AIO_IO_URING;
+	if (ring && (iothread_create(&io, &err) || workers_create(&o.workers, iothread_loop(io), CACHED_THREADS, &err)))
+		return img_fail("%s", err.msg);
+	o.loop = io ? iothread_loop(io) : NULL;
+	k.b = img_open(argv[optind], &o);
+	int r = !k.b;
+	if (k.b && range_bad(k.off, k.size, block_length(k.b)))
+		r = img_fail("the requests do not fit the image");
+	if (!r && !quiet)
+		announce(&k, depth);
+	/* Past the page cache the depth is what the device shall see; with it more threads than processors only wait for each other. */
+	bool direct = cache == CACHE_NONE || cache == CACHE_DIRECTSYNC;
+	unsigned want = (unsigned)MIN(depth, direct ? BENCH_THREADS : (int64_t)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)CACHED_THREADS));
+	double begin = seconds();
+	int e = r ? 0 : ring ? run_ring(&k, (unsigned)MIN(depth, (int64_t)RING_DEPTH)) : run_threads(&k, want);
+	if (e)
+		r = img_fail("Failed request: %s", strerror(-e));
+	if (!r && !quiet)
+		printf("Run completed in %3.3f seconds.\n", seconds() - begin);
+	block_close(k.b);
+	if (o.workers)
+		workers_destroy(o.workers);
+	if (io)
+		iothread_destroy(io);
+	return r;
+}
