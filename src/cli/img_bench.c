@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include "cli/img.h"
-#include "cli/tool.h"
 #include "loop/loop.h"
 
 enum { BENCH_THREADS = 64, CACHED_THREADS = 16, RING_DEPTH = 1024 };
@@ -141,12 +140,15 @@ static int run_threads(struct bench *k, unsigned want)
 }
 
 /* 0, or 1 after telling why. */
-static int check_args(const struct bench *k, const struct img_open *o, int64_t depth, enum block_cache cache)
+static int check_args(const struct bench *k, struct img_open *o, int64_t depth, enum block_cache cache, const char *aio)
 {
+	struct block_opts b = { .cache = cache };
+	struct err err = { 0 };
+	if (block_aio_key("-i", aio, &b, &err))
+		return img_fail("%s", err.msg);
+	o->aio = b.aio;
 	if (!k->size || k->size > 1 << 30 || depth < 1 || depth > INT32_MAX)
 		return img_fail(depth < 1 || depth > INT32_MAX ? "Invalid queue depth specified" : "Invalid buffer size specified");
-	if (o->aio == AIO_NATIVE && cache != CACHE_NONE && cache != CACHE_DIRECTSYNC)
-		return img_fail("aio=native was specified, but it requires cache.direct=on, which was not specified (-t none or -t directsync)");
 	if (!k->write && k->flush)
 		return img_fail("--flush-interval is only available in write tests");
 	return k->flush && k->flush < (uint64_t)depth ? img_fail("Flush interval can't be smaller than depth") : 0;
@@ -161,7 +163,7 @@ static void announce(const struct bench *k, int64_t depth)
 		printf("Sending flush every %llu requests\n", (unsigned long long)k->flush);
 }
 
-static int parse_args(struct bench *k, struct img_open *o, int argc, char **argv, int64_t *depth, bool *quiet)
+static int parse_args(struct bench *k, struct img_open *o, int argc, char **argv, int64_t *depth, bool *quiet, const char **aio)
 {
 	int64_t v = 0;
 	int c;
@@ -172,11 +174,8 @@ static int parse_args(struct bench *k, struct img_open *o, int argc, char **argv
 		case 'c': k->count = (uint64_t)v; break;
 		case 'd': *depth = v; break;
 		case 'f': o->format = optarg; break;
-		case 'n': o->aio = AIO_NATIVE; break;
-		case 'i':
-			if (!tool_aio(optarg, &o->aio))
-				return img_fail("Invalid aio option: %s", optarg);
-			break;
+		case 'n': *aio = "native"; break;
+		case 'i': *aio = optarg; break;
 		case 'o': k->off = (uint64_t)v; break;
 		case 'q': *quiet = true; break;
 		case 's': k->size = (uint64_t)v; break;
@@ -210,9 +209,10 @@ int img_bench(int argc, char **argv)
 	enum block_cache cache = CACHE_WRITEBACK;
 	struct iothread *io = NULL;
 	struct err err = { 0 };
+	const char *aio = NULL;
 	bool quiet = false;
 	int64_t depth = 64;
-	if (parse_args(&k, &o, argc, argv, &depth, &quiet) || (o.cache && img_cache(o.cache, &cache)) || check_args(&k, &o, depth, cache))
+	if (parse_args(&k, &o, argc, argv, &depth, &quiet, &aio) || (o.cache && img_cache(o.cache, &cache)) || check_args(&k, &o, depth, cache, aio))
 		return 1;
 	k.step = k.step ? k.step : k.size;
 	bool ring = o.aio == AIO_NATIVE || o.aio == AIO_IO_URING;

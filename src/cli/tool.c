@@ -41,16 +41,6 @@ bool tool_cache(const char *name, enum block_cache *c)
 	return true;
 }
 
-bool tool_aio(const char *name, enum block_aio *a)
-{
-	static const struct name modes[] = { { "threads", AIO_THREADS }, { "native", AIO_NATIVE }, { "io_uring", AIO_IO_URING } };
-	int v;
-	if (!find(modes, ARRAY_SIZE(modes), name, &v))
-		return false;
-	*a = (enum block_aio)v;
-	return true;
-}
-
 static const struct name preallocs[] = {
 	{ "off", PREALLOC_OFF }, { "metadata", PREALLOC_METADATA }, { "falloc", PREALLOC_FALLOC }, { "full", PREALLOC_FULL },
 };

@@ -8,9 +8,8 @@
 
 /* "TOOL: message" with `after` behind it, a line on standard error, behind what standard output holds. Returns 1, the exit status. */
 int tool_fail(const char *tool, const char *after, const char *fmt, va_list ap) __attribute__((format(printf, 3, 0)));
-/* cache=, aio= and preallocation= by QEMU's names: false when there is no such mode. */
+/* cache= and preallocation= by QEMU's names: false when there is no such mode. */
 bool tool_cache(const char *name, enum block_cache *c);
-bool tool_aio(const char *name, enum block_aio *a);
 bool tool_prealloc(const char *name, enum block_prealloc *p);
 const char *tool_prealloc_name(enum block_prealloc p);
 
