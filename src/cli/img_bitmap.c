@@ -98,7 +98,7 @@ int img_copy_bitmaps(struct block *to, struct block *from, bool skip_broken)
 		if (broken && skip_broken)
 			fprintf(stderr, "qemu-img: warning: Skipping inconsistent bitmap '%s'\n", i.bitmaps[k].name);
 		else
-			r = broken ? img_fail("Cannot copy inconsistent bitmap '%s'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove'", i.bitmaps[k].name) :
+			r = broken ? img_fail("Cannot copy inconsistent bitmap '%s'; try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove'", i.bitmaps[k].name) :
 				     copy_one(to, from, &i.bitmaps[k]);
 	}
 	image_info_free(&i);

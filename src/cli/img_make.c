@@ -215,7 +215,7 @@ int img_amend(int argc, char **argv)
 				 cr.lazy_refcounts, cr.data_raw };
 	img_progress(progress && !r, 0);
 	if (!r && (cr.backing || cr.backing_format))
-		r = img_fail("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.");
+		r = img_fail("Cannot amend the backing file; use 'qemu-img rebase'");
 	if (!r && seen.other)
 		r = img_fail("Error while amending options: Invalid argument; this option cannot be changed");
 	if (!r && image_amend(b, &a, &err))
