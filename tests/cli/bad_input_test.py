@@ -131,7 +131,7 @@ def tools(tmp, disk, folder, missing):
             (["-m"], "io", "-m", disk), (["discard"], "io", "-d", "nope", disk),
             (["arguments"], "nbd"), (["bogus"], "nbd", "--bogus"), ([missing], "nbd", missing), ([folder], "nbd", "-f", "raw", folder),
             (["99999"], "nbd", "-f", "raw", "-p", "99999", disk), (["/nonexistent"], "nbd", "-f", "raw", "-k", "/nonexistent/s", disk),
-            (["Offset"], "nbd", "-f", "raw", "-o", str(2 * size), disk), (["'x'"], "nbd", "-e", "x", disk), (["aio"], "nbd", "--aio=io_uring", disk),
+            (["Offset"], "nbd", "-f", "raw", "-o", str(2 * size), disk), (["'x'"], "nbd", "-e", "x", disk), (["aio"], "nbd", "--aio=native", disk),
             (["aio=often"], "nbd", "--aio=often", disk), (["detect-zeroes"], "nbd", "--detect-zeroes=unmap", disk),
             (["/dev/nonexistent"], "nbd", "-f", "raw", "-c", "/dev/nonexistent", disk),
             (["bogus"], "storage-daemon", "--bogus"), (["node-name"], "storage-daemon", "--blockdev", "driver=file,filename=x"),
