@@ -174,6 +174,9 @@ enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t
 			       unsigned off, struct insn *i);
 /* A Zydis decoder for the mode and the guest's features. */
 void decode_init(ZydisDecoder *z, const struct cpu *c, uint32_t mode);
+/* ZydisDecoderDecodeFull() with what Zydis gets wrong put right: for whoever looks at operands and widths. */
+ZyanStatus decode_zydis(const ZydisDecoder *dec, const struct cpu *c, const uint8_t *bytes, unsigned avail, ZydisDecodedInstruction *z,
+			ZydisDecodedOperand *op);
 insn_fn op_block_end, op_fetch_gp;
 
 #endif

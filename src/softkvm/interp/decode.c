@@ -102,21 +102,43 @@ void decode_init(ZydisDecoder *z, const struct cpu *c, uint32_t mode)
  * With a 32-bit address in 64-bit code Zydis 4.0 takes an absent base (SIB.base 5, mod 0) with REX.B for R13; there is none
  * whatever REX.B says (SDM vol. 2 table 2-3), but a displacement, and so no change of the segment either.
  */
-static void absent_base(struct decoded *d)
+static void absent_base(const ZydisDecodedInstruction *z, ZydisDecodedOperand *op)
 {
-	const ZydisDecodedInstruction *z = &d->z;
-
-	if (!z->raw.sib.offset || z->raw.sib.base != 5 || z->raw.modrm.mod || z->address_width != 32 || d->code_bits != 64)
+	if (!z->raw.sib.offset || z->raw.sib.base != 5 || z->raw.modrm.mod)
 		return;
 	for (unsigned n = 0; n < z->operand_count; n++) {
-		ZydisDecodedOperandMem *m = &d->op[n].mem;
+		ZydisDecodedOperandMem *m = &op[n].mem;
 
-		if (d->op[n].type != ZYDIS_OPERAND_TYPE_MEMORY || m->base != ZYDIS_REGISTER_R13D)
+		if (op[n].type != ZYDIS_OPERAND_TYPE_MEMORY || m->base != ZYDIS_REGISTER_R13D)
 			continue;
 		m->base = ZYDIS_REGISTER_NONE;
 		m->disp.has_displacement = ZYAN_TRUE;
 		m->disp.value = z->raw.disp.value;
 	}
+}
+
+/* AMD's near branches in 64-bit code heed an operand size prefix; Zydis knows it of those with a displacement of 32 bits. */
+static void narrow_branch(ZydisDecodedInstruction *z)
+{
+	if (z->meta.branch_type != ZYDIS_BRANCH_TYPE_SHORT && z->meta.branch_type != ZYDIS_BRANCH_TYPE_NEAR)
+		return;
+	for (unsigned n = 0; n < z->raw.prefix_count; n++)
+		if (z->raw.prefixes[n].value == 0x66 && !z->raw.rex.W)
+			z->operand_width = 16;
+}
+
+ZyanStatus decode_zydis(const ZydisDecoder *dec, const struct cpu *c, const uint8_t *bytes, unsigned avail, ZydisDecodedInstruction *z,
+			ZydisDecodedOperand *op)
+{
+	ZyanStatus st = ZydisDecoderDecodeFull(dec, bytes, avail, z, op);
+
+	if (ZYAN_FAILED(st) || z->machine_mode != ZYDIS_MACHINE_MODE_LONG_64)
+		return st;
+	if (z->address_width == 32)
+		absent_base(z, op);
+	if (c->feat && c->feat->amd)
+		narrow_branch(z);
+	return st;
 }
 
 static uint16_t prefix_flags(const ZydisDecodedInstruction *z)
@@ -174,7 +196,7 @@ enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t
 	d.cpu = c;
 	d.code_bits = mode & BM_CODE64 ? 64 : mode & BM_CODE32 ? 32 : 16;
 	decode_init(&z, c, mode);
-	st = ZydisDecoderDecodeFull(&z, bytes, avail, &d.z, d.op);
+	st = decode_zydis(&z, c, bytes, avail, &d.z, d.op);
 	*i = (struct insn){ .off = (uint16_t)off, .base = R_ZERO, .index = R_ZERO, .seg = SEG_DS };
 	if (st == ZYDIS_STATUS_NO_MORE_DATA && avail < 15)
 		return DEC_MORE;
@@ -188,7 +210,6 @@ enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t
 		undefined(i);
 		return DEC_OK;
 	}
-	absent_base(&d);
 	i->len = d.z.length;
 	i->flags = prefix_flags(&d.z);
 	/* Zydis knows Xeon Phi's own VEX encodings (LZCNT and others): no other CPU does. */

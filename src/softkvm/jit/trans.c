@@ -170,7 +170,7 @@ static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 		i->b = b;
 		i->rip = rip + in->off;
 		i->by_handler = in->fn == op_ud || in->fn == op_fetch_gp ||
-				ZYAN_FAILED(ZydisDecoderDecodeFull(&z, block_copy(b) + in->off, in->len, &i->z, i->op)) ||
+				ZYAN_FAILED(decode_zydis(&z, t->c, block_copy(b) + in->off, in->len, &i->z, i->op)) ||
 				i->z.length != in->len;
 		if (i->by_handler) {
 			i->tested = JIT_ALL_FLAGS;

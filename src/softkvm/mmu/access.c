@@ -28,23 +28,32 @@ static bool is_write(enum access acc) { return acc == ACC_WRITE || acc == ACC_RM
 
 /* -- faults ------------------------------------------------------------------------------------ */
 
-static bool stack_access(const struct cpu *c)
+/* PUSH, POP and CALL of a memory operand access both: the stack's is where RSP points, or the word below. */
+static bool stack_access(const struct cpu *c, uint64_t lin)
 {
 	const struct insn *i = c->cur;
-	return i && ((i->flags & IF_STACK) || ((i->flags & IF_MEM) && i->seg == SEG_SS));
+
+	if (!i || !(i->flags & IF_MEM) || i->seg == SEG_SS)
+		return i && (i->flags & (IF_STACK | IF_MEM));
+	return (i->flags & IF_STACK) && lin - (c->gpr[R_RSP] - 8) <= 8;
 }
 
 static void check_canonical(struct cpu *c, uint64_t lin, unsigned len)
 {
 	if (!cpu_long(c) || (cpu_canonical(c, lin) && cpu_canonical(c, lin + len - 1)))
 		return;
-	cpu_raise_err(c, stack_access(c) ? EXC_SS : EXC_GP, 0);
+	cpu_raise_err(c, stack_access(c, lin) ? EXC_SS : EXC_GP, 0);
 }
 
-/* #AC for a misaligned user access while CR0.AM and EFLAGS.AC are set. Sizes that are no power of two are exempt. */
+/*
+ * #AC for a misaligned user access while CR0.AM and EFLAGS.AC are set, before anything that paging says. 10 bytes: an x87 number
+ * (SDM vol. 3 table 6-7). Other sizes are exempt; whether 16 bytes and more are checked is the processor's choice.
+ */
 static void check_aligned(struct cpu *c, uint64_t lin, unsigned len)
 {
-	if (c->tlb == c->tlbs[TLB_NONE] && len <= 8 && !(len & (len - 1)) && (lin & (len - 1)))
+	unsigned n = len == 10 ? 8 : len;
+
+	if (c->tlb == c->tlbs[TLB_NONE] && n <= 8 && !(n & (n - 1)) && (lin & (n - 1)))
 		cpu_raise_err(c, EXC_AC, 0);
 }
 
@@ -140,6 +149,8 @@ static int split(struct cpu *c, uint64_t lin, unsigned len, enum access acc, str
 	uint32_t err;
 
 	check_canonical(c, lin, len);
+	if (as.user)
+		check_aligned(c, lin, len);
 	if (!cpu_long(c))
 		second = (uint32_t)second;
 	err = translate(c, lin, first, acc, as, &p[0]);
@@ -324,7 +335,6 @@ static void access_as(struct cpu *c, uint64_t lin, uint8_t *buf, unsigned len, b
 void mem_read_slow(struct cpu *c, uint64_t lin, void *buf, unsigned size)
 {
 	c->stats.slow_loads++;
-	check_aligned(c, lin, size);
 	access_as(c, lin, buf, size, false, as_current(c));
 	if (unlikely(c->data_bp))
 		check_data_bp(c, lin, size, ACC_READ);
@@ -333,7 +343,6 @@ void mem_read_slow(struct cpu *c, uint64_t lin, void *buf, unsigned size)
 void mem_write_slow(struct cpu *c, uint64_t lin, const void *buf, unsigned size)
 {
 	c->stats.slow_stores++;
-	check_aligned(c, lin, size);
 	access_as(c, lin, (uint8_t *)(uintptr_t)buf, size, true, as_current(c));
 	if (unlikely(c->data_bp))
 		check_data_bp(c, lin, size, ACC_WRITE);
@@ -429,7 +438,6 @@ void *mem_rmw(struct cpu *c, uint64_t lin, unsigned size)
 
 	if (likely(hit))
 		return hit;
-	check_aligned(c, lin, size);
 	int n = split(c, lin, size, ACC_RMW, as_current(c), p);
 	if (n != 1 || !p[0].host)
 		return NULL;

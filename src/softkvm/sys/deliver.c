@@ -14,12 +14,14 @@ _Noreturn void event_soft_int(struct cpu *c, uint8_t vector, int type)
 
 /*
  * RF in the pushed image: set by faults, but for instruction breakpoints, and by whatever comes between two iterations of a
- * repeated string instruction (SDM vol. 3 17.3.1.1).
+ * repeated string instruction (SDM vol. 3 17.3.1.1); not by INT n, INT3 and INTO, which are complete and so have cleared it.
  */
 static uint64_t pushed_flags(const struct cpu *c, const struct event *e)
 {
 	uint64_t fl = cpu_get_rflags(c);
 
+	if (is_soft(e) || e->type == EV_PRIV_SOFT_EXC)
+		fl &= ~(uint64_t)FL_RF;
 	if (e->type == EV_EXC && e->vector != EXC_DB && e->vector != EXC_BP && e->vector != EXC_OF)
 		fl |= FL_RF;
 	if (cpu_mid_rep(c))

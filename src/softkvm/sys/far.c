@@ -262,14 +262,21 @@ static void op_far_direct(struct cpu *c, const struct insn *i)
 	far_branch(c, (uint16_t)(i->imm >> 32), (uint32_t)i->imm, i->aux, i->dst);
 }
 
+uint64_t far_pointer(struct cpu *c, const struct insn *i, uint16_t *sel)
+{
+	uint64_t lin = insn_lin(c, i, i->aux + 2, ACC_READ), off = 0;
+
+	mem_read(c, lin, &off, i->aux);
+	*sel = mem_ld16(c, lin + i->aux);
+	return off;
+}
+
 static void op_far_mem(struct cpu *c, const struct insn *i)
 {
-	uint8_t b[10] = { 0 };
-	uint64_t off = 0;
+	uint16_t sel;
+	uint64_t off = far_pointer(c, i, &sel);
 
-	mem_read(c, insn_lin(c, i, i->aux + 2, ACC_READ), b, i->aux + 2);
-	memcpy(&off, b, i->aux);
-	far_branch(c, ld_le16(b + i->aux), off, i->aux, i->dst);
+	far_branch(c, sel, off, i->aux, i->dst);
 }
 
 static void op_far_ret(struct cpu *c, const struct insn *i) { far_ret(c, i->aux, (unsigned)i->imm); }

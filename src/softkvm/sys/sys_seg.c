@@ -48,7 +48,7 @@ static void op_push_seg(struct cpu *c, const struct insn *i)
 
 static void op_pop_seg(struct cpu *c, const struct insn *i)
 {
-	uint16_t sel = (uint16_t)stack_peek(c, 0, 2);
+	uint16_t sel = (uint16_t)stack_peek(c, 0, i->aux);
 	uint64_t sp = c->gpr[R_RSP] + i->aux;
 	unsigned bits = c->stack_bits;
 
@@ -63,12 +63,10 @@ static void op_pop_seg(struct cpu *c, const struct insn *i)
 /* dst: gpr offset; src: segment. */
 static void op_lxs(struct cpu *c, const struct insn *i)
 {
-	uint8_t b[10] = { 0 };
-	uint64_t off = 0;
+	uint16_t sel;
+	uint64_t off = far_pointer(c, i, &sel);
 
-	mem_read(c, insn_lin(c, i, i->aux + 2, ACC_READ), b, i->aux + 2);
-	memcpy(&off, b, i->aux);
-	seg_load(c, i->src, ld_le16(b + i->aux));
+	seg_load(c, i->src, sel);
 	if (i->aux == 2)
 		REG16(c, i->dst) = (uint16_t)off;
 	else

@@ -71,6 +71,8 @@ static inline uint64_t stack_mask(const struct cpu *c)
 	return c->stack_bits == 64 ? ~0ull : c->stack_bits == 32 ? 0xffffffffu : 0xffffu;
 }
 void stack_set_sp(struct cpu *c, uint64_t sp);          /* by the stack's width */
+/* The far pointer in memory that an instruction names, its offset of i->aux bytes: two accesses, each of its own alignment. */
+uint64_t far_pointer(struct cpu *c, const struct insn *i, uint16_t *sel);
 uint64_t stack_peek(struct cpu *c, uint64_t delta, unsigned size);
 /* Writes n elements of `size` below SP, v[0] highest, then moves SP. */
 void stack_push_n(struct cpu *c, const uint64_t *v, unsigned n, unsigned size);

@@ -1,160 +1,203 @@
-/* The host side: a piece of code loads the whole state, executes the instruction and stores the state. */
+/*
+ * The host side. A signal frame with the whole state (vector state, code and stack segment included) is handed to sigreturn; the
+ * signal that the instruction or the INT3 behind it raises brings the state back. The frame's form is learnt from a first signal.
+ */
+#include <asm/ldt.h>
+#include <errno.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include "oracle.h"
 #include "softkvm/vec/vec.h"
 
-struct native {
-	struct state s;
-	uint64_t host_rsp;
-	uint32_t host_mxcsr;
-};
+#define KERNEL_UC 304           /* the kernel's struct ucontext, with a signal mask of 8 bytes */
 
 uint8_t *sandbox;
-static struct native *nat;
-static uint8_t *code, *emit_at, *after;
-static volatile sig_atomic_t in_native, trap;
+static uint8_t *alias;
+static struct { uint64_t pad[2]; ucontext_t uc; } frame __attribute__((aligned(64)));      /* the word before is popped into */
+static uint8_t *fpstate;        /* what the frame points to; the template's reserved parts stay */
+static uint64_t fp_features;
+static bool has16;
+
+/* Known to the assembly below. */
+extern uint64_t native_host_rsp, native_host_fs;
+extern uint16_t native_seg[4];
+extern ucontext_t *native_uc;
+void native_enter(void *uc, uint64_t flags, const uint16_t *seg);
+void native_probe(void);
+void native_on_signal(int sig, siginfo_t *si, void *uc);
+void native_restorer(void);
+uint64_t native_host_rsp, native_host_fs;
+uint16_t native_seg[4];
+ucontext_t *native_uc;
+
+/*
+ * native_enter: DS, ES, FS, GS; then the flags that sigreturn does not set (ID, NT), which a system call keeps. The handler comes
+ * with the test's segments and FS base, so it touches nothing of the C library's before it has put them back.
+ */
+#define PUSH_ALL "push %rbx; push %rbp; push %r12; push %r13; push %r14; push %r15\n mov %rsp, native_host_rsp(%rip)\n"
+__asm__(".text\n"
+	"native_enter:" PUSH_ALL
+	"mov %rdi, %rsp; push %rsi\n"
+	"mov (%rdx), %ds; mov 2(%rdx), %es; mov 4(%rdx), %fs; mov 6(%rdx), %gs\n"
+	"mov $15, %eax; popfq; syscall\n"
+	"native_probe:" PUSH_ALL "int3\n"
+	"native_on_signal:\n"
+	"push $0x202; popfq\n"
+	"mov %ds, native_seg(%rip); mov %es, native_seg+2(%rip); mov %fs, native_seg+4(%rip); mov %gs, native_seg+6(%rip)\n"
+	"xor %eax, %eax; mov %eax, %ds; mov %eax, %es; mov %eax, %fs; mov %eax, %gs\n"
+	"mov $158, %eax; mov $0x1002, %edi; mov native_host_fs(%rip), %rsi; syscall\n"          /* arch_prctl(ARCH_SET_FS) */
+	"mov %rdx, native_uc(%rip); mov native_host_rsp(%rip), %rsp\n"
+	"pop %r15; pop %r14; pop %r13; pop %r12; pop %rbp; pop %rbx; ret\n"
+	"native_restorer: mov $15, %eax; syscall\n");
+
+/* The kernel's struct: past any sanitizer, whose own handler would need the thread's FS. */
+struct ksigaction { void *handler; unsigned long flags; void *restorer; uint64_t mask; };
+#define SA_RESTORER 0x04000000
+static const int signals[] = { SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP };
+static struct ksigaction before[ARRAY_SIZE(signals)];  /* the engine's, and whose it found */
+
+static void signals_ours(void)
+{
+	struct ksigaction k = { native_on_signal, SA_SIGINFO | SA_ONSTACK | SA_NODEFER | SA_RESTORER, native_restorer, 0 };
+
+	for (unsigned n = 0; n < ARRAY_SIZE(signals); n++)
+		syscall(SYS_rt_sigaction, signals[n], &k, &before[n], 8);
+}
+
+static void signals_back(void)
+{
+	for (unsigned n = 0; n < ARRAY_SIZE(signals); n++)
+		syscall(SYS_rt_sigaction, signals[n], &before[n], NULL, 8);
+}
 
 bool native_avx512(void) { return host_avx512(); }
+uint8_t *native_alias(void) { return alias; }
+bool native_has(unsigned bits) { return bits != 16 || has16; }
 
-static void b(const char *bytes, size_t n) { memcpy(emit_at, bytes, n); emit_at += n; }
-#define B(s) b(s, sizeof(s) - 1)
-
-static uint32_t abs32(const void *p) { return (uint32_t)(uintptr_t)p; }
-
-/* modrm and sib of [abs32] */
-static void at(unsigned reg, const void *p)
+static int map_arena(void)
 {
-	uint32_t a = abs32(p);
+	const int fixed = MAP_SHARED | MAP_FIXED;
+	uint8_t *p = mmap(NULL, 2 * ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_32BIT, -1, 0);
+	int fd = memfd_create("oracle", MFD_CLOEXEC);
 
-	*emit_at++ = (uint8_t)((reg & 7) << 3 | 4);
-	*emit_at++ = 0x25;
-	memcpy(emit_at, &a, 4);
-	emit_at += 4;
+	if (fd < 0 || p == MAP_FAILED || ftruncate(fd, ARENA))
+		return -1;
+	p = (uint8_t *)ALIGN_UP((uintptr_t)p, (uintptr_t)ARENA);
+	alias = mmap(NULL, ARENA, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (alias == MAP_FAILED ||
+	    mmap(p + A_SANDBOX, SANDBOX, PROT_READ | PROT_WRITE, fixed, fd, A_SANDBOX) == MAP_FAILED ||
+	    mmap(p + A_CONST, 4096, PROT_READ, fixed, fd, A_CONST) == MAP_FAILED ||
+	    mmap(p + A_CODE, CODE_SIZE, PROT_READ | PROT_EXEC, fixed, fd, A_CODE) == MAP_FAILED)
+		return -1;
+	close(fd);
+	sandbox = p + A_SANDBOX;
+	/* What returns to something read from here must find nothing at all. */
+	for (unsigned n = 0; n < 4096; n++)
+		alias[A_CONST + n] = (uint8_t)(n * 37 + n / 256) | 0x80;
+	return 0;
 }
 
-static void gpr(unsigned r, bool store)
+static int ldt_entry(unsigned sel, uint64_t base, uint32_t limit, bool code, bool b32)
 {
-	*emit_at++ = 0x48 | (r & 8 ? 4 : 0);
-	*emit_at++ = store ? 0x89 : 0x8b;
-	at(r, &nat->s.gpr[r]);
+	struct user_desc d = { .entry_number = sel >> 3, .base_addr = (unsigned)base, .limit = limit > 0xfffff ? limit >> 12 : limit,
+		.seg_32bit = b32, .contents = code ? 2 : 0, .limit_in_pages = limit > 0xfffff, .useable = 1 };
+
+	return (int)syscall(SYS_modify_ldt, 1, &d, sizeof d);
 }
 
-static void vec(unsigned r, bool store)
+static int make_ldt(void)
 {
-	if (host_avx512()) {
-		const uint8_t p[] = { 0x62, (uint8_t)((r & 8 ? 0 : 0x80) | 0x60 | (r & 16 ? 0 : 0x10) | 1), 0x7c, 0x48 };
+	uint64_t a = arena();
 
-		memcpy(emit_at, p, 4);
-		emit_at += 4;
-	} else {
-		*emit_at++ = 0xc5;
-		*emit_at++ = (r & 8 ? 0 : 0x80) | 0x7c;
-	}
-	*emit_at++ = 0x10 + store;
-	at(r, nat->s.zmm[r]);
+	if (ldt_entry(SEL_FS, a + FS_BASE, 0xffffffff, false, true) || ldt_entry(SEL_GS, a + GS_BASE, GS_LIMIT, false, true))
+		return -1;
+	has16 = !ldt_entry(SEL_CS16, a + A_CODE, CODE_SIZE - 1, true, false) &&
+		!ldt_entry(SEL_DATA16, a + DATA16_BASE, DATA16_LIMIT, false, false);
+	return 0;
 }
 
-static void vectors(bool store)
+static int learn_frame(void)
 {
-	if (!host_avx())
-		return;
-	for (unsigned r = 0; r < (host_avx512() ? 32 : 16); r++)
-		vec(r, store);
-	for (unsigned r = 0; host_avx512() && r < 8; r++) {
-		B("\xc4\xe1\xf8");
-		*emit_at++ = 0x90 + store;
-		at(r, &nat->s.k[r]);
-	}
-}
+	const uint8_t *fp;
+	uint32_t size;
 
-static void build(const struct test_case *t)
-{
-	emit_at = code;
-	B("\x53\x55\x41\x54\x41\x55\x41\x56\x41\x57");          /* push callee-saved */
-	B("\x48\x89"); at(4, &nat->host_rsp);
-	B("\x0f\xae"); at(3, &nat->host_mxcsr);                 /* stmxcsr */
-	B("\x48\x0f\xae"); at(1, nat->s.fx);                    /* fxrstor64 */
-	vectors(false);
-	B("\xff"); at(6, &nat->s.flags);                        /* push flags; popfq */
-	B("\x9d");
-	for (unsigned r = 0; r < 16; r++)
-		gpr(r, false);
-	b((const char *)t->bytes, t->len);
-	after = emit_at;
-	for (unsigned r = 0; r < 16; r++)
-		gpr(r, true);
-	B("\x48\x8b"); at(4, &nat->host_rsp);
-	B("\x9c\x8f"); at(0, &nat->s.flags);                    /* pushfq; pop flags */
-	B("\xfc");
-	vectors(true);
-	B("\x48\x0f\xae"); at(0, nat->s.fx);                    /* fxsave64 */
-	B("\xdb\xe2\xdb\xe3\x0f\xae"); at(2, &nat->host_mxcsr); /* fnclex fninit ldmxcsr */
-	if (host_avx())
-		B("\xc5\xf8\x77");
-	B("\x41\x5f\x41\x5e\x41\x5d\x41\x5c\x5d\x5b\xc3");
-}
-
-static void on_signal(int sig, siginfo_t *si, void *uctx)
-{
-	ucontext_t *u = uctx;
-
-	if (!in_native) {
-		signal(sig, SIG_DFL);
-		return;
-	}
-	trap = (int)u->uc_mcontext.gregs[REG_TRAPNO];
-	u->uc_mcontext.gregs[REG_RIP] = (greg_t)(uintptr_t)after;
-	u->uc_mcontext.gregs[REG_EFL] &= ~0x100;
-}
-
-static void *low(size_t len, int prot)
-{
-	void *p = mmap(NULL, len, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
-
-	return p == MAP_FAILED ? NULL : p;
+	signals_ours();
+	native_probe();
+	signals_back();
+	memcpy(&frame.uc, native_uc, KERNEL_UC);
+	fp = (const uint8_t *)native_uc->uc_mcontext.fpregs;
+	memcpy(&size, fp + 464 + 4, 4);
+	memcpy(&fp_features, fp + 464 + 8, 8);
+	if (ld_le32(fp + 464) != 0x46505853)     /* FP_XSTATE_MAGIC1 */
+		return -1;
+	if (size < 576 || size > 32768 || posix_memalign((void **)&fpstate, 64, size))
+		return -1;
+	memcpy(fpstate, fp, size);
+	frame.uc.uc_mcontext.fpregs = (void *)fpstate;
+	return 0;
 }
 
 int native_init(void)
 {
 	static uint8_t stack[65536];
 	stack_t ss = { .ss_sp = stack, .ss_size = sizeof stack };
-	struct sigaction sa = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER };
-	const int sigs[] = { SIGSEGV, SIGILL, SIGFPE, SIGBUS, SIGTRAP };
-	uint8_t *p = low(SANDBOX + 2 * 65536, PROT_NONE);
 
-	nat = low(sizeof *nat, PROT_READ | PROT_WRITE);
-	code = low(8192, PROT_READ | PROT_WRITE | PROT_EXEC);
-	if (!nat || !code || !p || mprotect(p + 65536, SANDBOX, PROT_READ | PROT_WRITE))
-		return -1;
-	sandbox = p + 65536;
+	syscall(SYS_arch_prctl, 0x1003 /* ARCH_GET_FS */, &native_host_fs);
 	sigaltstack(&ss, NULL);
-	for (unsigned n = 0; n < ARRAY_SIZE(sigs); n++)
-		sigaction(sigs[n], &sa, NULL);
-	return 0;
+	if (map_arena() || make_ldt()) {
+		printf("no arena below 2 GiB, or no LDT: %s\n", strerror(errno));
+		return -1;
+	}
+	return learn_frame();
 }
+
+void arena_load(const struct test_case *t, const struct state *in)
+{
+	uint8_t *code = alias + A_CODE;
+
+	memset(code, 0xcc, CODE_SIZE);
+	if (t->at)
+		code[t->at - 1] = 0x90;
+	memcpy(code + t->at, t->bytes, MIN((unsigned)t->len, CODE_SIZE - t->at));
+	memcpy(alias + A_SANDBOX, in->mem, SANDBOX);
+}
+
+static const int reg_of[16] = { REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI, REG_R8, REG_R9, REG_R10,
+				REG_R11, REG_R12, REG_R13, REG_R14, REG_R15 };
 
 void native_run(const struct test_case *t, const struct state *in, struct state *out)
 {
-	nat->s = *in;
-	memcpy(nat->s.fx + 24, &in->mxcsr, 4);
+	mcontext_t *m = &frame.uc.uc_mcontext;
+
+	arena_load(t, in);
+	(void)*(volatile const uint8_t *)(sandbox + SANDBOX);   /* present, so that a fault tells of its rights */
+	state_to_xsave(in, fpstate, fp_features);
 	for (unsigned r = 0; r < 16; r++)
-		memcpy(nat->s.fx + 160 + 16 * r, in->zmm[r], 16);
-	memcpy(sandbox, in->mem, SANDBOX);
-	build(t);
-	trap = -1;
-	in_native = 1;
-	((void (*)(void))(void *)code)();
-	in_native = 0;
-	*out = nat->s;
-	memcpy(&out->mxcsr, out->fx + 24, 4);
-	if (!host_avx())
-		for (unsigned r = 0; r < 16; r++)
-			memcpy(out->zmm[r], out->fx + 160 + 16 * r, 16);
-	memcpy(out->mem, sandbox, SANDBOX);
-	out->trap = trap;
+		m->gregs[reg_of[r]] = (greg_t)in->gpr[r];
+	m->gregs[REG_RIP] = (greg_t)in->rip;
+	m->gregs[REG_EFL] = (greg_t)in->flags;
+	m->gregs[REG_CSGSFS] = in->cs | (greg_t)in->ss << 48;
+	signals_ours();
+	native_enter(&frame.uc, in->flags & ~(uint64_t)(FL_TF | FL_DF), in->seg);
+	signals_back();
+	m = &native_uc->uc_mcontext;
+	for (unsigned r = 0; r < 16; r++)
+		out->gpr[r] = (uint64_t)m->gregs[reg_of[r]];
+	out->rip = (uint64_t)m->gregs[REG_RIP];
+	out->flags = (uint64_t)m->gregs[REG_EFL];
+	out->cs = (uint16_t)m->gregs[REG_CSGSFS];
+	out->ss = (uint16_t)((uint64_t)m->gregs[REG_CSGSFS] >> 48);
+	memcpy(out->seg, native_seg, sizeof out->seg);
+	out->trap = (int)m->gregs[REG_TRAPNO];
+	out->error = EXC_HAS_ERROR_MASK >> out->trap & 1 ? (uint32_t)m->gregs[REG_ERR] : 0;
+	out->cr2 = out->trap == EXC_PF ? (uint64_t)m->gregs[REG_CR2] : 0;
+	state_from_xsave(out, (const uint8_t *)m->fpregs);
+	memcpy(out->mem, alias + A_SANDBOX, SANDBOX);
 }

@@ -152,9 +152,13 @@ static void test_host_restores(void **st)
 	h.gpr[R_RAX] = 7;
 	memcpy(tc.bytes, XRSTOR64, 4);
 	tc.len = 4;
+	tc.bits = 64;
+	h.rip = arena() + A_CODE;
+	h.cs = SEL_CS64;
+	h.ss = h.seg[0] = h.seg[1] = SEL_DATA;
 	st_le64(h.mem + 512, ld_le64(h.mem + 512) & 7);
 	native_run(&tc, &h, &h);
-	assert_int_equal(h.trap, -1);
+	assert_int_equal(h.trap, EXC_BP);
 	for (unsigned r = 0; r < 16; r++)
 		assert_memory_equal(h.zmm[r], a.zmm[r], 32);
 	assert_memory_equal(h.fx + 32, a.fx + 32, 128);
