@@ -124,15 +124,26 @@ void guest_create(struct guest *g, const struct guest_cfg *cfg)
 	if (cfg->split_routes)
 		MUST(gioctl(&g->vm, KVM_ENABLE_CAP, &(struct kvm_enable_cap){
 			.cap = KVM_CAP_SPLIT_IRQCHIP, .args = { cfg->split_routes } }, NULL));
-	g->mem = mmap(NULL, g->mem_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (cfg->code_bytes)
+		MUST(gioctl(&g->vm, KVM_ENABLE_CAP, &(struct kvm_enable_cap){
+			.cap = SOFTKVM_CAP_TRANSLATE, .args = { SOFTKVM_TRANSLATE_AS_IS, cfg->code_bytes, g->nvcpus } }, NULL));
+	g->guard = cfg->guard;
+	g->mem = mmap(NULL, g->mem_size + 2 * g->guard, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (g->mem == MAP_FAILED)
 		fail_msg("mmap of guest memory");
+	g->mem += g->guard;
 	MUST(gioctl(&g->vm, KVM_SET_USER_MEMORY_REGION, &(struct kvm_userspace_memory_region){
 		.memory_size = g->mem_size, .userspace_addr = (uintptr_t)g->mem,
 		.flags = cfg->log_dirty ? KVM_MEM_LOG_DIRTY_PAGES : 0 }, NULL));
 	g->run_size = (size_t)gioctl_val(&g->sys, KVM_GET_VCPU_MMAP_SIZE, 0);
 	for (unsigned v = 0; v < g->nvcpus; v++)
 		add_vcpu(g, v, !cfg->no_cpuid);
+}
+
+void guest_add_vcpu(struct guest *g)
+{
+	add_vcpu(g, g->nvcpus, true);
+	g->nvcpus++;
 }
 
 void guest_destroy(struct guest *g)
@@ -146,7 +157,7 @@ void guest_destroy(struct guest *g)
 	}
 	gclose(&g->vm);
 	gclose(&g->sys);
-	munmap(g->mem, g->mem_size);
+	munmap(g->mem - g->guard, g->mem_size + 2 * g->guard);
 }
 
 void guest_load(struct guest *g, uint64_t gpa, const void *bytes, size_t len)

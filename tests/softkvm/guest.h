@@ -37,18 +37,23 @@ struct guest {
 	struct kvm_run *run[GUEST_MAX_VCPUS];
 	size_t run_size;
 	uint8_t *mem;           /* guest physical 0 .. mem_size, slot 0 */
-	size_t mem_size;
+	size_t mem_size, guard;
 };
 
 struct guest_cfg {
 	enum guest_prov prov;
 	unsigned nvcpus;        /* 0: one */
 	size_t mem_size;        /* 0: 4 MiB */
+	size_t guard;           /* bytes of accessible memory of nobody's before and behind `mem`, multiple of 4096 */
+	uint64_t code_bytes;    /* softkvm: memory for translations, of all vCPUs; 0: the default */
 	bool irqchip, pit;      /* KVM_CREATE_IRQCHIP, KVM_CREATE_PIT2 */
 	unsigned split_routes;  /* KVM_CAP_SPLIT_IRQCHIP with so many routes */
 	bool no_cpuid;          /* leave CPUID unset (default: KVM_GET_SUPPORTED_CPUID) */
 	bool log_dirty;         /* slot 0 with KVM_MEM_LOG_DIRTY_PAGES */
 };
+
+/* Another vCPU, number g->nvcpus. */
+void guest_add_vcpu(struct guest *g);
 
 /* Assembled guest code: `name` .. `name_end`; bits 16, 32 or 64. Labels: use 1: 1b 1f. */
 #define GUEST_ASM(name, bits, text)                                                                \
