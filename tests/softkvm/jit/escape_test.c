@@ -398,9 +398,11 @@ static bool intact(const uint8_t *p, size_t n, const char *what)
 
 static bool canaries(const struct pass *p)
 {
-	bool ok = intact(p->g.mem - GUARD, GUARD, "before slot 0") & intact(p->g.mem + MEM, GUARD, "behind slot 0") &
-		  intact(p->slot1, GUARD, "before slot 1") & intact(p->slot1 + GUARD + SLOT1_SIZE, GUARD, "behind slot 1");
+	bool ok = intact(p->g.mem - GUARD, GUARD, "before slot 0");
 
+	ok &= intact(p->g.mem + MEM, GUARD, "behind slot 0");
+	ok &= intact(p->slot1, GUARD, "before slot 1");
+	ok &= intact(p->slot1 + GUARD + SLOT1_SIZE, GUARD, "behind slot 1");
 	for (unsigned k = 0; k < p->nplanted; k++)
 		ok &= intact(p->planted[k], 4096, "beside softkvm's memory");
 	return ok;
