@@ -289,12 +289,52 @@ def snapshot(lodge, source, tmp):
             q.kill()
 
 
+def migrate(lodge, source, tmp):
+    """A running machine moves to another QEMU, whose vCPUs were never in that state: memory that is written meanwhile, registers, time."""
+    for log, cpu, cpus in (("", "qemu64", 1), (",dirty-ring-size=4096", "host", 2)):
+        path = os.path.join(tmp, f"move{cpus}")
+        args = ["-M", "q35", "-cpu", cpu, *debian(cpus), "-nic", "none"]
+        q, to = Qemu(lodge, tmp, *args, accel="kvm" + log), None
+        try:
+            to_shell(q)
+            q.run("X=kept; dd if=/dev/urandom of=/tmp/r bs=1M count=16 2>/dev/null; sha256sum /tmp/r >/tmp/sum")
+            q.run("(while :; do dd if=/dev/urandom of=/tmp/x bs=64k count=16 2>/dev/null; done) & true")
+            to = Qemu(lodge, tmp, *args, "-incoming", f"unix:{path}", accel="kvm" + log)
+            assert "inmigrate" in to.hmp("info status")
+            q.hmp("migrate_set_parameter max-bandwidth 1G")
+            q.hmp("migrate_set_parameter downtime-limit 2000")
+            up = float(q.run("cut -d ' ' -f 1 /proc/uptime"))
+            q.hmp(f"migrate -d unix:{path}")
+            state = ""
+            for _ in range(1200):
+                state = q.hmp("info migrate")
+                if re.search("status: (completed|failed|cancelled)", state):
+                    break
+                time.sleep(0.1)
+            assert "status: completed" in state, state
+            for _ in range(1200):           # input that comes before would be taken for that of the device before it was loaded
+                if "running" in to.hmp("info status"):
+                    break
+                time.sleep(0.1)
+            assert "kept /tmp/r: OK" in to.run("echo $X $(sha256sum -c /tmp/sum)")
+            assert up <= float(to.run("cut -d ' ' -f 1 /proc/uptime")) < up + 600
+            assert re.search(rf"^{cpus}$", to.run("nproc"), re.M)
+            to.send("poweroff -f\n")
+            assert to.wait() == 0
+        except AssertionError as err:
+            raise AssertionError(f"{log} {cpu} {cpus}: {err}\n{q.log[-1000:]}\n-- there:\n{to.log[-2000:] if to else ''}") from None
+        finally:
+            q.kill()
+            if to:
+                to.kill()
+
+
 def main():
     lodge, source, names = sys.argv[1], sys.argv[2], sys.argv[3:]
     if not QEMU:
         skip("qemu-system-x86_64 is not installed")
     failed = 0
-    for test in (monitor, gdb, direct, seabios, snapshot):
+    for test in (monitor, gdb, direct, seabios, snapshot, migrate):
         if names and test.__name__ not in names:
             continue
         begin = time.monotonic()

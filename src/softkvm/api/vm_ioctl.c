@@ -282,7 +282,7 @@ static long do_plain(struct vm *vm, unsigned long req, uintptr_t arg, struct sof
 	case KVM_GET_CLOCK: return get_clock(vm, arg);
 	case KVM_SET_TSC_KHZ: return set_tsc_khz(vm, arg);
 	case KVM_GET_TSC_KHZ: return vm->api->tsc_khz;
-	case KVM_RESET_DIRTY_RINGS: return arg ? -EINVAL : ring_reset_all(vm);
+	case KVM_RESET_DIRTY_RINGS: return ring_reset_all(vm);     /* the argument is not looked at; QEMU passes none */
 	case KVM_X86_SET_MSR_FILTER: return vm_set_msr_filter(vm, arg);
 	default: return -ENOTTY;
 	}

@@ -176,7 +176,8 @@ bool xcr0_write(struct cpu *c, uint64_t v)
 {
 	const uint64_t avx512 = XCR0_OPMASK | XCR0_ZMM_HI256 | XCR0_HI16_ZMM;
 
-	if (!(v & XCR0_X87) || (v & ~(c->feat ? c->feat->xcr0_mask : 7ull)))
+	/* A processor without XSAVE has the x87 bit all the same: clients save and restore it. */
+	if (!(v & XCR0_X87) || (v & ~((c->feat ? c->feat->xcr0_mask : 7ull) | XCR0_X87)))
 		return false;
 	if ((v & XCR0_AVX) && !(v & XCR0_SSE))
 		return false;

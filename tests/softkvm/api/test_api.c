@@ -128,6 +128,38 @@ static void registers(void **state)
 	guest_destroy(&g);
 }
 
+/* A client without leaf 0xd saves and restores XCR0 like any other, and finds the x87 bit in it. */
+static void xcr0_without_xsave(void **state)
+{
+	struct cpuid *c = calloc(1, sizeof *c);
+	struct kvm_xcrs x = { 0 };
+	struct guest g;
+
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_SET_CPUID2, c, NULL), 0);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_GET_XCRS, &x, NULL), 0);
+	assert_int_equal(x.nr_xcrs, 1);
+	assert_int_equal(x.xcrs[0].value, 1);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_SET_XCRS, &x, NULL), 0);
+	x.xcrs[0].value = 3;
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_SET_XCRS, &x, NULL), -EINVAL);
+	guest_destroy(&g);
+	free(c);
+}
+
+static void dirty_rings_are_reset_whatever_the_argument(void **state)
+{
+	struct kvm_enable_cap cap = { .cap = KVM_CAP_DIRTY_LOG_RING, .args = { 4096 } };
+	struct gfile s, vm;
+
+	gopen(&s, GUEST_SOFT);
+	assert_int_equal(gioctl(&s, KVM_CREATE_VM, NULL, &vm), 0);
+	assert_int_equal(gioctl(&vm, KVM_ENABLE_CAP, &cap, NULL), 0);
+	assert_int_equal(gioctl(&vm, KVM_RESET_DIRTY_RINGS, (void *)0x1234, NULL), 0);
+	gclose(&vm);
+	gclose(&s);
+}
+
 static void msrs(void **state)
 {
 	static const uint32_t plain[] = { 0x174, 0x175, 0x176, 0xc0000081, 0xc0000082, 0xc0000083, 0xc0000102, 0xc0000103, 0x277 };
@@ -469,7 +501,8 @@ static void mce(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(system_handle), cmocka_unit_test(supported_cpuid), cmocka_unit_test(cpuid_set_get),
+		cmocka_unit_test(system_handle), cmocka_unit_test(supported_cpuid), cmocka_unit_test(cpuid_set_get), cmocka_unit_test(xcr0_without_xsave),
+		cmocka_unit_test(dirty_rings_are_reset_whatever_the_argument),
 		cmocka_unit_test(registers), cmocka_unit_test(msrs), cmocka_unit_test(msr_lists), cmocka_unit_test(time_),
 		cmocka_unit_test(tsc_offset), cmocka_unit_test(memory_slots), cmocka_unit_test(irqchip_rules),
 		cmocka_unit_test(vcpu_ids), cmocka_unit_test(caps), cmocka_unit_test(bad_pointers), cmocka_unit_test(mappings),
