@@ -32,6 +32,30 @@ static void fldcw(struct tr *t, unsigned n, struct cold *k)
 	em_op_abs(e, false, 0xd9, 5, p);
 }
 
+#define SLOW 32         /* instructions' worth of time, as a handler's call (run.c) */
+
+static bool slow(ZydisMnemonic m)
+{
+	switch (m) {
+	case ZYDIS_MNEMONIC_FSIN: case ZYDIS_MNEMONIC_FCOS: case ZYDIS_MNEMONIC_FSINCOS: case ZYDIS_MNEMONIC_FPTAN: case ZYDIS_MNEMONIC_FPATAN:
+	case ZYDIS_MNEMONIC_F2XM1: case ZYDIS_MNEMONIC_FYL2X: case ZYDIS_MNEMONIC_FYL2XP1: case ZYDIS_MNEMONIC_FPREM: case ZYDIS_MNEMONIC_FPREM1:
+	case ZYDIS_MNEMONIC_FBLD: case ZYDIS_MNEMONIC_FBSTP:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/* cpu_charge(): a row of these would keep requests waiting for more than they may. Destroys flags. */
+static void charge(struct tr *t, unsigned n)
+{
+	gen_clobber(t, n);
+	em_op_abs(&t->h, false, 0x81, 5, &t->c->budget);        /* sub dword [budget], SLOW ; add dword [charged], SLOW */
+	e32(&t->h, SLOW);
+	em_op_abs(&t->h, false, 0x81, 0, &t->c->charged);
+	e32(&t->h, SLOW);
+}
+
 bool gen_x87(struct tr *t, unsigned n)
 {
 	const struct tinsn *i = &t->t[n];
@@ -55,6 +79,8 @@ bool gen_x87(struct tr *t, unsigned n)
 			return false;
 	}
 	t->live |= JV_X87;
+	if (slow(i->z.mnemonic))
+		charge(t, n);
 	t->mem_disp = 0;
 	if (i->z.mnemonic == ZYDIS_MNEMONIC_FLDCW) {
 		fldcw(t, n, k);
