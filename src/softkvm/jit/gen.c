@@ -317,7 +317,8 @@ static void leave_by_link(struct tr *t, uint64_t rip)
 		t->failed = true;
 		return;
 	}
-	*l = (struct jit_link){ .from = t->k, .rip = rip, .near = !((rip ^ t->k->rip) >> 12), .next = t->k->links };
+	*l = (struct jit_link){ .from = t->k, .rip = rip, .near = !t->b->cross && !((rip ^ t->k->rip) >> 12),
+				 .next = t->k->links };
 	t->k->links = l;
 	if (!l->near) {
 		em_load(e, SA, &t->j->low->stamp);

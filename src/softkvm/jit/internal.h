@@ -31,7 +31,11 @@ struct jit_link {
 	uint32_t at2, unlinked2;        /* behind the registers' change to the usual places; 0: `at` is there */
 	bool near;                      /* within the page: needs no stamp */
 	struct jit_link *next;          /* of the same translation */
+	struct jit_code *to;            /* where it leads, NULL: nowhere yet */
+	struct jit_link *next_in;       /* that lead there */
 };
+/* What translated code is left by: a jit_link, NULL, or a jit_code with this bit whose entry found it stale. */
+#define LEFT_STALE 2u
 
 /* Thunks for a choice of registers. Number 0 is the usual one, in the fixed part of the code area. */
 #define JIT_SWAPS 4
@@ -72,10 +76,12 @@ struct jit_code {
 	uint64_t rip;
 	uint32_t mode;
 	uint32_t ver_value;             /* read by the code's entry */
+	uint32_t second_value;          /* of a block that crosses a page end: the other page's */
+	uint64_t stamp;                 /* and when both were looked at last */
 	uint32_t entry, body;           /* offsets in the code area: with and without the version check */
 	uint32_t map;                   /* map.c */
 	uint32_t entry_same, body_same; /* the same for those who come with this map */
-	struct jit_link *links;
+	struct jit_link *links, *in;
 	struct block *part[REGION_PARTS];       /* [0] is b */
 	unsigned nparts;
 	bool looked;                    /* at code beyond its blocks (flags_dead_at()) */
@@ -125,6 +131,7 @@ struct jit {
 	bool alone;                     /* the instruction at alone_rip is to be interpreted: translated, it met a fault */
 	uint64_t alone_rip;
 	struct jit_map_thunks maps[1 << 12];    /* by map.c's key, valid for one gen */
+	struct jit_code *stale;         /* was found so at its entry just now: if its block is another now, links to it are to be cut */
 	bool off;                       /* tests: interpret, but keep translations right */
 	struct lockstep *lock;          /* lockstep.h, or NULL */
 	unsigned threshold;             /* times a block is interpreted first */
@@ -178,6 +185,7 @@ void jit_code_unmap(struct jit *j);
 void *jit_arena(struct jit *j, size_t size);                            /* low memory, 64-byte aligned; NULL: full */
 
 /* run.c */
+void code_valid(struct jit_code *k, uint64_t stamp);    /* its first block is valid now, under that stamp (0: none) */
 uint64_t jit_call_insn(struct jit_site *s);
 
 /* resume.c */

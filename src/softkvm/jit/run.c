@@ -93,6 +93,7 @@ void jit_flush(struct cpu *c)
 	j->cold = 0;
 	j->arena = 0;
 	j->npoints = 0;
+	j->stale = NULL;
 	j->gen++;
 	memset(j->low->ind, 0, sizeof j->low->ind);
 }
@@ -110,14 +111,46 @@ static void link_cut(struct jit *j, struct jit_link *l)
 		em_to(j->rw + l->at2, j->rw + l->unlinked2);
 }
 
-static void link_to(struct jit *j, struct jit_link *l, const struct jit_code *to)
+static void link_forget(struct jit_link *l)
 {
+	struct jit_link **p;
+
+	for (p = &l->to->in; *p != l; p = &(*p)->next_in)
+		;
+	*p = l->next_in;
+	l->to = NULL;
+}
+
+/* The translation was replaced: who leads to it has to ask anew. */
+static void cut_incoming(struct jit *j, struct jit_code *k)
+{
+	struct jit_link *l;
+
+	while ((l = k->in)) {
+		k->in = l->next_in;
+		l->to = NULL;
+		link_cut(j, l);
+	}
+}
+
+static void link_to(struct jit *j, struct jit_link *l, struct jit_code *to)
+{
+	/* What crosses a page end has to look at the other page. */
+	bool straight = l->near && !to->b->cross;
+
+	if (l->to != to) {
+		if (l->to)
+			link_forget(l);
+		l->to = to;
+		l->next_in = to->in;
+		to->in = l;
+	}
 	j->c->stats.links++;
 	if (l->from->map == to->map) {
-		em_to(j->rw + l->at, j->rw + (l->near ? to->body_same : to->entry_same));
+		em_to(j->rw + l->at, j->rw + (straight ? to->body_same : to->entry_same));
 	} else {
 		link_cut(j, l);
-		em_to(j->rw + (l->at2 ? l->at2 : l->at), j->rw + (l->near ? to->body : to->entry));
+		em_to(j->rw + (l->at2 ? l->at2 : l->at), j->rw + (straight ? to->body : to->entry));
 	}
 }
 
@@ -137,6 +170,15 @@ static bool parts_same(struct cpu *c, const struct jit_code *k)
 	return true;
 }
 
+void code_valid(struct jit_code *k, uint64_t stamp)
+{
+	const struct block_cross *x = k->b->cross ? block_cross(k->b) : NULL;
+
+	k->ver_value = x ? x->page_ver[0] : k->b->ver_value;
+	k->second_value = x ? x->page_ver[1] : 0;
+	k->stamp = stamp;
+}
+
 void jit_revived(struct cpu *c, struct block *b)
 {
 	struct jit *j = c->jit;
@@ -145,17 +187,20 @@ void jit_revived(struct cpu *c, struct block *b)
 	if (!k)
 		return;
 	/* What it is linked to in this page was not compared. */
-	for (struct jit_link *l = k->links; l; l = l->next)
+	for (struct jit_link *l = k->links; l; l = l->next) {
+		if (l->to)
+			link_forget(l);
 		link_cut(j, l);
+	}
 	if (k->looked || !parts_same(c, k)) {
 		b->code = NULL;
 		return;
 	}
-	k->ver_value = b->ver_value;
+	code_valid(k, 0);
 }
 
 /* The jump `l` was left by turns out to lead to `to`, which is valid now. */
-static void resolve(struct jit *j, struct jit_link *l, const struct jit_code *to)
+static void resolve(struct jit *j, struct jit_link *l, struct jit_code *to)
 {
 	const struct jit_code *from = l->from;
 
@@ -163,6 +208,8 @@ static void resolve(struct jit *j, struct jit_link *l, const struct jit_code *to
 		return;
 	if (!l->near) {
 		l->stamp = j->low->stamp;
+		link_to(j, l, to);
+	} else if (to->b->cross) {
 		link_to(j, l, to);
 	} else if (from->b->ver == to->b->ver && from->b->ver_value == to->b->ver_value &&
 		   atomic_load_explicit(from->b->ver, memory_order_acquire) == to->b->ver_value && code_of(j, from->b) == from) {
@@ -239,7 +286,8 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 		return JIT_LOOK;
 	}
 	*(r ? &c->stats.left_by_jump : &c->stats.left_by_budget) += 1;
-	c->blocks->jit_want = (struct jit_link *)(uintptr_t)r;
+	j->stale = r & LEFT_STALE ? (struct jit_code *)(uintptr_t)(r & ~(uint64_t)LEFT_STALE) : NULL;
+	c->blocks->jit_want = r & LEFT_STALE ? NULL : (struct jit_link *)(uintptr_t)r;
 	return JIT_DONE;
 }
 
@@ -254,13 +302,18 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 	c->blocks->jit_want = NULL;
 	c->code_stamp = CODE_STAMP_NONE;        /* the interpreter follows no links of its own */
 	c->blocks->want = NULL;
+	if (unlikely(j->stale)) {
+		if (j->stale != k)
+			cut_incoming(j, j->stale);
+		j->stale = NULL;
+	}
 	if (unlikely(j->alone) && j->alone_rip == c->rip) {
 		j->alone = false;
 		return JIT_NOT;
 	}
 	if (unlikely(!k || k->rip != c->rip || k->mode != mode)) {
 		/* Code in the last page of 4 GiB may go on at 0: not worth a thought. */
-		if (!block_mode_translates(mode) || (mode & BM_ONE) || (!(mode & BM_CODE64) && c->rip >> 12 >= 0xfffff) || b->cross ||
+		if (!block_mode_translates(mode) || (mode & BM_ONE) || (!(mode & BM_CODE64) && c->rip >> 12 >= 0xfffff) ||
 		    b == c->blocks->scratch || c->tlb == c->tlbs[TLB_NONE] || j->off || b->runs++ < j->threshold)
 			return JIT_NOT;
 		if (k)
@@ -273,6 +326,8 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 	if (unlikely(c->tlb == c->tlbs[TLB_NONE] || c->data_bp || j->off))
 		return JIT_NOT;
 	j->low->stamp = stamp;
+	if (b->cross)
+		code_valid(k, stamp);
 	if (want)
 		resolve(j, want, k);
 	ind = &j->low->ind[c->rip & ((1u << JIT_IND_BITS) - 1)];

@@ -286,24 +286,53 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 		t->part[p].at = NULL;
 }
 
-static void check_version(struct em *e, struct tr *t, struct em *fail)
+static uint8_t *check_version(struct em *e, const _Atomic uint32_t *ver, const uint32_t *want)
 {
-	em_imm(e, SC, (uintptr_t)t->b->ver);
+	em_imm(e, SC, (uintptr_t)ver);
 	EM(e, 0x8b, 0x09);                              /* mov ecx, [rcx] */
-	em_op_abs(e, false, 0x3b, SC, &t->k->ver_value);
-	em_here(fail, em_jcc(e, 5));
-	gen_leave(fail, t, t->k->rip, NULL);
+	em_op_abs(e, false, 0x3b, SC, want);
+	return em_jcc(e, 5);
+}
+
+/* Is it still what memory holds? If not, leave by way of the cold part. */
+static void check(struct em *e, struct tr *t)
+{
+	const struct block_cross *x = t->b->cross ? block_cross(t->b) : NULL;
+	struct em *cold = &t->cold;
+	uint8_t *bad[3];
+	const struct jit_link *left = (const struct jit_link *)((uintptr_t)t->k | LEFT_STALE);
+	unsigned n = 0;
+
+	if (x) {                /* its second page may be another by now */
+		em_load(e, SA, &t->j->low->stamp);
+		em_op_abs(e, true, 0x3b, SA, &t->k->stamp);
+		bad[n++] = em_jcc(e, 5);
+		bad[n++] = check_version(e, x->second.ver, &t->k->second_value);
+	}
+	bad[n++] = check_version(e, x ? x->ver : t->b->ver, &t->k->ver_value);
+	if (e == cold) {
+		uint8_t *on = em_jmp(e);
+
+		while (n)
+			em_here(e, bad[--n]);
+		gen_leave(cold, t, t->k->rip, left);
+		em_here(e, on);
+		return;
+	}
+	while (n)
+		em_here(cold, bad[--n]);
+	gen_leave(cold, t, t->k->rip, left);
 }
 
 static void entry(struct tr *t)
 {
 	struct em *e = &t->h, *cold = &t->cold;
 	struct jit_code *k = t->k;
-	uint8_t *to, *bad;
+	uint8_t *to;
 
 	t->mapped = false;
 	k->entry = (uint32_t)(e->p - t->j->rw);
-	check_version(e, t, cold);
+	check(e, t);
 	k->body = (uint32_t)(e->p - t->j->rw);
 	k->entry_same = k->entry;
 	map_in(e, t);
@@ -312,15 +341,10 @@ static void entry(struct tr *t)
 	if (!k->map)
 		return;
 	k->entry_same = (uint32_t)(cold->p - t->j->rw);
-	em_imm(cold, SC, (uintptr_t)t->b->ver);
-	EM(cold, 0x8b, 0x09);
-	em_op_abs(cold, false, 0x3b, SC, &k->ver_value);
-	bad = em_jcc(cold, 5);
+	check(cold, t);
 	to = em_jmp(cold);
 	if (!cold->full)
 		em_to(to, e->p);
-	em_here(cold, bad);
-	gen_leave(cold, t, k->rip, NULL);
 }
 
 /* False: it turned out to need its handler. */
@@ -475,7 +499,8 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	k = jit_arena(j, sizeof *k);
 	h = (struct em){ j->rw + j->hot, j->rw + j->hot + HOT_MAX, false };
 	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false };
-	*k = (struct jit_code){ .b = b, .c = j->c, .rip = rip, .mode = mode, .ver_value = b->ver_value };
+	*k = (struct jit_code){ .b = b, .c = j->c, .rip = rip, .mode = mode };
+	code_valid(k, 0);
 	t->j = j;
 	t->c = j->c;
 	t->b = b;

@@ -1,0 +1,140 @@
+/*
+ * An instruction that crosses a page end, in a translated loop: its second page is written by the guest, by the client, and replaced
+ * by another, and the loop must notice each time.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+#include <string.h>
+
+#include "harness.h"
+#include "softkvm/jit/internal.h"
+
+#define FIRST 0x400000u         /* mapped 1:1 by 4 KiB pages, every second one missing (harness.c) */
+#define OTHER 0x600000u
+#define AT (FIRST + 4094)       /* mov eax, imm32: two bytes here, three there */
+
+static void put(uint32_t gpa, const void *p, unsigned n)
+{
+	memcpy(h.ram + gpa, p, n);
+	phys_code_written(&h.vm, gpa, n);
+}
+
+static void map(uint32_t lin, uint32_t gpa)
+{
+	st_le64(h.ram + 0x4000 + 8 * (lin >> 12 & 511), gpa | PTE_P | PTE_W);
+	mmu_flush_all(&h.cpu);
+}
+
+/* What is behind the first two bytes: the rest of the immediate, then the end of the loop. `store`: mov [AT + 3], cl first. */
+static void second_page(uint32_t gpa, uint8_t mid, bool store)
+{
+	static const uint8_t st[] = { 0x88, 0x0c, 0x25, 0x01, 0x10, 0x40, 0x00 };
+	uint8_t b[32] = { 0x00, mid, 0x00 };
+	unsigned n = 3;
+
+	if (store) {
+		memcpy(b + n, st, sizeof st);
+		n += sizeof st;
+	}
+	memcpy(b + n, "\x01\xc2\xff\xc9\x0f\x85", 6);      /* add edx, eax ; dec ecx ; jnz AT - 2 */
+	n += 10;
+	st_le32(b + n - 4, AT - 2 - (FIRST + 4096 + n));
+	b[n++] = 0xf4;
+	put(gpa, b, n);
+}
+
+static void first_page(void)
+{
+	put(H_CODE, "\x68\xfc\x0f\x40\x00\xc3", 6);      /* push AT - 2 ; ret */
+	put(AT - 2, "\x90\x90\xb8\x05", 4);    /* a block of its page, which leads to the other by a link that looks at nothing */
+}
+
+/* The first page is not touched, so that links from it stay. */
+static uint32_t run(unsigned loops)
+{
+	h.cpu.gpr[R_RCX] = loops;
+	h.cpu.gpr[R_RDX] = 0;
+	h.cpu.gpr[R_RSP] = H_STACK;
+	assert_int_equal(harness_run(), RUN_HALTED);
+	return (uint32_t)h.cpu.gpr[R_RDX];
+}
+
+/* So often that it was translated and linked: hardly any block comes by way of the loop. */
+static void expect(unsigned value)
+{
+	uint64_t blocks = h.cpu.stats.blocks_run;
+
+	assert_int_equal(run(1000), 1000 * value);
+	assert_in_range(h.cpu.stats.blocks_run - blocks, 1, 200);
+}
+
+static void test_client_writes(void **s)
+{
+	second_page(FIRST + 4096, 1, false);
+	expect(0x10005);
+	second_page(FIRST + 4096, 2, false);
+	expect(0x20005);
+	put(AT + 1, "\x07", 1);
+	expect(0x20007);
+}
+
+static void test_page_replaced(void **s)
+{
+	second_page(FIRST + 4096, 3, false);
+	second_page(OTHER, 4, false);
+	expect(0x30005);
+	map(FIRST + 4096, OTHER);
+	expect(0x40005);
+	map(FIRST + 4096, FIRST + 4096);
+	expect(0x30005);
+}
+
+static void test_guest_writes(void **s)
+{
+	uint32_t want = 0;
+
+	second_page(FIRST + 4096, 0, true);
+	for (unsigned n = 0; n < 100; n++)      /* each iteration adds what the one before stored */
+		want += (n ? 100 - (n - 1) : 0) << 16 | 5;
+	assert_int_equal(run(100), want);
+}
+
+static int setup(void **s)
+{
+	harness_start();
+	map(FIRST + 4096, FIRST + 4096);
+	first_page();
+	return jit_cpu_init(&h.cpu, &(struct jit_config){ .bytes = 4 << 20, .perf_fd = -1 });
+}
+
+static int teardown(void **s)
+{
+	jit_cpu_free(&h.cpu);
+	harness_stop();
+	return 0;
+}
+
+static void narrow(void **s)
+{
+	harness_compat();
+	test_client_writes(s);
+	first_page();
+	test_page_replaced(s);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test_setup_teardown(test_client_writes, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_page_replaced, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_guest_writes, setup, teardown),
+		cmocka_unit_test_setup_teardown(narrow, setup, teardown),
+	};
+
+	if (!__builtin_cpu_supports("bmi2"))
+		return 77;      /* no translator here */
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
