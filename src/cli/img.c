@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <getopt.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 
@@ -271,8 +272,21 @@ int img_create_options(struct image_create *c, struct keyvals *l, struct img_cre
 	return r ? r : keyvals_end(l, "-o", &err) ? img_fail("%s", err.msg) : 0;
 }
 
+static volatile sig_atomic_t asked;
+
+static void on_usr1(int sig)
+{
+	(void)sig;
+	asked = 1;
+}
+
+/* Without -p, SIGUSR1 asks how far it is. */
 void img_progress(bool on, double percent)
 {
+	if (!on && asked) {
+		asked = 0;
+		fprintf(stderr, "    (%3.2f/100%%)\n", percent);
+	}
 	if (!on)
 		return;
 	printf("    (%3.2f/100%%)\r", percent);
@@ -318,6 +332,7 @@ int img_main(int argc, char **argv)
 	if (!strcmp(argv[1], "-V") || !strcmp(argv[1], "--version"))
 		return puts("qemu-img version 7.2 (Lodge " LODGE_VERSION ")"), 0;
 	log_set_sink(print_log, NULL, LOG_WARN);
+	sigaction(SIGUSR1, &(struct sigaction){ .sa_handler = on_usr1, .sa_flags = SA_RESTART }, NULL);
 	for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++) {
 		if (!strcmp(argv[1], verbs[i].name)) {
 			optind = 1;
