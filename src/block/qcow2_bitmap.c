@@ -361,6 +361,8 @@ void q_bitmaps_end(struct qcow2 *q)
 	if (!q->tracking || q->broken)
 		return;
 	int r = q_stop(q, &all, &err);
+	if (!r && (r = q_bitmaps_resized(q, q->h.size)))
+		err_set_errno(&err, r, "%s", q->b->file);
 	if (!r)
 		r = store(q, NULL, &err);
 	q_go(q, &all);

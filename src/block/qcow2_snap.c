@@ -273,15 +273,21 @@ int qcow2_snapshot_apply(struct block *b, const char *id_or_name, struct err *er
 	struct qcow2 *q = b->qcow2;
 	struct qrange all;
 	struct qbuild w = { 0 };
-	struct qsnap *s = NULL;
+	struct qsnap *s = q_find_snapshot(q, id_or_name);
+	uint64_t size = s ? s->s.disk_size : q->h.size;
 	int r = q_start_writing(q);
 	if (r)
 		return err_set_errno(err, r, "%s", b->file);
+	if (size != q->h.size && (r = q_bitmaps_before_resize(q, err)))
+		return r;
 	r = q_stop(q, &all, err);
 	if (!r)
 		r = begin_with(q, &w, id_or_name, &s, err);
+	/* The bitmaps go along, as long as the larger of both sizes: what is too much goes when they are written (q_bitmaps_end). */
+	if (!r && size > q->h.size && q_bitmaps_resized(q, size))
+		r = err_set(err, -ENOMEM, "%s: the bitmaps are too large", b->file);
 	if (!r)
-		q_bitmaps_mark(q, 0, q->b->length); /* all of it may have changed */
+		q_bitmaps_mark(q, 0, MAX(size, q->b->length)); /* all of it may have changed */
 	if (!r)
 		r = apply(&w, s, err);
 	return finish(q, &w, &all, r, err);
