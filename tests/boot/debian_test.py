@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 import vm
 
@@ -115,6 +116,38 @@ def four_cpus(start):
         power_off(guest)
 
 
+def many_cpus(start, n):
+    """By hand, many more CPUs than the host has: all come up, each of them works, one goes away and comes back, power off."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as tmp:
+        guest = start(*args(disk_copy(tmp), "--cpus", str(n)), timeout=1800)
+        shell(guest)
+        print(f"  {n} CPUs: shell after {time.monotonic() - begin:.0f} s")
+        assert guest.run("cat /sys/devices/system/cpu/online").strip() == f"0-{n - 1}"
+        assert guest.run("grep -c ^processor /proc/cpuinfo").strip() == str(n)
+        work = f"(i=0; while [ $i -lt {n} ]; do (taskset $(printf %x $((1 << i))) sh -c 'seq 2000 | sha256sum' >/tmp/out.$i) & i=$((i + 1)); done; wait)"     # without the shell's notes about jobs
+        guest.run(work)
+        assert guest.run("cat /tmp/out.* | sort -u | wc -l").strip() == "1"
+        assert guest.run("ls /tmp/out.* | wc -l").strip() == str(n)
+        last = f"/sys/devices/system/cpu/cpu{n - 1}/online"
+        guest.run(f"echo 0 >{last} && [ $(nproc) = {n - 1} ] && echo 1 >{last} && [ $(nproc) = {n} ]")
+        log = guest.run("dmesg").splitlines()
+        slow = [line for line in log if re.search(r"soft lockup|rcu:.*stall|unstable", line)]
+        print("\n".join(["  the kernel found this host slow:"] + slow) if slow else "  nothing in the kernel's log about time")
+        bad = [line for line in log if re.search(r"WARNING|BUG:|Call Trace|Oops|firmware bug", line, re.I) and "soft lockup" not in line]
+        assert slow or not bad, "\n".join(bad)
+        power_off(guest)
+        print(f"  off after {time.monotonic() - begin:.0f} s")
+
+
+def sixteen_cpus(start):
+    many_cpus(start, 16)
+
+
+def sixty_four_cpus(start):
+    many_cpus(start, 64)
+
+
 def killed_after_sync(start):
     """A disk that was flushed is intact after kill -9."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -209,4 +242,4 @@ def kernel_i686_pae(start):
 
 if __name__ == "__main__":
     vm.main([one_cpu, four_cpus, killed_after_sync, program_32bit, kernel_generic, kernel_backports, kernel_i686, kernel_i686_pae, lockstep] +
-            ([lockstep_whole] if "lockstep_whole" in sys.argv else []))
+            [t for t in (lockstep_whole, sixteen_cpus, sixty_four_cpus) if t.__name__ in sys.argv])

@@ -1,7 +1,6 @@
-/* Random register accesses, lines, messages and time on all chips. Runs a fixed number of inputs, or under libFuzzer. */
+/* Random register accesses, lines, messages and time on all chips: irq_fuzz [RUNS [SEED]] */
+#include "../../pci/fuzz.h"
 #include "fake.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *d, size_t n);
 
 static void step(struct vm *vm, const uint8_t *d)
 {
@@ -39,26 +38,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *d, size_t n)
 	irqchip_create_pit(vm, NULL);
 	((struct pit *)vm->irqchip->pit)->no_thread = true;
 	fake_now = 1000000;
-	for (; n >= 8; n -= 8, d += 8)
+	FUZZ_EACH(d, n, 8)
 		step(vm, d);
 	fake_vm_free(vm);
 	return 0;
 }
-
-#ifndef LIBFUZZER
-int main(int argc, char **argv)
-{
-	static uint8_t buf[8 * 2000];
-	uint64_t x = 88172645463325252ULL;
-	int runs = argc > 1 ? atoi(argv[1]) : 150;
-
-	for (int run = 0; run < runs; run++) {
-		for (size_t i = 0; i < sizeof buf; i++) {
-			x ^= x << 13; x ^= x >> 7; x ^= x << 17;
-			buf[i] = x >> 24;
-		}
-		LLVMFuzzerTestOneInput(buf, sizeof buf);
-	}
-	return 0;
-}
-#endif
