@@ -185,7 +185,7 @@ int img_amend(int argc, char **argv)
 	struct keyvals l = { 0 };
 	struct err err = { 0 };
 	const char *options = NULL;
-	bool progress = false;
+	bool progress = false, quiet = false;
 	int c, r;
 	image_create_init(&cr);
 	cr.format = "qcow2";
@@ -198,7 +198,10 @@ int img_amend(int argc, char **argv)
 			o.cache = optarg;
 		else if (c == 'p')
 			progress = true;
+		else if (c == 'q')
+			quiet = true;
 	}
+	progress = progress && !quiet;
 	if (!options)
 		return img_usage("Must specify options (-o)");
 	if (o.format && strcmp(o.format, "qcow2") && !block_check_format("-f", o.format, &err))
@@ -272,9 +275,9 @@ static int rebase_copy(struct block *b, struct block *fresh, bool progress)
 int img_rebase(int argc, char **argv)
 {
 	struct img_open o = { .write = true };
-	const char *base = NULL, *format = NULL, *file;
+	const char *base = NULL, *format = NULL, *base_cache = NULL, *file;
 	struct err err = { 0 };
-	bool unsafe = false, progress = false;
+	bool unsafe = false, progress = false, quiet = false, share = false;
 	int c, r = 0;
 	while ((c = img_getopt(argc, argv, ":hf:F:b:upt:T:qU")) >= 0) {
 		switch (c) {
@@ -284,10 +287,16 @@ int img_rebase(int argc, char **argv)
 		case 't': o.cache = optarg; break;
 		case 'u': unsafe = true; break;
 		case 'p': progress = true; break;
+		case 'q': quiet = true; break;
+		case 'T': base_cache = optarg; break;
+		case 'U': share = true; break;
 		}
 	}
+	progress = progress && !quiet;
 	if (optind != argc - 1)
 		return img_usage("%s", img_missing);
+	if (share)
+		return img_fail("Could not open '%s': force-share=on can only be used with read-only images", argv[optind]);
 	if (!unsafe && !base)
 		return img_usage("Use backing file (-b) option or unsafe mode (-u)");
 	file = argv[optind];
@@ -302,7 +311,7 @@ int img_rebase(int argc, char **argv)
 	}
 	if (!unsafe && !remove) {
 		char *path = block_path_beside(file, base);
-		struct img_open n = { .format = format, .plain = true };
+		struct img_open n = { .format = format, .cache = base_cache, .plain = true };
 		fresh = path ? img_open(path, &n) : NULL;
 		free(path);
 		r = !fresh;
