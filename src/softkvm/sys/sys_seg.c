@@ -38,8 +38,8 @@ static void op_push_seg(struct cpu *c, const struct insn *i)
 	uint16_t sel = c->seg[i->src].sel;
 	uint64_t sp = c->gpr[R_RSP] - i->aux;
 
-	/* With a 32-bit operand current processors write 16 bits and leave the upper half of the slot alone. */
-	if (i->aux == 4)
+	/* With a 32-bit operand Intel's processors write 16 bits and leave the upper half of the slot alone. */
+	if (i->aux == 4 && !(c->feat && c->feat->amd))
 		mem_write(c, stack_lin(c, sp, 2, ACC_WRITE), &sel, 2);
 	else
 		mem_write(c, stack_lin(c, sp, i->aux, ACC_WRITE), &(uint64_t){ sel }, i->aux);

@@ -23,7 +23,7 @@ static uint8_t *alias;
 static struct { uint64_t pad[2]; ucontext_t uc; } frame __attribute__((aligned(64)));      /* the word before is popped into */
 static uint8_t *fpstate;        /* what the frame points to; the template's reserved parts stay */
 static uint64_t fp_features;
-static bool has16;
+static bool has32, has16;
 
 /* Known to the assembly below. */
 extern uint64_t native_host_rsp, native_host_fs;
@@ -79,7 +79,7 @@ static void signals_back(void)
 
 bool native_avx512(void) { return host_avx512(); }
 uint8_t *native_alias(void) { return alias; }
-bool native_has(unsigned bits) { return bits != 16 || has16; }
+bool native_has(unsigned bits) { return bits == 64 || (bits == 32 ? has32 : has16); }
 
 static int map_arena(void)
 {
@@ -144,20 +144,6 @@ static int learn_frame(void)
 	return 0;
 }
 
-int native_init(void)
-{
-	static uint8_t stack[65536];
-	stack_t ss = { .ss_sp = stack, .ss_size = sizeof stack };
-
-	syscall(SYS_arch_prctl, 0x1003 /* ARCH_GET_FS */, &native_host_fs);
-	sigaltstack(&ss, NULL);
-	if (map_arena() || make_ldt()) {
-		printf("no arena below 2 GiB, or no LDT: %s\n", strerror(errno));
-		return -1;
-	}
-	return learn_frame();
-}
-
 void arena_load(const struct test_case *t, const struct state *in)
 {
 	uint8_t *code = alias + A_CODE;
@@ -200,4 +186,33 @@ void native_run(const struct test_case *t, const struct state *in, struct state 
 	out->cr2 = out->trap == EXC_PF ? (uint64_t)m->gregs[REG_CR2] : 0;
 	state_from_xsave(out, (const uint8_t *)m->fpregs);
 	memcpy(out->mem, alias + A_SANDBOX, SANDBOX);
+}
+
+/* A kernel may have been built or started without 32-bit code, or without 16-bit segments. */
+static bool can_run(uint16_t cs, uint16_t data, uint64_t rip)
+{
+	static struct state s, out;
+	const struct test_case t = { .bytes = { 0x90 }, .len = 1 };
+
+	s = (struct state){ .flags = FL_1 | FL_IF, .cs = cs, .ss = data, .seg = { data, data }, .rip = rip, .mxcsr = 0x1f80 };
+	native_run(&t, &s, &out);
+	return out.trap == EXC_BP && out.cs == cs && out.rip == rip + 2;
+}
+
+int native_init(void)
+{
+	static uint8_t stack[65536];
+	stack_t ss = { .ss_sp = stack, .ss_size = sizeof stack };
+
+	syscall(SYS_arch_prctl, 0x1003 /* ARCH_GET_FS */, &native_host_fs);
+	sigaltstack(&ss, NULL);
+	if (map_arena() || make_ldt()) {
+		printf("no arena below 2 GiB, or no LDT: %s\n", strerror(errno));
+		return -1;
+	}
+	if (learn_frame())
+		return -1;
+	has32 = can_run(SEL_CS32, SEL_DATA, arena() + A_CODE);
+	has16 = has16 && can_run(SEL_CS16, SEL_DATA16, 0);
+	return 0;
 }

@@ -29,7 +29,7 @@
 
 /* Selectors: Linux's, and an LDT. */
 enum { SEL_CS32 = 0x23, SEL_DATA = 0x2b, SEL_CS64 = 0x33, SEL_FS = 0x07, SEL_GS = 0x0f, SEL_CS16 = 0x17, SEL_DATA16 = 0x1f };
-#define FS_BASE (A_SANDBOX + 0x5b0)     /* of the arena; no limit */
+#define FS_BASE (A_SANDBOX + 0x5c0)     /* of the arena; no limit. Aligned: AMD's XSAVE was seen to look at the offset */
 #define GS_BASE 0u
 #define GS_LIMIT (A_CONST - 0x101)      /* ends within the sandbox */
 #define DATA16_BASE (A_SANDBOX - 0x2000)

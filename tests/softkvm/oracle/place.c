@@ -78,15 +78,20 @@ static uint64_t reg_value(const struct state *s, ZydisRegister r)
 	return r == ZYDIS_REGISTER_NONE ? 0 : low_bits(s->gpr[gpr_of(r)], ZydisRegisterGetWidth(ZYDIS_MACHINE_MODE_LONG_64, r));
 }
 
-static uint64_t seg_base(const struct test_case *t, ZydisRegister seg)
+static uint64_t seg_base(const struct test_case *t, const struct state *s, ZydisRegister seg)
 {
-	if (seg == ZYDIS_REGISTER_FS)
-		return arena() + FS_BASE;
-	if (seg == ZYDIS_REGISTER_GS)
-		return arena() + GS_BASE;
-	if (t->bits != 16)
+	uint16_t sel = seg == ZYDIS_REGISTER_CS ? s->cs : seg == ZYDIS_REGISTER_SS ? s->ss :
+		       s->seg[seg == ZYDIS_REGISTER_ES ? 1 : seg == ZYDIS_REGISTER_FS ? 2 : seg == ZYDIS_REGISTER_GS ? 3 : 0];
+
+	if (t->bits == 64 && seg != ZYDIS_REGISTER_FS && seg != ZYDIS_REGISTER_GS)
 		return 0;
-	return arena() + (seg == ZYDIS_REGISTER_CS ? A_CODE : DATA16_BASE);
+	switch (sel) {
+	case SEL_FS: return arena() + FS_BASE;
+	case SEL_GS: return arena() + GS_BASE;
+	case SEL_CS16: return arena() + A_CODE;
+	case SEL_DATA16: return arena() + DATA16_BASE;
+	default: return 0;
+	}
 }
 
 static bool rip_relative(const ZydisDecodedOperandMem *m) { return m->base == ZYDIS_REGISTER_RIP || m->base == ZYDIS_REGISTER_EIP; }
@@ -125,7 +130,7 @@ uint64_t operand_address(const struct test_case *t, const struct state *s, const
 {
 	uint64_t base = rip_relative(&o->mem) ? s->rip + t->len : reg_value(s, o->mem.base);
 
-	base = low_bits(base + offset_rest(t, s, o), t->z.address_width) + seg_base(t, o->mem.segment);
+	base = low_bits(base + offset_rest(t, s, o), t->z.address_width) + seg_base(t, s, o->mem.segment);
 	return t->bits == 64 ? base : (uint32_t)base;
 }
 
@@ -175,13 +180,13 @@ static bool patch_displacement(struct test_case *t, const struct state *s, const
 static bool place(struct test_case *t, struct state *s, const ZydisDecodedOperand *o)
 {
 	const ZydisDecodedOperandMem *m = &o->mem;
-	uint64_t target = random_target(o) - seg_base(t, m->segment);
+	uint64_t target = random_target(o) - seg_base(t, s, m->segment);
 
 	if (m->type == ZYDIS_MEMOP_TYPE_AGEN || m->type == ZYDIS_MEMOP_TYPE_MIB)
 		return true;
 	if (m->type == ZYDIS_MEMOP_TYPE_VSIB) {
 		random_indices(s, m, t->z.opcode & 1);
-		target = (uintptr_t)sandbox + SANDBOX / 2 + below(256) - seg_base(t, m->segment);
+		target = (uintptr_t)sandbox + SANDBOX / 2 + below(256) - seg_base(t, s, m->segment);
 	} else if (m->index != ZYDIS_REGISTER_NONE) {
 		if (m->base != ZYDIS_REGISTER_NONE && gpr_of(m->index) == gpr_of(m->base))
 			return false;
@@ -204,11 +209,14 @@ static bool place(struct test_case *t, struct state *s, const ZydisDecodedOperan
 }
 
 /* -- where control goes --------------------------------------------------------------------------- */
-static uint16_t random_selector(void)
+/* From 16-bit code never to 64-bit code: the upper half of RSP is Linux's then (espfix), and it handles the fault there without end. */
+static uint16_t random_selector(const struct test_case *t)
 {
 	static const uint16_t sel[] = { SEL_CS32, SEL_DATA, SEL_CS64, SEL_FS, SEL_GS, SEL_CS16, SEL_DATA16, 0, 3, 0x10, 0xfff8, SEL_DATA, SEL_CS64 };
 
-	return sel[below(ARRAY_SIZE(sel))];
+	uint16_t v = sel[below(ARRAY_SIZE(sel))];
+
+	return t->bits == 16 && v == SEL_CS64 ? SEL_CS32 : v;
 }
 
 /* Into the code area, beside the instruction; in code bytes. */
@@ -251,7 +259,7 @@ static bool place_branch(struct test_case *t, struct state *s)
 	if (!t->z.raw.imm[0].is_relative) {
 		/* A far pointer, offset and selector. */
 		uint64_t to = code_address(t, random_code(t));
-		uint16_t sel = random_selector();
+		uint16_t sel = random_selector(t);
 
 		if (o->type != ZYDIS_OPERAND_TYPE_POINTER)
 			return true;
@@ -286,7 +294,7 @@ static void store_targets(struct test_case *t, struct state *s)
 		switch (t->z.mnemonic) {
 		case ZYDIS_MNEMONIC_IRET: case ZYDIS_MNEMONIC_IRETD: case ZYDIS_MNEMONIC_IRETQ:
 			put_word(s, at + 2 * w, (rnd() & 0x254ed5) | 0x202, w);
-			popped_ss = below(4) ? s->ss : random_selector();
+			popped_ss = below(4) ? s->ss : random_selector(t);
 			put_word(s, at + 4 * w, popped_ss, w);
 			put_word(s, at + 3 * w, (uintptr_t)sandbox + below(SANDBOX), w);
 			break;
@@ -294,14 +302,14 @@ static void store_targets(struct test_case *t, struct state *s)
 			put_word(s, at, rnd() & ~(uint64_t)FL_TF, w);
 			continue;
 		case ZYDIS_MNEMONIC_POP:
-			put_word(s, at, random_selector(), 2);
+			put_word(s, at, random_selector(t), 2);
 			continue;
 		case ZYDIS_MNEMONIC_LES: case ZYDIS_MNEMONIC_LDS: case ZYDIS_MNEMONIC_LSS: case ZYDIS_MNEMONIC_LFS: case ZYDIS_MNEMONIC_LGS:
-			put_word(s, at + w, random_selector(), 2);
+			put_word(s, at + w, random_selector(t), 2);
 			continue;
 		case ZYDIS_MNEMONIC_MOV:
 			if (t->op[0].type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(t->op[0].reg.value) == ZYDIS_REGCLASS_SEGMENT)
-				put_word(s, at, random_selector(), 2);
+				put_word(s, at, random_selector(t), 2);
 			continue;
 		default:
 			break;
@@ -310,14 +318,14 @@ static void store_targets(struct test_case *t, struct state *s)
 			continue;
 		/* One thing wrong at a time: which is told first is the processor's choice. */
 		if (is_far(t))
-			put_word(s, at + w, below(4) ? s->cs : popped_ss != s->ss ? s->cs : random_selector(), 2);
+			put_word(s, at + w, below(4) ? s->cs : popped_ss != s->ss ? s->cs : random_selector(t), 2);
 		put_word(s, at, code_address(t, random_code(t)), w);
 	}
 }
 
 static void registers_of_control(struct test_case *t, struct state *s)
 {
-	uint64_t near = (uintptr_t)sandbox + below(SANDBOX) - seg_base(t, ZYDIS_REGISTER_SS);
+	uint64_t near = (uintptr_t)sandbox + below(SANDBOX) - seg_base(t, s, ZYDIS_REGISTER_SS);
 
 	switch (t->z.mnemonic) {
 	case ZYDIS_MNEMONIC_LOOP: case ZYDIS_MNEMONIC_LOOPE: case ZYDIS_MNEMONIC_LOOPNE: case ZYDIS_MNEMONIC_JCXZ:
@@ -338,7 +346,7 @@ static void registers_of_control(struct test_case *t, struct state *s)
 	case ZYDIS_MNEMONIC_MOV:
 		if (t->op[0].type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(t->op[0].reg.value) == ZYDIS_REGCLASS_SEGMENT &&
 		    t->op[1].type == ZYDIS_OPERAND_TYPE_REGISTER)
-			s->gpr[gpr_of(t->op[1].reg.value)] = random_selector();
+			s->gpr[gpr_of(t->op[1].reg.value)] = random_selector(t);
 		break;
 	case ZYDIS_MNEMONIC_RET:
 		/* AMD's far return probes the stack that it leaves first of all. */
@@ -412,15 +420,19 @@ static bool is_image(const struct test_case *t)
 }
 
 /* -- all of it -------------------------------------------------------------------------------------- */
-/* Alignment of more than an x87 number is checked by some processors and not by others. */
+/* Alignment of more than an x87 number is checked by some processors and not by others; of two operands either may come first. */
 static bool alignment_defined(const struct test_case *t)
 {
-	if (is_far(t) || t->z.mnemonic == ZYDIS_MNEMONIC_CALL)
-		return false;
-	for (unsigned n = 0; n < t->z.operand_count; n++)
-		if (t->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && (t->op[n].size > 80 || t->op[n].mem.type == ZYDIS_MEMOP_TYPE_VSIB))
+	unsigned operands = 0;
+
+	for (unsigned n = 0; n < t->z.operand_count; n++) {
+		if (t->op[n].type != ZYDIS_OPERAND_TYPE_MEMORY)
+			continue;
+		if (t->op[n].size > 80 || t->op[n].mem.type == ZYDIS_MEMOP_TYPE_VSIB)
 			return false;
-	return true;
+		operands++;
+	}
+	return operands < 2 && !is_far(t) && t->z.mnemonic != ZYDIS_MNEMONIC_CALL;
 }
 
 static void random_flags(const struct test_case *t, struct state *s)
@@ -459,7 +471,9 @@ static void segments(const struct test_case *t, struct state *s)
 	uint16_t data = t->bits == 16 ? SEL_DATA16 : SEL_DATA;
 
 	s->cs = t->bits == 64 ? SEL_CS64 : t->bits == 32 ? SEL_CS32 : SEL_CS16;
-	s->ss = s->seg[0] = s->seg[1] = data;
+	s->ss = data;
+	/* Addresses of 16 bits need a base in the arena. */
+	s->seg[0] = s->seg[1] = t->z.address_width == 16 ? SEL_DATA16 : data;
 	s->seg[2] = SEL_FS;
 	s->seg[3] = SEL_GS;
 }
@@ -497,6 +511,14 @@ static bool transfer_defined(const struct test_case *t, const struct state *s)
 	return true;
 }
 
+/* Outside 64-bit code an operand may or may not reach beyond 4 GiB of its segment: the processor's choice. */
+static bool wraps(const struct test_case *t, const struct state *s, const ZydisDecodedOperand *o)
+{
+	uint64_t off = (uint32_t)(operand_address(t, s, o) - seg_base(t, s, o->mem.segment));
+
+	return t->bits != 64 && off + o->size / 8 > 1ull << 32;
+}
+
 bool gen_state(struct test_case *t, struct state *s)
 {
 	memset(s, 0, sizeof *s);
@@ -512,6 +534,12 @@ bool gen_state(struct test_case *t, struct state *s)
 	for (unsigned n = 0; n < t->z.operand_count; n++)
 		if (t->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && !place(t, s, &t->op[n]))
 			return false;
+	for (unsigned n = 0; n < t->z.operand_count; n++)
+		if (t->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && t->op[n].mem.type == ZYDIS_MEMOP_TYPE_MEM && wraps(t, s, &t->op[n]))
+			return false;
+	/* IRET to a stack of 16 bits leaves the upper half of ESP what it was; Linux hides that. */
+	if (t->bits == 16)
+		s->gpr[R_RSP] &= 0xffff;
 	if (is_image(t) && !make_image(t, s))
 		return false;
 	store_targets(t, s);

@@ -193,7 +193,9 @@ int main(void)
 		cmocka_unit_test(test_host_restores), cmocka_unit_test(test_kvm_images),
 	};
 
-	if (native_init() || engine_init())
+	if (native_init())
+		return 77;
+	if (engine_init())
 		return 1;
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
