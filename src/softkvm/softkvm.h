@@ -57,7 +57,7 @@ int softkvm_code_written(struct softkvm_file *vm, uint64_t gpa, uint64_t len);
 /*
  * softkvm's own: how vCPUs made from now on execute guest code. KVM_ENABLE_CAP(SOFTKVM_CAP_TRANSLATE) on a VM with
  * args[0] 0: interpret, 1: translate, 2: both in lockstep (tests), SOFTKVM_TRANSLATE_AS_IS: no change; args[1]: bytes of memory for
- * translations with their tables, all vCPUs together (0: 128 MiB; at least SOFTKVM_CODE_MIN for each vCPU, or those beyond are interpreted, at most
+ * translations with their tables and what they were made from, all vCPUs together (0: 128 MiB; at least SOFTKVM_CODE_MIN for each vCPU, or those beyond are interpreted, at most
  * SOFTKVM_CODE_MAX); args[2]: how many vCPUs there will be (0: as many as the host has processors; when more come, all shares shrink). A vCPU that
  * cannot have memory at addresses which translated code reaches is interpreted. Without the call the variable
  * LODGE_SOFT_MODE (interp, translate, translate-at-once, lockstep) of the environment decides: a knob for tests.

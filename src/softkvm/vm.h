@@ -37,6 +37,8 @@ struct slot {
 
 struct slot_table { unsigned n; struct slot *s[]; };    /* sorted by gpa; immutable once published */
 
+#define CODE_EIGHTHS 5          /* of policy.code_bytes are for translations, the rest for the decoded blocks they were made from */
+
 struct vm {
 	pthread_mutex_t lock;
 	_Atomic int refs;
@@ -64,7 +66,7 @@ struct vm {
 		uint64_t hypercall_exits;       /* bits 1 << KVM_HC_* */
 		bool translate;                 /* SOFTKVM_CAP_TRANSLATE */
 		unsigned jit_mode;              /* enum jit_mode */
-		uint64_t code_bytes;            /* for all vCPUs */
+		uint64_t code_bytes;            /* for all vCPUs: translations and decoded blocks */
 		unsigned code_vcpus;            /* so many will share them; 0: not known */
 		bool sample;                    /* SOFTKVM_CAP_PROFILE */
 		int perf_fd;                    /* perf map, or -1 */

@@ -123,7 +123,7 @@ static void translator(struct cpu *c)
 		return;
 	if (!n)
 		n = (uint64_t)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1);
-	cfg.bytes = p->code_bytes / MAX(n, made);
+	cfg.bytes = jit_share(p->code_bytes, MAX(n, made));
 	r = jit_cpu_init(c, &cfg);
 	if (r)
 		log_warn("softkvm: vCPU %u is interpreted: %s", c->id, strerror(-r));

@@ -20,18 +20,27 @@ static size_t block_size(unsigned n, unsigned bytes)
 }
 
 /* -- life -------------------------------------------------------------------------------------- */
+/* What the arenas of a VM may take together once they have grown: the rest of the memory for code is the translator's. */
+static uint64_t grown_total(const struct cpu *c)
+{
+	return c->vm && c->vm->policy.translate ? c->vm->policy.code_bytes - c->vm->policy.code_bytes / 8 * CODE_EIGHTHS : 0;
+}
+
 int engine_cpu_init(struct cpu *c)
 {
 	struct block_cache *bc = calloc(1, sizeof *bc);
 
 	if (!bc)
 		return -ENOMEM;
-	bc->size = BLOCK_ARENA_TOTAL;   /* of addresses; pages come as they are used */
+	bc->size = MAX((uint64_t)BLOCK_ARENA_TOTAL, grown_total(c));    /* of addresses; pages come as they are used */
 	bc->arena = mmap(NULL, bc->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	bc->scratch = aligned_alloc(64, ALIGN_UP(block_size(1, 15), 64));
-	if (bc->arena == MAP_FAILED || !bc->scratch) {
+	bc->hash_bits = BLOCK_HASH_BITS;
+	bc->hash = calloc((size_t)1 << bc->hash_bits, sizeof *bc->hash);
+	if (bc->arena == MAP_FAILED || !bc->scratch || !bc->hash) {
 		if (bc->arena != MAP_FAILED)
 			munmap(bc->arena, bc->size);
+		free(bc->hash);
 		free(bc->scratch);
 		free(bc);
 		return -ENOMEM;
@@ -48,6 +57,7 @@ void engine_cpu_free(struct cpu *c)
 	if (!bc)
 		return;
 	munmap(bc->arena, bc->size);
+	free(bc->hash);
 	free(bc->scratch);
 	free(bc);
 	c->blocks = NULL;
@@ -100,7 +110,7 @@ void block_flush(struct cpu *c)
 	struct block_cache *bc = c->blocks;
 
 	memset(bc->fast, 0, sizeof bc->fast);
-	memset(bc->hash, 0, sizeof bc->hash);
+	memset(bc->hash, 0, sizeof *bc->hash << bc->hash_bits);
 	bc->used = 0;
 	bc->want = NULL;
 	jit_flush(c);
@@ -331,12 +341,61 @@ static void build(struct cpu *c, struct build *b)
 	}
 }
 
+static unsigned hash_index(const struct block_cache *bc, uint64_t gpa, uint32_t mode)
+{
+	uint64_t h = (gpa ^ (uint64_t)(mode & BM_PHYS_MASK) << 40) * 0x9e3779b97f4a7c15ULL;
+
+	return (unsigned)(h >> (64 - bc->hash_bits));
+}
+
 /* This vCPU's share. */
 static size_t arena_limit(const struct cpu *c)
 {
-	unsigned n = c->vm ? atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed) : 1;
+	unsigned n = c->vm ? MAX(atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed), 1u) : 1;
+	uint64_t first = MAX(BLOCK_ARENA_TOTAL / n, BLOCK_ARENA_MIN);
 
-	return MAX(BLOCK_ARENA_TOTAL / MAX(n, 1u), BLOCK_ARENA_MIN);
+	return (size_t)MIN(MAX(first, MIN(first << c->blocks->grown, grown_total(c) / n)), c->blocks->size);
+}
+
+/* Twice the chains, for twice the blocks. Without memory for them they just get longer. */
+static void hash_grow(struct block_cache *bc)
+{
+	struct block **old = bc->hash, **new = calloc((size_t)2 << bc->hash_bits, sizeof *new), *b, *next;
+	size_t n = (size_t)1 << bc->hash_bits;
+
+	if (!new)
+		return;
+	bc->hash = new;
+	bc->hash_bits++;
+	for (size_t i = 0; i < n; i++)
+		for (b = old[i]; b; b = next) {
+			struct block **to = &new[hash_index(bc, b->gpa, b->mode)];
+
+			next = b->hash_next;
+			b->hash_next = *to;
+			*to = b;
+		}
+	free(old);
+}
+
+/* The arena is full. True: it may hold more from now on. */
+static bool arena_grow(struct cpu *c)
+{
+	struct block_cache *bc = c->blocks;
+	uint64_t blocks = c->stats.blocks_decoded - bc->full_blocks, insns = c->stats.insns - bc->full_insns;
+	size_t limit = arena_limit(c);
+
+	bc->full_blocks = c->stats.blocks_decoded;
+	bc->full_insns = c->stats.insns;
+	if (insns / BLOCK_BUSY >= blocks)
+		return false;
+	bc->grown++;
+	if (arena_limit(c) == limit) {
+		bc->grown--;
+		return false;
+	}
+	hash_grow(bc);
+	return true;
 }
 
 static struct block *block_alloc(struct cpu *c, size_t need)
@@ -345,18 +404,11 @@ static struct block *block_alloc(struct cpu *c, size_t need)
 	struct block *b;
 
 	need = ALIGN_UP(need, 32);
-	if (bc->used + need > MIN(arena_limit(c), bc->size))
+	if (bc->used + need > arena_limit(c) && (!arena_grow(c) || bc->used + need > arena_limit(c)))
 		block_flush(c);
 	b = (struct block *)(bc->arena + bc->used);
 	bc->used += need;
 	return b;
-}
-
-static unsigned hash_index(uint64_t gpa, uint32_t mode)
-{
-	uint64_t h = (gpa ^ (uint64_t)(mode & BM_PHYS_MASK) << 40) * 0x9e3779b97f4a7c15ULL;
-
-	return (unsigned)(h >> (64 - BLOCK_HASH_BITS));
 }
 
 /* Bytes `s` needs as a block. */
@@ -385,7 +437,7 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 		s->insn[s->n - 1].flags |= IF_END;
 	struct block_cache *bc = c->blocks;
 	struct block *b = s->keep ? block_alloc(c, built_size(s)) : bc->scratch;
-	unsigned h = hash_index(s->gpa, s->mode);
+	unsigned h;
 
 	memset(b, 0, sizeof *b);
 	b->n = (uint8_t)s->n;
@@ -399,6 +451,7 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 	b->ver_value = s->cross || !s->keep ? 1 : s->ver[0];
 	finish_insns(b, s);
 	if (s->keep) {
+		h = hash_index(bc, s->gpa, s->mode);
 		b->hash_next = bc->hash[h];
 		bc->hash[h] = b;
 		watch_block(c, b, &s->page[0]);
@@ -425,7 +478,7 @@ static bool same_pages(struct cpu *c, const struct block *b, const struct code_p
 
 static struct block *hash_find(struct cpu *c, uint64_t gpa, uint32_t mode, const struct code_page *pg, uint64_t lin)
 {
-	struct block **p = &c->blocks->hash[hash_index(gpa, mode)], *b;
+	struct block **p = &c->blocks->hash[hash_index(c->blocks, gpa, mode)], *b;
 
 	for (; (b = *p); p = &b->hash_next) {
 		if (b->gpa != gpa || b->mode != (mode & BM_PHYS_MASK))

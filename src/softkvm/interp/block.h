@@ -11,7 +11,9 @@
  * thrown away. For clients that do not announce their writes, mmu/watch.c compares pages and changes their versions. An instruction that crosses a page end is a block of its own and has two of everything.
  *
  * Memory. A bounded arena per vCPU, filled front to back and thrown away as a whole when full. What a VM's arenas
- * may hold together is bounded as well, so that a machine of four CPUs takes no more memory than one of one.
+ * may hold together is bounded as well, so that a machine of four CPUs takes no more memory than one of one. A guest
+ * that fills its arena again and again with little done in between has more code in use than fits: where a translator
+ * works, the arena then grows instead, up to a part of the memory meant for translations.
  */
 #ifndef SOFTKVM_INTERP_BLOCK_H
 #define SOFTKVM_INTERP_BLOCK_H
@@ -26,6 +28,7 @@
 #define BLOCK_MAX_BYTES 512
 #define BLOCK_ARENA_TOTAL (14u << 20)
 #define BLOCK_ARENA_MIN (1u << 20)
+#define BLOCK_BUSY 8192                 /* instructions for each decoded block, below which an arena grows */
 
 /* Mode bits of a block: part of its key and of code_stamp. */
 enum {
@@ -89,14 +92,17 @@ struct block_fast { uint64_t rip, stamp; struct block *blk; };
 
 #define CODE_STAMP_NONE 1      /* no block or link ever has this */
 
-#define BLOCK_FAST_BITS 13
-#define BLOCK_HASH_BITS 14
+#define BLOCK_FAST_BITS 14
+#define BLOCK_HASH_BITS 15              /* at first */
 
 struct block_cache {
 	struct block_fast fast[1 << BLOCK_FAST_BITS];
-	struct block *hash[1 << BLOCK_HASH_BITS];
+	struct block **hash;
+	unsigned hash_bits;
 	uint8_t *arena;
 	size_t size, used;
+	unsigned grown;                 /* times that the arena's bound was doubled */
+	uint64_t full_insns, full_blocks;       /* statistics when it was full last */
 	uint32_t gen[2], last_gen;      /* upper half of code_stamp, [1] at CPL 3; no value is used twice */
 	uint32_t seen_fetch_gen[2];
 	struct { uint32_t fetch_gen, gen; } known[8];   /* at CPL 3: values of fetch_gen that may come back */

@@ -62,6 +62,20 @@ void gen_put(struct tr *t, unsigned guest, unsigned host)
 		em_store(&t->h, host, &t->c->gpr[guest]);
 }
 
+void gen_rip(struct em *e, struct tr *t, bool w, unsigned reg, uint64_t rip)
+{
+	int64_t off = (int64_t)(rip - (t->k->rip & ~4095ull));
+
+	if (!t->k->page) {
+		em_imm(e, reg, w ? rip : (uint32_t)rip);
+		return;
+	}
+	if (off != (int32_t)off)
+		t->failed = true;
+	em_load(e, reg, &t->k->page->lin);
+	em_mem(e, w, 0x8d, reg, (int)reg, -1, 0, (int32_t)off);
+}
+
 /* -- addresses ----------------------------------------------------------------------------------- */
 static const ZydisDecodedOperandMem *mem_operand(const struct tinsn *i)
 {
@@ -115,7 +129,7 @@ static bool gen_address_at(struct tr *t, unsigned n, int64_t disp)
 	if (m->base == ZYDIS_REGISTER_EIP)
 		return false;
 	if (m->base == ZYDIS_REGISTER_RIP) {
-		em_imm(&t->h, ST, tr_end(t, n) + (uint64_t)disp);
+		gen_rip(&t->h, t, true, ST, tr_end(t, n) + (uint64_t)disp);
 	} else {
 		if (m->base != ZYDIS_REGISTER_NONE)
 			base = (int)gen_get(t, insn_reg_off(m->base) / 8, SC);
@@ -285,11 +299,11 @@ void gen_live(struct tr *t, struct cold *k, unsigned bit)
 /* -- leaving a block ------------------------------------------------------------------------------ */
 static void leave_mapped(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l)
 {
-	if ((int64_t)rip == (int32_t)rip) {
+	if (!t->k->page && (int64_t)rip == (int32_t)rip) {
 		em_op_abs(e, true, 0xc7, 0, &t->c->rip);
 		e32(e, (uint32_t)rip);
 	} else {
-		em_imm(e, H_RAX, rip);
+		gen_rip(e, t, true, H_RAX, rip);
 		em_store(e, H_RAX, &t->c->rip);
 	}
 	em_imm(e, H_RAX, (uintptr_t)l);
@@ -339,7 +353,6 @@ static void leave_by_link(struct tr *t, uint64_t rip)
 	if (t->k->map) {
 		map_out(e, t);
 		l->at2 = (uint32_t)(em_jmp(e) - t->j->rw);
-		l->unlinked2 = l->at2 + 4;
 	}
 	if (stale)
 		em_here(e, stale);

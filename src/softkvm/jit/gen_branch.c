@@ -42,6 +42,17 @@ static void store_imm(struct tr *t, unsigned n, uint64_t v)
 	}
 }
 
+/* The address behind instruction n there. */
+static void store_rip(struct tr *t, unsigned n)
+{
+	if (!t->k->page) {
+		store_imm(t, n, tr_end(t, n));
+		return;
+	}
+	gen_rip(&t->h, t, true, SC, tr_end(t, n));
+	store(t, n, SC, 0);
+}
+
 static void back(struct tr *t, unsigned n, struct cold *k)
 {
 	k->back = t->h.p;
@@ -281,7 +292,7 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 		struct cold *k2 = cold_last(t, n);
 
 		stack(t, k2, -word(t), true);
-		store_imm(t, n, tr_end(t, n));
+		store_rip(t, n);
 		lea_rsp(t, -word(t));
 	} else {
 		lookup(t, n, k);
@@ -302,7 +313,7 @@ static bool direct(struct tr *t, unsigned n, bool call)
 	gen_flags_save(t);
 	k = cold_last(t, n);
 	stack(t, k, -word(t), true);
-	store_imm(t, n, tr_end(t, n));
+	store_rip(t, n);
 	lea_rsp(t, -word(t));
 	gen_edge(t, to, n, false);
 	return true;

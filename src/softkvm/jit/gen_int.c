@@ -304,7 +304,7 @@ static bool lea(struct tr *t, unsigned n)
 	if (m->base == ZYDIS_REGISTER_RIP) {
 		uint64_t v = tr_end(t, n) + (uint64_t)disp;
 
-		em_imm(&t->h, d, w ? v : (uint32_t)v);
+		gen_rip(&t->h, t, w, d, v);
 	} else {
 		if (m->base != ZYDIS_REGISTER_NONE)
 			base = (int)gen_get(t, insn_reg_off(m->base) / 8, SC);

@@ -22,18 +22,32 @@ extern const int8_t jit_map[16];
 #define JIT_THUNKS 8192u        /* bytes at the start of the code area */
 #define JIT_ALL_FLAGS 0x8d5u    /* OF SF ZF AF PF CF in RFLAGS' positions */
 
-/* A direct jump to another block. In low memory: translated code reads `stamp`. */
+/*
+ * A direct jump to another block. In low memory: translated code reads `stamp`. `rip` holds while the page of `from` is
+ * where it was translated: jit_link_rip().
+ */
 struct jit_link {
 	uint64_t stamp;                 /* cross-page: good under this code stamp */
 	uint64_t rip;
 	struct jit_code *from;
 	uint32_t at, unlinked;          /* offset of the rel32 in the code area, and where it leads while unlinked */
-	uint32_t at2, unlinked2;        /* behind the registers' change to the usual places; 0: `at` is there */
+	uint32_t at2;                   /* behind the registers' change to the usual places; 0: `at` is there. Unlinked it leads on */
 	bool near;                      /* within the page: needs no stamp */
 	struct jit_link *next;          /* of the same translation */
 	struct jit_code *to;            /* where it leads, NULL: nowhere yet */
 	struct jit_link *next_in;       /* that lead there */
 };
+_Static_assert(sizeof(struct jit_link) == 64, "jit_link: one cache line");
+
+/* Translations of a page that may move. In low memory: they read `lin`. */
+struct jit_page {
+	uint64_t lin;                   /* its linear address now */
+	const _Atomic uint32_t *ver;    /* which page: where its version is */
+	struct jit_code *codes;
+	struct jit_page *next;          /* of the same hash */
+};
+#define JIT_PAGE_BITS 12
+
 /* What translated code is left by: a jit_link, NULL, or a jit_code with this bit whose entry found it stale. */
 #define LEFT_STALE 2u
 
@@ -85,7 +99,13 @@ struct jit_code {
 	struct block *part[REGION_PARTS];       /* [0] is b */
 	unsigned nparts;
 	bool looked;                    /* at code beyond its blocks (flags_dead_at()) */
+	struct jit_page *page;          /* NULL: made for `rip` and for no other; else that was its address when it was made */
+	struct jit_code *page_next;
 };
+
+/* Where it is now. */
+static inline uint64_t jit_code_rip(const struct jit_code *k) { return k->page ? k->page->lin | (k->rip & 4095) : k->rip; }
+static inline uint64_t jit_link_rip(const struct jit_link *l) { return l->rip - l->from->rip + jit_code_rip(l->from); }
 
 /* Recent targets of indirect jumps. */
 struct jit_ind { uint64_t rip, stamp; uint64_t code, pad; };
@@ -128,6 +148,8 @@ struct jit {
 	uint32_t enter, leave, abandon, call_out;       /* thunks */
 	struct jit_point *points;       /* touched as they are used */
 	uint32_t npoints, points_max;
+	struct jit_page *pages[1 << JIT_PAGE_BITS];
+	uint64_t moves;                 /* of pages, ever */
 	bool alone;                     /* the instruction at alone_rip is to be interpreted: translated, it met a fault */
 	uint64_t alone_rip;
 	struct jit_map_thunks maps[1 << 12];    /* by map.c's key, valid for one gen */
@@ -187,6 +209,7 @@ void *jit_arena(struct jit *j, size_t size);                            /* low m
 /* run.c */
 void code_valid(struct jit_code *k, uint64_t stamp);    /* its first block is valid now, under that stamp (0: none) */
 uint64_t jit_call_insn(struct jit_site *s);
+void jit_cut_incoming(struct jit *j, struct jit_code *k);        /* who leads to it has to ask anew */
 
 /* resume.c */
 struct fault;
@@ -199,6 +222,15 @@ void gen_point(struct tr *t, unsigned n);
 void points_keep(struct tr *t);         /* the translation is complete */
 int points_map(struct jit *j, size_t bytes);
 void points_unmap(struct jit *j);
+
+/*
+ * page.c. The new translation `k` belongs to a page that may move, if its code is of that kind: the page is at k->rip now.
+ * jit_page_add(): it is complete.
+ */
+void jit_page_join(struct jit *j, struct jit_code *k);
+void jit_page_add(struct jit_code *k);
+/* The page is where `rip` is from now on. Never while its code runs. */
+void jit_page_move(struct jit *j, struct jit_page *p, uint64_t rip);
 
 /* live.c: vector and x87 state. */
 void live_emit_save(struct em *e, struct jit *j);
@@ -293,6 +325,7 @@ void gen_stack_at(struct tr *t, struct cold *k, unsigned size, bool write);
 void gen_stack(struct tr *t, struct cold *k, int32_t d, unsigned size, bool write);
 void gen_handler(struct tr *t, unsigned n);
 unsigned gen_get(struct tr *t, unsigned guest, unsigned scratch);       /* host register holding it now */
+void gen_rip(struct em *e, struct tr *t, bool w, unsigned reg, uint64_t rip);   /* reg = that address in the guest's code; w: all of it */
 void gen_put(struct tr *t, unsigned guest, unsigned host);
 void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l);
 /* The region's part at `rip`, -1. */

@@ -24,6 +24,14 @@ enum jit_mode { JIT_NORMAL, JIT_AT_ONCE, JIT_LOCKSTEP };
 
 #define JIT_BYTES_MIN ((size_t)1 << 20)
 
+/* What one of `vcpus` gets of a VM's memory for code: CODE_EIGHTHS of its part, the rest is for decoded blocks (interp/block.c). */
+static inline uint64_t jit_share(uint64_t code_bytes, uint64_t vcpus)
+{
+	uint64_t part = code_bytes / vcpus;
+
+	return part < JIT_BYTES_MIN ? part : MAX(part / 8 * CODE_EIGHTHS, (uint64_t)JIT_BYTES_MIN);
+}
+
 /*
  * bytes: what its translations may take, tables included; perf_fd: -1, or the perf map, which stays the caller's. 0, -ENOSPC (fewer than JIT_BYTES_MIN), -ENOMEM or -ENOTSUP (host
  * without BMI2, context not in low memory). Without it everything is interpreted.

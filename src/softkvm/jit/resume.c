@@ -102,7 +102,7 @@ static void take_registers(struct cpu *c, const struct jit_point *p, const greg_
 	}
 	if (p->host_flags)
 		c->aflags = aflags_from((uint64_t)r[REG_EFL]);
-	c->rip = k->rip + (uint64_t)(int64_t)p->rip;
+	c->rip = jit_code_rip(k) + (uint64_t)(int64_t)p->rip;
 }
 
 bool jit_fault(struct cpu *c, struct fault *f)

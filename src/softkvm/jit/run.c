@@ -22,7 +22,7 @@ static bool addressable(const struct cpu *c)
 
 static int init(struct jit *j, const struct jit_config *cfg)
 {
-	size_t eighth = cfg->bytes / 8 & ~(size_t)4095;
+	size_t part = cfg->bytes / 16 & ~(size_t)4095; /* in proportion to what a compiler's code takes */
 	int r;
 
 	j->gen = 1;
@@ -31,12 +31,12 @@ static int init(struct jit *j, const struct jit_config *cfg)
 	j->mxcsr_mask = mxcsr_mask();
 	j->threshold = cfg->mode == JIT_AT_ONCE ? 0 : cfg->mode == JIT_LOCKSTEP ? 3 : JIT_THRESHOLD;
 	j->tr = calloc(1, sizeof *j->tr);
-	j->arena_size = 3 * eighth;
+	j->arena_size = 9 * part;
 	j->low_size = sizeof *j->low + j->arena_size;
 	j->low = low_alloc(j->low_size);
 	if (!j->tr || !j->low || !low_is(j->low, j->low_size))
 		return -ENOMEM;
-	if ((r = jit_code_map(j, 4 * eighth)) || (r = points_map(j, eighth)))
+	if ((r = jit_code_map(j, 6 * part)) || (r = points_map(j, part)))
 		return r;
 	return cfg->mode == JIT_LOCKSTEP ? lockstep_init(j) : 0;
 }
@@ -96,6 +96,7 @@ void jit_flush(struct cpu *c)
 	j->stale = NULL;
 	j->gen++;
 	memset(j->low->ind, 0, sizeof j->low->ind);
+	memset(j->pages, 0, sizeof j->pages);
 }
 
 static struct jit_code *code_of(const struct jit *j, const struct block *b)
@@ -108,7 +109,7 @@ static void link_cut(struct jit *j, struct jit_link *l)
 {
 	em_to(j->rw + l->at, j->rw + l->unlinked);
 	if (l->at2)
-		em_to(j->rw + l->at2, j->rw + l->unlinked2);
+		em_to(j->rw + l->at2, j->rw + l->at2 + 4);
 }
 
 static void link_forget(struct jit_link *l)
@@ -121,8 +122,7 @@ static void link_forget(struct jit_link *l)
 	l->to = NULL;
 }
 
-/* The translation was replaced: who leads to it has to ask anew. */
-static void cut_incoming(struct jit *j, struct jit_code *k)
+void jit_cut_incoming(struct jit *j, struct jit_code *k)
 {
 	struct jit_link *l;
 
@@ -204,14 +204,14 @@ static void resolve(struct jit *j, struct jit_link *l, struct jit_code *to)
 {
 	const struct jit_code *from = l->from;
 
-	if (l->rip != to->rip || from->mode != to->mode)
+	if (jit_link_rip(l) != jit_code_rip(to) || from->mode != to->mode)
 		return;
 	if (!l->near) {
 		l->stamp = j->low->stamp;
 		link_to(j, l, to);
 	} else if (to->b->cross) {
 		link_to(j, l, to);
-	} else if (from->b->ver == to->b->ver && from->b->ver_value == to->b->ver_value &&
+	} else if (from->page == to->page && from->b->ver == to->b->ver && from->b->ver_value == to->b->ver_value &&
 		   atomic_load_explicit(from->b->ver, memory_order_acquire) == to->b->ver_value && code_of(j, from->b) == from) {
 		link_to(j, l, to);
 	}
@@ -251,7 +251,7 @@ uint64_t jit_call_insn(struct jit_site *s)
 
 	c->stats.handler_calls++;
 	live_settle(c);
-	c->gpr[R_BLK] = k->rip + (uint64_t)(int64_t)s->delta;
+	c->gpr[R_BLK] = jit_code_rip(k) + (uint64_t)(int64_t)s->delta;
 	c->rip = c->gpr[R_BLK] + s->bytes;
 	c->blk = s->b;
 	c->block_end = NULL;
@@ -304,14 +304,21 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 	c->blocks->want = NULL;
 	if (unlikely(j->stale)) {
 		if (j->stale != k)
-			cut_incoming(j, j->stale);
+			jit_cut_incoming(j, j->stale);
 		j->stale = NULL;
+	}
+	if (b->code_gen != j->gen) {            /* after a flush it has to earn its place anew */
+		b->code_gen = j->gen;
+		b->code = NULL;
+		b->runs = 0;
 	}
 	if (unlikely(j->alone) && j->alone_rip == c->rip) {
 		j->alone = false;
 		return JIT_NOT;
 	}
-	if (unlikely(!k || k->rip != c->rip || k->mode != mode)) {
+	if (k && k->page && k->mode == mode)
+		jit_page_move(j, k->page, c->rip);
+	if (unlikely(!k || jit_code_rip(k) != c->rip || k->mode != mode)) {
 		/* Code in the last page of 4 GiB may go on at 0: not worth a thought. */
 		if (!block_mode_translates(mode) || (mode & BM_ONE) || (!(mode & BM_CODE64) && c->rip >> 12 >= 0xfffff) ||
 		    b == c->blocks->scratch || c->tlb == c->tlbs[TLB_NONE] || j->off || b->runs++ < j->threshold)

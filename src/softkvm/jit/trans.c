@@ -9,7 +9,7 @@
 #define HOT_MAX (32u << 10)
 #define THUNKS_MAX (4u << 10)
 #define COLD_MAX (128u << 10)
-#define ARENA_MAX (sizeof(struct jit_code) + 64 + (REGION_INSNS * 3 + REGION_PARTS * 2) * sizeof(struct jit_site))
+#define ARENA_MAX (sizeof(struct jit_code) + sizeof(struct jit_page) + 128 + (REGION_INSNS * 3 + REGION_PARTS * 2) * sizeof(struct jit_site))
 
 void gen_colds(struct tr *t);
 insn_fn op_fetch_gp;
@@ -185,7 +185,7 @@ static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 	}
 }
 
-/* The decoded block at `rip` if it may join: executed before, in the page, as valid as the first. */
+/* The decoded block at `rip` if it may join: executed a few times, in the page, as valid as the first. */
 static struct block *candidate(struct tr *t, uint64_t rip)
 {
 	const struct block_fast *e = &t->c->blocks->fast[block_fast_index(rip)];
@@ -194,7 +194,7 @@ static struct block *candidate(struct tr *t, uint64_t rip)
 
 	if (((rip ^ t->k->rip) >> 12) || e->rip != rip || !b || b->gpa != h->gpa + (rip - t->k->rip) || b->mode != h->mode ||
 	    b->host != h->host + (rip - t->k->rip) || b->ver != h->ver || b->ver_value != h->ver_value || b->cross ||
-	    b == t->c->blocks->scratch ||
+	    b == t->c->blocks->scratch || (t->j->threshold && (b->code_gen != t->j->gen || (!b->code && b->runs * 4 < t->j->threshold))) ||
 	    t->n + b->n > REGION_INSNS || t->nparts == REGION_PARTS || tr_part(t, rip) >= 0)
 		return NULL;
 	return b;
@@ -448,7 +448,7 @@ static void note(struct tr *t, const uint8_t *start)
 /* Of a table's `size`, what its vCPU may use: vCPUs that came later want their part of the VM's. */
 static size_t part_of(const struct jit *j, size_t size)
 {
-	uint64_t n = atomic_load_explicit(&j->c->vm->ncpus, memory_order_relaxed), share = j->c->vm->policy.code_bytes / MAX(n, (uint64_t)1);
+	uint64_t n = atomic_load_explicit(&j->c->vm->ncpus, memory_order_relaxed), share = jit_share(j->c->vm->policy.code_bytes, MAX(n, (uint64_t)1));
 
 	share = MAX(share, (uint64_t)JIT_BYTES_MIN);
 	return share >= j->bytes ? size : (size_t)((double)size * (double)share / (double)j->bytes);
@@ -501,6 +501,7 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false };
 	*k = (struct jit_code){ .b = b, .c = j->c, .rip = rip, .mode = mode };
 	code_valid(k, 0);
+	jit_page_join(j, k);
 	t->j = j;
 	t->c = j->c;
 	t->b = b;
@@ -534,6 +535,7 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	j->hot = (size_t)(t->h.p - j->rw);
 	j->cold = (size_t)(t->cold.p - j->rw) - j->hot_size;
 	count(t, (size_t)(t->h.p - h.p) + (size_t)(t->cold.p - cold.p));
+	jit_page_add(k);
 	b->code = k;
 	b->code_gen = j->gen;
 	return k;

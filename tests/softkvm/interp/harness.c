@@ -1,6 +1,7 @@
 /* See harness.h. HLT ends a run; every event ends a run, too. */
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include "harness.h"
@@ -18,13 +19,22 @@ static void page_tables(void)
 	uint64_t *l4 = (uint64_t *)(h.ram + 0x1000), *l3 = (uint64_t *)(h.ram + 0x2000), *l2 = (uint64_t *)(h.ram + 0x3000);
 	uint64_t *l1 = (uint64_t *)(h.ram + 0x4000);
 
-	l4[0] = 0x2000 | PTE_P | PTE_W;
+	l4[0] = l4[2] = 0x2000 | PTE_P | PTE_W;
 	l3[0] = 0x3000 | PTE_P | PTE_W;
 	for (unsigned n = 0; n < 512; n++)
 		l2[n] = (uint64_t)n << 21 | PTE_P | PTE_W | PTE_PS;
 	l2[2] = 0x4000 | PTE_P | PTE_W;         /* 4 MiB: small pages, every second one missing */
 	for (unsigned n = 0; n < 512; n += 2)
 		l1[n] = (0x400000u + n * 4096u) | PTE_P | PTE_W;
+
+	/* The aliases that are shifted. */
+	l4[1] = l4[3] = 0x5000 | PTE_P | PTE_W;
+	memcpy(h.ram + 0x5000, l3, 4096);
+	memcpy(h.ram + 0x6000, l2, 4096);
+	st_le64(h.ram + 0x5000, 0x6000 | PTE_P | PTE_W);
+	st_le64(h.ram + 0x6000, 0x7000 | PTE_P | PTE_W);
+	for (unsigned n = 1; n < 512; n++)
+		st_le64(h.ram + 0x7000 + 8 * n, (n - 1) * 4096u | PTE_P | PTE_W);
 }
 
 void harness_mode(unsigned bits)
@@ -99,7 +109,7 @@ enum run_result harness_run(void)
 {
 	h.cpu.halted = false;
 	h.cpu.ev.valid = h.got.valid = false;
-	h.cpu.rip = h.cpu.real ? 0 : H_CODE;
+	h.cpu.rip = h.cpu.real ? 0 : H_CODE + h.alias;
 	if (!h.cpu.gpr[R_RSP])
 		h.cpu.gpr[R_RSP] = h.cpu.real ? 0x8000 : H_STACK;
 	return engine_run(&h.cpu);

@@ -14,6 +14,8 @@
 #define H_CODE 0x100000u        /* physical = linear: identity mapped */
 #define H_DATA 0x200000u
 #define H_STACK 0x300000u
+/* All of that once more in three places; in the first and the third the lowest 2 MiB are one page further up. */
+static inline uint64_t harness_alias(unsigned n) { return (uint64_t)n << 39 | (n & 1) << 12; }
 
 struct harness {
 	struct vm vm;
@@ -23,6 +25,7 @@ struct harness {
 	struct event got;       /* last event that reached event_deliver() */
 	uint64_t got_rip;
 	bool exit_on_event;
+	uint64_t alias;         /* harness_run() starts at this + H_CODE */
 	unsigned polls_left;    /* not 0: budgets (16384 instructions) after which a run ends with RUN_EINTR */
 };
 

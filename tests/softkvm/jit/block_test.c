@@ -7,6 +7,8 @@
  * In half of the cases the host's instructions that touch guest memory or need an extension are then replaced by undefined
  * ones: the state at every such trap must be understood, and the result be the same (jit/resume.c).
  *
+ * With --moved the code is mapped at four addresses and runs at one after the other: its translations go along (jit/page.c).
+ *
  * Flags that an instruction leaves undefined are compared only behind one that defines them.
  */
 #include <getopt.h>
@@ -45,10 +47,12 @@ struct result {
 	struct event ev;
 	bool halted, endless;           /* endless: it overwrote itself or its counter */
 	uint8_t mem[PAGES * 4096];
+	uint64_t places;                /* put_place() */
 };
 
 static ZydisDecoder dec, host_dec;
 static bool narrow;             /* 32-bit code */
+static bool moved;              /* at another address now and then */
 static unsigned count_seg;      /* where its counter is: flat */
 
 /* -- instructions ---------------------------------------------------------------------------------- */
@@ -271,6 +275,37 @@ static void put_jcc(struct code *c)
 	put(c, b, 2);
 }
 
+/* Every round says where it was: push rax ; lea rax, [rip] ; add [0x500020], rax ; pop rax. */
+static void put_place(struct code *c)
+{
+	put(c, "\x50\x48\x8d\x05\0\0\0\0\x48\x01\x04\x25\x20\0\x50\0\x58", 17);
+}
+
+/* Begin again at another address: [0x500008] times, to and fro between two of them, without a TLB flush. */
+static void put_move(struct code *c)
+{
+	static const uint8_t count[] = { 0x83, 0x04, 0x25, 8, 0, 0x50, 0, 0xff, 0x78, 0 };   /* add dword [0x500008], -1 ; js over all this */
+	static const uint8_t again[] = { 0xc7, 0x04, 0x25, 0, 0, 0x50, 0, 3, 0, 0, 0 };         /* mov dword [0x500000], 3 */
+	static const uint8_t other[] = { 0x81, 0x34, 0x25, 0x14, 0, 0x50, 0 };                  /* xor dword [0x500014], upper half of harness_alias() */
+	static const uint8_t shift[] = { 0x81, 0x34, 0x25, 0x10, 0, 0x50, 0 };                  /* xor dword [0x500010], lower half */
+	static const uint8_t jump[] = { 0xff, 0x24, 0x25, 0x10, 0, 0x50, 0 };                   /* jmp [0x500010] */
+	uint64_t bits = harness_alias(1 + below(3));
+	unsigned from;
+
+	put(c, count, sizeof count);
+	from = c->n;
+	put(c, again, sizeof again);
+	put(c, other, sizeof other);
+	put(c, (uint8_t *)&bits + 4, 4);
+	put(c, shift, sizeof shift);
+	put(c, &bits, 4);
+	if (below(2))
+		put(c, jump, sizeof jump);
+	else
+		put(c, "\xff\x14\x25\x10\0\x50", 7);        /* the same as a call */
+	c->b[from - 1] = (uint8_t)(c->n - from);
+}
+
 /* loop: body ; dec dword [DATA_COUNT] via absolute address ; jnz loop ; hlt. Flags at the end are known ones. */
 static void make(struct code *c, bool vec, unsigned at)
 {
@@ -279,6 +314,8 @@ static void make(struct code *c, bool vec, unsigned at)
 
 	memset(c, 0, sizeof *c);
 	body = c->n;
+	if (moved)
+		put_place(c);
 	while (c->count < n && tries++ < 2000) {
 		if (c->jumps < 3 && below(6) == 0 && !bad)
 			put_jcc(c);
@@ -309,6 +346,8 @@ static void make(struct code *c, bool vec, unsigned at)
 	int32_t rel = (int32_t)body - (int32_t)(c->n + 6);
 	put(c, "\x0f\x85", 2);
 	put(c, &rel, 4);
+	if (moved)
+		put_move(c);
 	put(c, "\xf4", 1);
 }
 
@@ -374,7 +413,7 @@ static void random_state(void)
 
 static struct code code;
 static uint8_t low[0x20000];    /* as the harness made it: page tables */
-static unsigned code_at;
+static unsigned code_at, rounds;
 static bool all_clear;
 
 /* Everything that operands reach, but for page tables: a stray store would be seen by the next run. */
@@ -404,6 +443,9 @@ static void run(struct result *out, unsigned loops)
 
 	lay_out();
 	memcpy(h.ram + 0x500000, &n, 4);
+	st_le32(h.ram + 0x500008, rounds);
+	st_le64(h.ram + 0x500020, 0);
+	st_le64(h.ram + 0x500010, H_CODE + code_at + harness_alias(1));
 	memcpy(c->gpr, start.gpr, sizeof start.gpr);
 	c->aflags = aflags_from(start.rflags);
 	c->eflags = 0;
@@ -425,6 +467,7 @@ static void run(struct result *out, unsigned loops)
 	memcpy(out->fx, c->fpu.fx, sizeof out->fx);
 	out->ev = h.got;
 	memcpy(out->mem, h.ram + BASE, sizeof out->mem);
+	out->places = ld_le64(h.ram + 0x500020);
 }
 
 /* -- comparison ------------------------------------------------------------------------------------- */
@@ -455,6 +498,7 @@ static unsigned differ(const struct result *a, const struct result *b, bool prin
 	for (unsigned k = 0; k < sizeof a->mem; k += 8)
 		DIFF(memcmp(a->mem + k, b->mem + k, 8), "  mem %x: %" PRIx64 " %" PRIx64 "\n", BASE + k, ld_le64(a->mem + k),
 		     ld_le64(b->mem + k));
+	DIFF(a->places != b->places, "  places: %" PRIx64 " %" PRIx64 "\n", a->places, b->places);
 	return n;
 }
 
@@ -568,16 +612,28 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 	make(&code, vec, at);
 	code_at = at;
 	random_state();
+	rounds = below(6);
 	loops = below(2) ? 24 + below(40) : 1 + below(4);
+	h.alias = 0;
 	if (loops < 8)          /* few rounds on random data: translated before by being run often */
-		for (unsigned k = 0; k < 20; k++)
+		for (unsigned k = 0; k < 20; k++) {
+			h.alias = moved ? harness_alias(below(4)) : 0;
 			run(&translated, 1);
+		}
+	h.alias = moved ? harness_alias(below(4)) : 0;
 	jit->off = true;
 	run(&interpreted, loops);
 	jit->off = false;
 	ok = agree(loops, n);
 	if (ok && gen == jit->gen)
 		ok = !no_point(jit, hot);
+	for (unsigned k = 0; ok && moved && k < 3; k++) {
+		h.alias = harness_alias(below(4));
+		jit->off = true;
+		run(&interpreted, loops);
+		jit->off = false;
+		ok = agree(loops, n);
+	}
 	if (ok && below(2)) {
 		uint64_t before = h.cpu.stats.host_faults;
 
@@ -601,7 +657,7 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 
 int main(int argc, char **argv)
 {
-	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { "32", 0, 0, 'n' }, { 0 } };
+	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { "32", 0, 0, 'n' }, { "moved", 0, 0, 'm' }, { 0 } };
 	struct counts count = { 0 };
 	unsigned cases = 10000, seed = 1, bad = 0;
 	bool vec = false;
@@ -613,6 +669,7 @@ int main(int argc, char **argv)
 		case 's': seed = (unsigned)strtoul(optarg, NULL, 0); break;
 		case 'v': vec = true; break;
 		case 'n': narrow = true; break;
+		case 'm': moved = true; break;
 		default: return 2;
 		}
 	}
@@ -631,7 +688,12 @@ int main(int argc, char **argv)
 		rnd(), rnd();
 		bad += !one(seed + n, vec, &count);
 	}
-	printf("%u cases from seed %u: %u differ, %u met traps, %u did not end\n", cases, seed, bad, count.trapped, count.endless);
+	printf("%u cases from seed %u: %u differ, %u met traps, %u did not end; pages moved %" PRIu64 " times\n", cases, seed, bad,
+	       count.trapped, count.endless, h.cpu.jit->moves);
+	if (moved && h.cpu.jit->moves < cases) {
+		printf("code hardly moved\n");
+		bad++;
+	}
 	if (cases >= 1000 && (count.trapped < cases / 20 || count.endless > cases / 100)) {
 		printf("too few met traps or ended\n");
 		bad++;

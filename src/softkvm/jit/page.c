@@ -1,0 +1,85 @@
+/*
+ * Code that is at different addresses in different programs: shared libraries, and executables that are laid out anew each
+ * time. Its translations say no address of their own but add to that of their page (gen_rip()), so a page that turns
+ * up somewhere else takes its translations along: they are in one place at a time, the one where they ran last. What leads to
+ * them from elsewhere, or from them to elsewhere, was made for the old place and is cut.
+ */
+#include "softkvm/jit/internal.h"
+
+/* Code whose address fits an immediate stays: the kernel's, and programs linked to a place. */
+static bool may_move(uint32_t mode, uint64_t rip)
+{
+	return (mode & BM_CODE64) && (int64_t)rip != (int32_t)rip;
+}
+
+static struct jit_page **chain(struct jit *j, const _Atomic uint32_t *ver)
+{
+	return &j->pages[(uintptr_t)ver / 4 * 0x9e3779b97f4a7c15ull >> (64 - JIT_PAGE_BITS)];
+}
+
+void jit_page_join(struct jit *j, struct jit_code *k)
+{
+	const _Atomic uint32_t *ver = block_page(k->b).ver;
+	struct jit_page **head = chain(j, ver), *p = *head;
+
+	if (!may_move(k->mode, k->rip))
+		return;
+	while (p && p->ver != ver)
+		p = p->next;
+	if (!p) {
+		p = jit_arena(j, sizeof *p);
+		if (!p)
+			return;
+		*p = (struct jit_page){ .lin = k->rip & ~4095ull, .ver = ver, .next = *head };
+		*head = p;
+	}
+	jit_page_move(j, p, k->rip);
+	k->page = p;
+}
+
+void jit_page_add(struct jit_code *k)
+{
+	if (!k->page)
+		return;
+	k->page_next = k->page->codes;
+	k->page->codes = k;
+}
+
+static void code_moves(struct jit *j, struct jit_code *k)
+{
+	uint64_t rip = jit_code_rip(k);
+	struct jit_ind *i = &j->low->ind[rip & ((1u << JIT_IND_BITS) - 1)];
+
+	if (i->rip == rip && i->code == (uintptr_t)(j->rx + k->entry))
+		i->stamp = 0;
+	for (struct jit_link *l = k->links; l; l = l->next)
+		if (!l->near)
+			l->stamp = 0;
+	for (struct jit_link *l = k->in; l; l = l->next_in)
+		if (!l->near)
+			l->stamp = 0;
+	k->stamp = 0;
+}
+
+/* What nobody can come to any more: replaced, and of a version that has passed. */
+static bool gone(const struct jit_code *k)
+{
+	return k->b->code != k && k->ver_value != atomic_load_explicit(block_page(k->b).ver, memory_order_relaxed);
+}
+
+void jit_page_move(struct jit *j, struct jit_page *p, uint64_t rip)
+{
+	if (p->lin == (rip & ~4095ull))
+		return;
+	for (struct jit_code **at = &p->codes, *k; (k = *at);) {
+		code_moves(j, k);
+		if (gone(k)) {
+			*at = k->page_next;
+			jit_cut_incoming(j, k);
+		} else {
+			at = &k->page_next;
+		}
+	}
+	p->lin = rip & ~4095ull;
+	j->moves++;
+}
