@@ -96,11 +96,11 @@ struct jit_code {
 	uint32_t map;                   /* map.c */
 	uint32_t entry_same, body_same; /* the same for those who come with this map */
 	struct jit_link *links, *in;
-	struct block *part[REGION_PARTS];       /* [0] is b */
 	unsigned nparts;
 	bool looked;                    /* at code beyond its blocks (flags_dead_at()) */
 	struct jit_page *page;          /* NULL: made for `rip` and for no other; else that was its address when it was made */
 	struct jit_code *page_next;
+	struct block *part[REGION_PARTS];       /* [0] is b; there is memory for nparts of them */
 };
 
 /* Where it is now. */
@@ -141,6 +141,7 @@ struct jit {
 	uint8_t *rw, *rx;
 	size_t size, hot_size;
 	size_t hot, cold;               /* used so far; cold counts from hot_size */
+	size_t written;                 /* bytes since `rw` was last unmapped */
 	struct jit_low *low;
 	uint32_t mxcsr_mask;            /* MXCSR bits the host has */
 	size_t low_size, arena_size, arena;

@@ -2,6 +2,7 @@
 #include <inttypes.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "softkvm/jit/internal.h"
@@ -487,6 +488,25 @@ static void count(struct tr *t, size_t bytes)
 	s->code_used = j->hot + j->cold + j->arena + j->npoints * sizeof *j->points;
 }
 
+/* `k`, allocated last, keeps room for as many parts as there are. */
+static void keep_parts(struct jit *j, struct jit_code *k, const struct tr *t)
+{
+	k->nparts = t->nparts;
+	for (unsigned p = 0; p < t->nparts; p++)
+		k->part[p] = t->part[p].b;
+	j->arena -= ALIGN_UP(sizeof *k, 64) - ALIGN_UP(offsetof(struct jit_code, part) + t->nparts * sizeof k->part[0], 64);
+}
+
+/* What was written is there to be executed; seen as memory to be written it need not be resident a second time. */
+static void unmap_written(struct jit *j, size_t bytes)
+{
+	j->written += bytes;
+	if (j->written < 1 << 20)
+		return;
+	j->written = 0;
+	madvise(j->rw, j->size, MADV_DONTNEED);
+}
+
 struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode)
 {
 	struct tr *t = j->tr;
@@ -501,7 +521,6 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false };
 	*k = (struct jit_code){ .b = b, .c = j->c, .rip = rip, .mode = mode };
 	code_valid(k, 0);
-	jit_page_join(j, k);
 	t->j = j;
 	t->c = j->c;
 	t->b = b;
@@ -510,13 +529,12 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	t->failed = false;
 	t->bits = mode & BM_CODE64 ? 64 : 32;
 	collect(t);
+	keep_parts(j, k, t);
+	jit_page_join(j, k);
 	labels(t);
 	map_choose(t);
 	h.p = j->rw + j->hot;
 	h.end = h.p + HOT_MAX;
-	k->nparts = t->nparts;
-	for (unsigned p = 0; p < t->nparts; p++)
-		k->part[p] = t->part[p].b;
 	arena = j->arena;
 	do {
 		j->arena = arena;
@@ -535,6 +553,7 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	j->hot = (size_t)(t->h.p - j->rw);
 	j->cold = (size_t)(t->cold.p - j->rw) - j->hot_size;
 	count(t, (size_t)(t->h.p - h.p) + (size_t)(t->cold.p - cold.p));
+	unmap_written(j, (size_t)(t->h.p - h.p) + (size_t)(t->cold.p - cold.p));
 	jit_page_add(k);
 	b->code = k;
 	b->code_gen = j->gen;
