@@ -378,17 +378,16 @@ static void hash_grow(struct block_cache *bc)
 	free(old);
 }
 
-/* The arena is full. True: it may hold more from now on. The first time says little: a boot executes much code once. */
+/* The arena is full. True: it may hold more from now on. A boot executes much code once: that is no reason. */
 static bool arena_grow(struct cpu *c)
 {
 	struct block_cache *bc = c->blocks;
-	bool first = !bc->full_blocks;
 	uint64_t blocks = c->stats.blocks_decoded - bc->full_blocks, insns = c->stats.insns - bc->full_insns;
 	size_t limit = arena_limit(c);
 
 	bc->full_blocks = c->stats.blocks_decoded;
 	bc->full_insns = c->stats.insns;
-	if (first || insns / BLOCK_BUSY >= blocks)
+	if (c->stats.blocks_decoded < BLOCK_GROW || insns / BLOCK_BUSY >= blocks)
 		return false;
 	bc->grown++;
 	if (arena_limit(c) == limit) {

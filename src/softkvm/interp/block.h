@@ -28,6 +28,7 @@
 #define BLOCK_MAX_BYTES 512
 #define BLOCK_ARENA_TOTAL (14u << 20)
 #define BLOCK_ARENA_MIN (1u << 20)
+#define BLOCK_GROW 150000               /* decoded in all, before which no arena grows */
 #define BLOCK_BUSY 8192                 /* instructions for each decoded block, below which an arena grows */
 
 /* Mode bits of a block: part of its key and of code_stamp. */
