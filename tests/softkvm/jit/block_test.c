@@ -37,7 +37,7 @@ static uint64_t rnd(void)
 }
 static unsigned below(unsigned n) { return (unsigned)(rnd() % n); }
 
-struct code { uint8_t b[CODE_MAX]; unsigned n, at[BODY * 2], count; unsigned jumps, jump_at[BODY]; };
+struct code { uint8_t b[CODE_MAX]; unsigned n, at[BODY * 2 + 4], count; unsigned jumps, jump_at[BODY]; };
 
 struct result {
 	uint64_t gpr[16], rip, rflags;
