@@ -32,26 +32,33 @@ static uint64_t active(const struct cpu *c, const struct vec_op *op)
 	return m;
 }
 
-void mask_load(struct cpu *c, const struct vec_op *op, uint64_t lin, void *buf)
+static uint64_t lin_of(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, unsigned e, enum access acc)
+{
+	if (!mask_by_element(c, i, op))
+		return lin + e * op->esize;
+	return seg_lin(c, i->seg, (uint32_t)(insn_offset(c, i) + e * op->esize), op->esize, acc);
+}
+
+void mask_load(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, void *buf)
 {
 	uint64_t m = active(c, op);
 
 	memset(buf, 0, 64);
 	for (unsigned e = 0; e < op->size / op->esize; e++)
 		if (m >> e & 1)
-			mem_read(c, lin + e * op->esize, (uint8_t *)buf + e * op->esize, op->esize);
+			mem_read(c, lin_of(c, i, op, lin, e, ACC_READ), (uint8_t *)buf + e * op->esize, op->esize);
 }
 
-void mask_store(struct cpu *c, const struct vec_op *op, uint64_t lin, const void *buf)
+void mask_store(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, const void *buf)
 {
 	uint64_t m = active(c, op);
 
 	for (unsigned e = 0; e < op->size / op->esize; e++)
 		if (m >> e & 1)
-			mem_probe(c, lin + e * op->esize, op->esize, ACC_WRITE);
+			mem_probe(c, lin_of(c, i, op, lin, e, ACC_WRITE), op->esize, ACC_WRITE);
 	for (unsigned e = 0; e < op->size / op->esize; e++)
 		if (m >> e & 1)
-			mem_write(c, lin + e * op->esize, (const uint8_t *)buf + e * op->esize, op->esize);
+			mem_write(c, lin_of(c, i, op, lin, e, ACC_WRITE), (const uint8_t *)buf + e * op->esize, op->esize);
 }
 
 /* -- gather, scatter ------------------------------------------------------------------------------ */

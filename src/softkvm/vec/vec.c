@@ -102,18 +102,18 @@ static inline void run_op(struct cpu *c, const struct vec_op *op, void *mem)
 }
 
 /* -- handlers ----------------------------------------------------------------------------------- */
-static __attribute__((noinline)) void load_slow(struct cpu *c, const struct vec_op *op, uint64_t lin)
+static __attribute__((noinline)) void load_slow(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin)
 {
 	_Alignas(64) uint8_t buf[64];
 
 	if (op->flags & (VO_KMASK | VO_VMASK))
-		mask_load(c, op, lin, buf);
+		mask_load(c, i, op, lin, buf);
 	else
 		mem_read(c, lin, buf, op->size);
 	run_op(c, op, buf);
 }
 
-static __attribute__((noinline)) void store_slow(struct cpu *c, const struct vec_op *op, uint64_t lin)
+static __attribute__((noinline)) void store_slow(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin)
 {
 	_Alignas(64) uint8_t buf[64] = { 0 };
 	uint32_t mx = c->fpu.mxcsr, after;
@@ -124,7 +124,7 @@ static __attribute__((noinline)) void store_slow(struct cpu *c, const struct vec
 	after = c->fpu.mxcsr;
 	c->fpu.mxcsr = mx;
 	if (op->flags & (VO_KMASK | VO_VMASK))
-		mask_store(c, op, lin, buf);
+		mask_store(c, i, op, lin, buf);
 	else
 		mem_write(c, lin, buf, op->size);
 	c->fpu.mxcsr = after;
@@ -143,6 +143,10 @@ static inline void exec_load(struct cpu *c, const struct insn *i, enum vec_class
 	void *p;
 
 	check(c, cls);
+	if (unlikely(mask_by_element(c, i, op))) {
+		load_slow(c, i, op, 0);
+		return;
+	}
 	lin = insn_lin(c, i, op->size, ACC_READ);
 	p = tlb_hit_r(c, lin, op->size);
 	if (unlikely((lin & op->align) && misaligned(c, op)))
@@ -150,7 +154,7 @@ static inline void exec_load(struct cpu *c, const struct insn *i, enum vec_class
 	if (likely(p))
 		run_op(c, op, p);
 	else
-		load_slow(c, op, lin);
+		load_slow(c, i, op, lin);
 }
 
 static inline void exec_store(struct cpu *c, const struct insn *i, enum vec_class cls)
@@ -160,6 +164,10 @@ static inline void exec_store(struct cpu *c, const struct insn *i, enum vec_clas
 	void *p;
 
 	check(c, cls);
+	if (unlikely(mask_by_element(c, i, op))) {
+		store_slow(c, i, op, 0);
+		return;
+	}
 	lin = insn_lin(c, i, op->size, ACC_WRITE);
 	p = tlb_hit_w(c, lin, op->size);
 	if (unlikely((lin & op->align) && misaligned(c, op)))
@@ -167,7 +175,7 @@ static inline void exec_store(struct cpu *c, const struct insn *i, enum vec_clas
 	if (likely(p && !(op->flags & VO_FP)))
 		run_plain(c, op, p);
 	else
-		store_slow(c, op, lin);
+		store_slow(c, i, op, lin);
 }
 
 static void sse_rr(struct cpu *c, const struct insn *i) { exec_rr(c, i, VC_SSE); }

@@ -105,8 +105,13 @@ insn_fn x87_exec;
 bool hot_decode(struct insn *i, const struct decoded *d, const struct vec_op *op);
 bool mask_decode(struct insn *i, const struct decoded *d);
 bool xsave_decode(struct insn *i, const struct decoded *d);
-void mask_load(struct cpu *c, const struct vec_op *op, uint64_t lin, void *buf);
-void mask_store(struct cpu *c, const struct vec_op *op, uint64_t lin, const void *buf);
+/* Only the elements that are accessed are held against the segment's limit; `lin` is then not looked at. */
+static inline bool mask_by_element(const struct cpu *c, const struct insn *i, const struct vec_op *op)
+{
+	return (op->flags & (VO_KMASK | VO_VMASK)) && (i->flags & IF_EA_SLOW) && !c->flat;
+}
+void mask_load(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, void *buf);
+void mask_store(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, const void *buf);
 
 /* FXSAVE's x87 registers and control words (bytes 0..23 and 32..159) in either pointer format. */
 void fx_put_x87(const struct cpu *c, uint8_t area[160], bool wide);
