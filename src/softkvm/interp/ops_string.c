@@ -3,7 +3,7 @@
  *
  * A repeated instruction works in runs: as many elements as lie in one page on each side are moved by the
  * host when both sides are plain RAM; everything else goes element by element. It stops
- * at a page, after a bounded number of elements, after MMIO and in single-step mode, leaves RCX, RSI and RDI as
+ * at a page, after a bounded number of elements, after MMIO and where a trap follows each element, leaves RCX, RSI and RDI as
  * the architecture has them there, and is executed again from its start, so interrupts come in between.
  */
 #include "softkvm/interp/ops.h"
@@ -238,9 +238,12 @@ static bool ended(const struct cpu *c, const struct insn *i, enum str op)
 	return i->flags & IF_REPNE ? zf : !zf;
 }
 
+/* A trap follows every element. RF and shadows, for which the loop steps as well, want the instruction only. */
+static bool traps(const struct cpu *c) { return c->blocks->stepping && c->step.tf; }
+
 static bool may_bulk(const struct cpu *c, enum str op)
 {
-	return op != S_LODS && !c->data_bp && !c->one_insn && !c->blocks->stepping;
+	return op != S_LODS && !c->data_bp && !traps(c);
 }
 
 /* Most are short: upwards, in one page on each side, which the TLB knows. */
@@ -250,7 +253,7 @@ static bool quick(struct cpu *c, const struct insn *i, enum str op, unsigned siz
 	void *d, *s;
 
 	if (!c->flat || (i->flags & (IF_A32 | IF_A16)) || (c->eflags & FL_DF) || i->seg == SEG_FS || i->seg == SEG_GS ||
-	    n - 1 >= 4096 / size || c->data_bp || c->blocks->stepping)
+	    n - 1 >= 4096 / size || c->data_bp || traps(c))
 		return false;
 	d = tlb_hit_w(c, c->gpr[R_RDI], (unsigned)len);
 	if (!d)
@@ -297,7 +300,7 @@ static bool repeat(struct cpu *c, const struct insn *i, enum str op, unsigned si
 		add_reg(c, i, R_RCX, -n);
 		if (count && ended(c, i, op))
 			break;
-		if (count && (bytes >= RUN_BYTES || slow >= RUN_SLOW || mmio_pending(c) || c->blocks->stepping ||
+		if (count && (bytes >= RUN_BYTES || slow >= RUN_SLOW || mmio_pending(c) || traps(c) ||
 			      c->trap_db || atomic_load_explicit(&c->requests, memory_order_relaxed))) {
 			cpu_charge(c, (int32_t)(slow * 8 + bytes / 16));
 			c->rip = c->rep_rip = cpu_cur_rip(c);

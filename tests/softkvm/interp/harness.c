@@ -150,7 +150,14 @@ bool event_deliver(struct cpu *c)
 }
 bool event_boundary(struct cpu *c) { return true; }
 bool mwait_goes_on(struct cpu *c) { return false; }
-void event_insn_done(struct cpu *c) { c->one_insn = false; }
+/* RF, the one thing that the tests step for, holds to the end of a repeated instruction. */
+void event_insn_done(struct cpu *c)
+{
+	if (!cpu_mid_rep(c))
+		c->eflags &= ~(uint64_t)FL_RF;
+	c->one_insn = c->eflags & FL_RF;
+}
+
 void event_update_one_insn(struct cpu *c) { }
 void event_unblocked(struct cpu *c) { }
 void lapic_timer_poll(struct cpu *c) { }
