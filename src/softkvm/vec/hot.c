@@ -16,14 +16,24 @@ static inline void zero_up(struct cpu *c, unsigned n, unsigned from)
 	_mm_storeu_si128(x(c, n) + 3, z);
 }
 
+static inline uint64_t operand(struct cpu *c, const struct insn *i, unsigned size, unsigned access)
+{
+	uint64_t lin;
+
+	if (vec_misaligned_first(c, i, i->aux))
+		cpu_gp(c, 0);
+	lin = insn_lin(c, i, size, access);
+	if (unlikely(lin & i->aux))
+		cpu_gp(c, 0);
+	return lin;
+}
+
 /* -- whole-register moves ------------------------------------------------------------------------ */
 static inline void load16(struct cpu *c, const struct insn *i)
 {
-	uint64_t lin = insn_lin(c, i, 16, ACC_READ);
+	uint64_t lin = operand(c, i, 16, ACC_READ);
 	const void *p = tlb_hit_r(c, lin, 16);
 
-	if (unlikely(lin & i->aux))
-		cpu_gp(c, 0);
 	if (likely(p)) {
 		_mm_storeu_si128(x(c, i->dst), ram_ld128(p));
 	} else {
@@ -36,11 +46,9 @@ static inline void load16(struct cpu *c, const struct insn *i)
 
 static inline void store16(struct cpu *c, const struct insn *i)
 {
-	uint64_t lin = insn_lin(c, i, 16, ACC_WRITE);
+	uint64_t lin = operand(c, i, 16, ACC_WRITE);
 	void *p = tlb_hit_w(c, lin, 16);
 
-	if (unlikely(lin & i->aux))
-		cpu_gp(c, 0);
 	if (likely(p))
 		ram_st128(p, _mm_loadu_si128(x(c, i->src)));
 	else
@@ -84,9 +92,7 @@ static void vex_load32(struct cpu *c, const struct insn *i)
 	const void *p;
 
 	vec_check_vex(c);
-	lin = insn_lin(c, i, 32, ACC_READ);
-	if (unlikely(lin & i->aux))
-		cpu_gp(c, 0);
+	lin = operand(c, i, 32, ACC_READ);
 	p = tlb_hit_r(c, lin, 32);
 	if (unlikely(!p)) {
 		mem_read(c, lin, buf, 32);
@@ -103,9 +109,7 @@ static void vex_store32(struct cpu *c, const struct insn *i)
 	void *p;
 
 	vec_check_vex(c);
-	lin = insn_lin(c, i, 32, ACC_WRITE);
-	if (unlikely(lin & i->aux))
-		cpu_gp(c, 0);
+	lin = operand(c, i, 32, ACC_WRITE);
 	p = tlb_hit_w(c, lin, 32);
 	if (unlikely(!p)) {
 		mem_write(c, lin, x(c, i->src), 32);

@@ -108,8 +108,10 @@ static void gather_exec(struct cpu *c, const struct insn *i)
 	for (unsigned e = 0; e < v.elems; e++) {
 		uint8_t buf[8], *p = c->fpu.zmm[i->dst] + e * v.esize;
 
-		if (!element_on(c, v, e))
+		if (!element_on(c, v, e)) {
+			element_done(c, v, e);          /* VEX: its bits go too */
 			continue;
+		}
 		if (v.scatter) {
 			mem_write(c, element_lin(c, i, v, e, ACC_WRITE), p, v.esize);
 		} else {

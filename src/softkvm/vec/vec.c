@@ -147,6 +147,8 @@ static inline void exec_load(struct cpu *c, const struct insn *i, enum vec_class
 		load_slow(c, i, op, 0);
 		return;
 	}
+	if (vec_misaligned_first(c, i, op->align))
+		misaligned(c, op);
 	lin = insn_lin(c, i, op->size, ACC_READ);
 	p = tlb_hit_r(c, lin, op->size);
 	if (unlikely((lin & op->align) && misaligned(c, op)))
@@ -168,6 +170,8 @@ static inline void exec_store(struct cpu *c, const struct insn *i, enum vec_clas
 		store_slow(c, i, op, 0);
 		return;
 	}
+	if (vec_misaligned_first(c, i, op->align))
+		misaligned(c, op);
 	lin = insn_lin(c, i, op->size, ACC_WRITE);
 	p = tlb_hit_w(c, lin, op->size);
 	if (unlikely((lin & op->align) && misaligned(c, op)))
@@ -207,6 +211,8 @@ static void mmx_exec(struct cpu *c, const struct insn *i)
 		vec_check_sse(c);
 	x87_check_pending(c);
 	if (op->size) {
+		if (vec_misaligned_first(c, i, op->align))
+			misaligned(c, op);
 		lin = insn_lin(c, i, op->size, op->flags & VO_STORE ? ACC_WRITE : ACC_READ);
 		if (unlikely(lin & op->align))
 			misaligned(c, op);

@@ -90,6 +90,15 @@ static inline void vec_check_vex(struct cpu *c)
 		vec_check_slow(c, VC_VEX);
 }
 
+/*
+ * Misaligned and beyond a segment's limit at once: the first counts, as an AMD processor was seen to say (#GP, not #SS). To be
+ * asked before the operand's address is held against the limit; `mask` is the required alignment minus one.
+ */
+static inline bool vec_misaligned_first(const struct cpu *c, const struct insn *i, unsigned mask)
+{
+	return unlikely((i->flags & IF_EA_SLOW) && mask) && !c->flat && ((c->seg[i->seg].base + insn_offset(c, i)) & mask);
+}
+
 /* No room for another stub: `i` has all blocks dropped and is decoded again. */
 void vec_decode_full(struct insn *i);
 

@@ -199,6 +199,19 @@ static bool same(const struct test_case *t, const struct state *in, const struct
 static uint64_t seed;
 static unsigned max_diffs = 20;
 
+/* The host is asked again: a virtual one was seen to leave RF out of a fault's flags once in a million. */
+static bool host_differs(const struct test_case *t, const struct state *in, struct state *a)
+{
+	static struct state again;
+
+	native_run(t, in, &again);
+	settle(t, in, &again);
+	if (!memcmp(a, &again, sizeof again))
+		return false;
+	*a = again;
+	return true;
+}
+
 /* On the host, then in the guest twice: the second time behind a NOP, as another block, with what the first left in TLB and stubs. */
 static bool run_case(const struct test_case *t, const struct state *in)
 {
@@ -209,7 +222,7 @@ static bool run_case(const struct test_case *t, const struct state *in)
 	for (unsigned start = 0; start < (t->at ? 2u : 1u); start++) {
 		vm_run(t, in, &b, start);
 		settle(t, in, &b);
-		if (!same(t, in, &a, &b)) {
+		if (!same(t, in, &a, &b) && !(host_differs(t, in, &a) && same(t, in, &a, &b))) {
 			printf("%s time, trap %d: ", start ? "second" : "first", a.trap);
 			return false;
 		}
