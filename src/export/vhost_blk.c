@@ -17,7 +17,7 @@
 #include "export/vhost_dev.h"
 #include "virtio/blk_req.h"
 
-enum { BATCH = 32, INLINE_MAX = 64 * 1024 };
+enum { BATCH = 32, TURN = 32 * BATCH, INLINE_MAX = 64 * 1024 };
 
 struct request {
 	struct virtq_chain chain;
@@ -169,24 +169,28 @@ static void submit_batch(struct vhost_queue *q, struct request *list)
 	}
 }
 
-static void serve(struct vhost_queue *q)
+/*
+ * At most TURN requests. A driver that goes on filling its ring, or one whose rings lie over each other so that answers are new
+ * requests, must not keep the thread from seeing that it shall stop.
+ */
+static bool serve(struct vhost_queue *q)
 {
+	unsigned left = TURN;
 	if (q->q.broken)
-		return;
-	do {
-		virtq_want_kicks(&q->q, false);
-		for (unsigned n = BATCH; n == BATCH;) {
-			n = 0;
-			struct request *list = pop_batch(q, &n);
-			if (list)
-				submit_batch(q, list);
-			if (q->q.filled) {
-				virtq_flush(&q->q);
-				vhost_queue_notify(q);
-			}
+		return false;
+	virtq_want_kicks(&q->q, false);
+	for (unsigned n = BATCH; n == BATCH && left; left -= n) {
+		n = 0;
+		struct request *list = pop_batch(q, &n);
+		if (list)
+			submit_batch(q, list);
+		if (q->q.filled) {
+			virtq_flush(&q->q);
+			vhost_queue_notify(q);
 		}
-		virtq_want_kicks(&q->q, true);
-	} while (!virtq_empty(&q->q) && !q->q.broken);
+	}
+	virtq_want_kicks(&q->q, true);
+	return !virtq_empty(&q->q);
 }
 
 static int set_config(struct vhost_dev *d, uint32_t off, const uint8_t *data, uint32_t len)

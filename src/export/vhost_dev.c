@@ -2,10 +2,12 @@
 #include "export/vhost_dev.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <linux/virtio_config.h>
@@ -58,16 +60,18 @@ static void *queue_thread(void *arg)
 	uint64_t n;
 	for (;;) {
 		pthread_mutex_lock(&q->lock);
-		q->d->ops->serve(q);
+		bool more = q->d->ops->serve(q);
 		if (q->q.broken)
 			ring_fd(q->err);
 		pthread_mutex_unlock(&q->lock);
-		if (poll(p, 2, -1) < 0 && errno != EINTR)
+		/* Whatever the ring holds, a stop is seen after each turn. */
+		if (poll(p, 2, more ? 0 : -1) < 0 && errno != EINTR)
 			break;
 		if (p[1].revents || p[0].revents & (POLLERR | POLLNVAL))
 			break;
-		if (p[0].revents && read(q->kick, &n, sizeof n) < 0 && errno != EAGAIN)
-			break;
+		ssize_t got = p[0].revents ? read(q->kick, &n, sizeof n) : 1;
+		if (!got || (got < 0 && errno != EAGAIN && errno != EINTR))
+			break; /* the other end is closed */
 	}
 	return NULL;
 }
@@ -276,11 +280,24 @@ static int vring_addr(struct vhost_dev *d, struct vhost_msg *m)
 	return queue_start(q);
 }
 
+/*
+ * Descriptors that wait and wake: eventfds, pipes, sockets. A file is always ready. What the front end leaves blocking would let it
+ * hold a queue's thread in read() or write().
+ */
+static bool event_fd_ok(int fd)
+{
+	struct stat st;
+	int flags = fcntl(fd, F_GETFL);
+	if (flags < 0 || fstat(fd, &st) < 0 || ((st.st_mode & S_IFMT) && !S_ISFIFO(st.st_mode) && !S_ISSOCK(st.st_mode)))
+		return false;
+	return flags & O_NONBLOCK || !fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+}
+
 static int vring_fd(struct vhost_dev *d, struct vhost_msg *m)
 {
 	struct vhost_queue *q = queue_of(d, m->p.u64 & 0xff);
 	bool none = m->p.u64 & VHOST_NO_FD;
-	if (!q || m->p.u64 & ~0x1ffull || (none ? m->nfds : m->nfds != 1))
+	if (!q || m->p.u64 & ~0x1ffull || (none ? m->nfds : m->nfds != 1 || !event_fd_ok(m->fd[0])))
 		return -EINVAL;
 	if (m->request == VHOST_SET_VRING_KICK && none)
 		return -ENOTSUP; /* polling a ring without kicks is not offered */

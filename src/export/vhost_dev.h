@@ -30,8 +30,11 @@ struct vhost_queue {
 };
 
 struct vhost_dev_ops {
-	/* The queue's thread, its lock held; may drop it. Serve what is there; in_flight counts what was popped. */
-	void (*serve)(struct vhost_queue *q);
+	/*
+	 * The queue's thread, its lock held; may drop it. Serve what is there, a bounded number of requests: true when there is more.
+	 * in_flight counts what was popped.
+	 */
+	bool (*serve)(struct vhost_queue *q);
 	/* A byte range of the configuration space was written: 0 or -errno. */
 	int (*set_config)(struct vhost_dev *d, uint32_t off, const uint8_t *data, uint32_t len);
 };

@@ -4,10 +4,22 @@
 usage: vhost_qemu_test.py LODGE-QEMU-STORAGE-DAEMON BOOT-SECTOR; exit status 77 without qemu-system-x86_64"""
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+
+
+def wait_for(path, p):
+    """Until somebody listens: the name is there a moment before that."""
+    end = time.monotonic() + 60
+    while True:
+        with socket.socket(socket.AF_UNIX) as s:
+            if not s.connect_ex(path):
+                return
+        assert p.poll() is None and time.monotonic() < end, "nobody listens at the socket"
+        time.sleep(0.01)
 
 
 def main():
@@ -29,19 +41,17 @@ def main():
             p = subprocess.Popen([daemon, "--blockdev", "driver=file,node-name=f,filename=disk", "--blockdev", f"driver={fmt},node-name=d,file=f",
                                   "--export", f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={path},writable=on,num-queues=2"])
             try:
-                while not os.path.exists(path):
-                    assert p.poll() is None
-                    time.sleep(0.01)
+                wait_for(path, p)
                 for packed in ("off", "on"):
                     q = subprocess.run(["qemu-system-x86_64", "-accel", "tcg", "-M", "q35,memory-backend=m", "-m", "64", "-object",
                                         "memory-backend-memfd,id=m,size=64M,share=on", "-chardev", f"socket,id=c,path={path}", "-device",
                                         f"vhost-user-blk-pci,chardev=c,num-queues=2,packed={packed},bootindex=0", "-display", "none", "-net", "none",
                                         "-debugcon", "stdio", "-device", "isa-debug-exit,iobase=0x501", "-no-reboot"],
-                                       stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=100)
+                                       stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=200)
                     assert q.returncode == 33 and b"from the daemon" in q.stdout, (fmt, packed, q.returncode, q.stdout)
             finally:
                 p.terminate()
-                assert p.wait(timeout=30) == 0
+                assert p.wait(timeout=60) == 0
             subprocess.run(["qemu-img", "convert", "-O", "raw", "disk", "out.raw"], check=True)
             data = open("out.raw", "rb").read()
             assert data[20 * 512:20 * 512 + 16] == b"from the daemon\n", fmt
