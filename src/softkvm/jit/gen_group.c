@@ -8,8 +8,11 @@
 #define SPAN_MAX 64             /* a row that crosses a page is slow: let that be seldom */
 #define ROW_MAX 9               /* cold.more holds the rest */
 
+/* What it accesses, NULL: nothing. NOPs and prefetches have operands that may be anywhere. */
 static const ZydisDecodedOperand *mem_of(const struct tinsn *i)
 {
+	if (int_nothing(i))
+		return NULL;
 	for (unsigned n = 0; n < i->z.operand_count; n++)
 		if (i->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && i->z.mnemonic != ZYDIS_MNEMONIC_LEA)
 			return &i->op[n];

@@ -354,16 +354,14 @@ static bool moffs(struct tr *t, unsigned n)
 	return true;
 }
 
-static bool nothing(ZydisMnemonic m);
-
 bool int_row(const struct tinsn *i)
 {
-	return (plain(i->z.mnemonic) && host_has(i)) || i->z.mnemonic == ZYDIS_MNEMONIC_LEA || nothing(i->z.mnemonic) || with_rax(i);
+	return (plain(i->z.mnemonic) && host_has(i)) || i->z.mnemonic == ZYDIS_MNEMONIC_LEA || int_nothing(i) || with_rax(i);
 }
 
-static bool nothing(ZydisMnemonic m)
+bool int_nothing(const struct tinsn *i)
 {
-	switch (m) {
+	switch (i->z.mnemonic) {
 	case ZYDIS_MNEMONIC_NOP: case ZYDIS_MNEMONIC_ENDBR64: case ZYDIS_MNEMONIC_ENDBR32:
 	case ZYDIS_MNEMONIC_PREFETCH: case ZYDIS_MNEMONIC_PREFETCHNTA: case ZYDIS_MNEMONIC_PREFETCHT0:
 	case ZYDIS_MNEMONIC_PREFETCHT1: case ZYDIS_MNEMONIC_PREFETCHT2: case ZYDIS_MNEMONIC_PREFETCHW:
@@ -378,7 +376,7 @@ static bool small(struct tr *t, unsigned n, bool *done)
 	const struct tinsn *i = &t->t[n];
 
 	*done = true;
-	if (nothing(i->z.mnemonic))
+	if (int_nothing(i))
 		return true;
 	switch (i->z.mnemonic) {
 	case ZYDIS_MNEMONIC_LEA:

@@ -357,6 +357,7 @@ bool gen_int(struct tr *t, unsigned n);
 bool gen_branch(struct tr *t, unsigned n);
 unsigned gen_stack_group(struct tr *t, unsigned n, unsigned end);       /* instructions done together, 0: none */
 bool int_row(const struct tinsn *i);            /* may stand in a row */
+bool int_nothing(const struct tinsn *i);        /* NOP and what acts like one */
 bool gen_vec(struct tr *t, unsigned n);
 bool gen_x87(struct tr *t, unsigned n);
 /* Instruction n needs these JV_* bits: looks unless they are known. Destroys flags; on failure to `k`. */
