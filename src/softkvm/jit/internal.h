@@ -117,7 +117,8 @@ struct jit_low {
 	uint8_t vec_ok;                 /* JV_*: vector and x87 state that is the host's now, and what may use it (live.c) */
 	uint8_t narrow;                 /* load 16 bytes only */
 	uint16_t fcw;                   /* on its way to the control word */
-	uint32_t host_mxcsr;
+	uint32_t host_mxcsr, mxcsr;     /* mxcsr: on its way there */
+	struct { _Alignas(32) uint8_t index[32], mask[32], data[32]; } gather;
 	_Alignas(64) uint8_t xs[576];   /* x87 state in XSAVE's form */
 	_Alignas(64) uint8_t arena[];   /* jit_code and jit_site */
 };
@@ -257,7 +258,7 @@ struct tinsn {
 
 #define VEC_MAX 32
 struct cold {
-	uint8_t *from[6];
+	uint8_t *from[12];
 	unsigned nfrom;
 	uint8_t *back;
 	struct jit_site *site, *more[8];        /* more: of the instructions behind, in order */
@@ -359,6 +360,7 @@ unsigned gen_stack_group(struct tr *t, unsigned n, unsigned end);       /* instr
 bool int_row(const struct tinsn *i);            /* may stand in a row */
 bool int_nothing(const struct tinsn *i);        /* NOP and what acts like one */
 bool gen_vec(struct tr *t, unsigned n);
+bool gen_gather(struct tr *t, unsigned n);
 bool gen_x87(struct tr *t, unsigned n);
 /* Instruction n needs these JV_* bits: looks unless they are known. Destroys flags; on failure to `k`. */
 void gen_live(struct tr *t, struct cold *k, unsigned bit);

@@ -268,7 +268,7 @@ static bool gen_one(struct tr *t, unsigned n)
 {
 	if (t->t[n].by_handler)
 		return false;
-	return gen_int(t, n) || gen_vec(t, n) || gen_x87(t, n) || gen_branch(t, n);
+	return gen_int(t, n) || gen_vec(t, n) || gen_gather(t, n) || gen_x87(t, n) || gen_branch(t, n);
 }
 
 static void reset(struct tr *t, const struct em *h, const struct em *cold)
