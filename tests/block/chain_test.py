@@ -29,7 +29,7 @@ class Disk:
 
     def img(self, *a, ok=(0,)):
         self.history.append("img " + " ".join(a))
-        p = subprocess.run([self.o.img, *a], capture_output=True, text=True, timeout=120, check=False)
+        p = subprocess.run([self.o.img, *a], capture_output=True, text=True, timeout=300, check=False)
         self.failed = p.returncode != 0
         if p.returncode not in ok:
             self.fail(f"status {p.returncode}: {p.stdout}{p.stderr}")
@@ -89,7 +89,7 @@ class Disk:
                 self.now[off:off + length] = bytes([v]) * length
             self.touched(off, length)
         self.history += ["io " + c for c in cmds]
-        p = subprocess.run([self.o.io, "-f", "qcow2", *[x for c in cmds for x in ("-c", c)], self.name()], capture_output=True, text=True, timeout=60, check=False)
+        p = subprocess.run([self.o.io, "-f", "qcow2", *[x for c in cmds for x in ("-c", c)], self.name()], capture_output=True, text=True, timeout=300, check=False)
         if p.returncode or p.stdout:
             self.fail(f"io: {p.stdout}{p.stderr}")
 
@@ -179,7 +179,7 @@ class Disk:
         for i in range(1, self.n + 1):
             self.img("check", "-q", self.name(i))
         if self.peer and self.rnd.random() < 0.3:
-            p = subprocess.run([self.peer, "check", self.name()], capture_output=True, text=True, timeout=60, check=False)
+            p = subprocess.run([self.peer, "check", self.name()], capture_output=True, text=True, timeout=300, check=False)
             if p.returncode:
                 self.fail(f"qemu-img check: {p.stdout}{p.stderr}")
         if self.tracked:
@@ -189,7 +189,7 @@ class Disk:
         """Through a server, as a backup program reads it; NBD's map shows what is dirty as no data."""
         sock = os.path.abspath("s")
         # --fork: it returns when it serves
-        p = subprocess.run([self.o.nbd, "--fork", "--pid-file", "pid", "-t", "-r", "-k", sock, "-B", "b", "-f", "qcow2", self.name()], timeout=60, check=False)
+        p = subprocess.run([self.o.nbd, "--fork", "--pid-file", "pid", "-t", "-r", "-k", sock, "-B", "b", "-f", "qcow2", self.name()], timeout=300, check=False)
         if p.returncode:
             self.fail("lodge nbd does not start")
         try:

@@ -256,7 +256,7 @@ int main(int argc, char **argv)
 				mutate(&kinds[k], p + 1, &seed);
 			if (kinds[k].fix && i % 8)
 				kinds[k].fix(p + 1);
-			alarm(20); /* a hang ends the test */
+			alarm(100); /* a hang ends the test */
 			LLVMFuzzerTestOneInput(p, i % 16 ? IMAGE + 1 : IMAGE * (i / 16 % 7) / 7);
 		}
 	}

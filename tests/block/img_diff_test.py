@@ -287,7 +287,7 @@ def run(tool, d, commands, env):
     out = []
     for c in commands.split(" ; "):
         p = subprocess.run(f"exec '{tool}' {c.replace('json:{', 'json:' + chr(92) + '{').replace(chr(34), chr(92) + chr(34)).replace(chr(92) * 2 + chr(34), chr(92) + chr(34))}",
-                           shell=True, cwd=d, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=env, check=False)
+                           shell=True, cwd=d, stdin=subprocess.DEVNULL, capture_output=True, timeout=300, env=env, check=False)
         text = p.stdout.decode("utf-8", "replace")
         for rx, to in VOLATILE:
             text = rx.sub(to, text)

@@ -12,13 +12,15 @@ import sys
 import tempfile
 import time
 
+from listening import wait_listening
+
 SIZE = 3 * 1024 * 1024 + 512 * 7
 cases = 0
 what = ""
 
 
 def run(*args, ok=(0,)):
-    p = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    p = subprocess.run(args, capture_output=True, text=True, timeout=300)
     if p.returncode not in ok:
         shutil.copytree(".", "/tmp/interchange-failed", dirs_exist_ok=True) if os.environ.get("KEEP") else None
         raise SystemExit(f"FAIL [{what}] {' '.join(args)}: status {p.returncode}\n{p.stdout}{p.stderr}")
@@ -202,10 +204,7 @@ def dirty(image, bitmap):
     sock = os.path.abspath("sock")
     server = subprocess.Popen(["qemu-nbd", "-t", "-k", sock, "-r", "-f", "qcow2", "-B", bitmap, image])
     try:
-        for _ in range(100):
-            if os.path.exists(sock):
-                break
-            time.sleep(0.05)
+        assert wait_listening(sock, server), "qemu-nbd does not serve"
         out = json.loads(run(qemu, "map", "--output=json", "--image-opts",
                              f"driver=nbd,server.type=unix,server.path={sock},x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}"))
     finally:

@@ -252,7 +252,7 @@ static void drain(int fd)
 {
 	uint8_t sink[65536];
 	struct pollfd p = { fd, POLLIN, 0 };
-	while (poll(&p, 1, 20000) > 0) {
+	while (poll(&p, 1, 100000) > 0) {
 		ssize_t n = read(fd, sink, sizeof sink);
 		if (n == 0 || (n < 0 && errno != EAGAIN))
 			return;
@@ -339,7 +339,7 @@ int main(int argc, char **argv)
 	log_set_sink(NULL, NULL, LOG_ERROR);
 	for (unsigned i = 0; i < runs; i++) {
 		unsigned kind = (unsigned)rand_r(&seed);
-		alarm(60);
+		alarm(200);
 		if (i & 1)
 			server_stream(&s, kind);
 		else

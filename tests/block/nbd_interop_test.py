@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 
+from listening import wait_listening, wait_until
+
 try:
     import nbd
 except ImportError:
@@ -28,7 +30,7 @@ servers = []
 count = 0
 
 
-def run(*args, ok=(0,), timeout=60):
+def run(*args, ok=(0,), timeout=200):
     p = subprocess.run(args, capture_output=True, text=True, timeout=timeout)
     if p.returncode not in ok:
         raise SystemExit(f"FAIL {' '.join(args)}: status {p.returncode}\n{p.stdout}{p.stderr}")
@@ -44,19 +46,15 @@ def sock():
 def start(*args, path):
     p = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
     servers.append(p)
-    for _ in range(1000):
-        if os.path.exists(path):
-            return p
-        if p.poll() is not None:
-            break
-        time.sleep(0.01)
+    if wait_listening(path, p):
+        return p
     p.kill()
     raise SystemExit(f"FAIL {' '.join(args)}: does not serve\n{p.communicate()[1]}")
 
 
 def stop(p, status=0):
     p.terminate()
-    err = p.communicate(timeout=20)[1]
+    err = p.communicate(timeout=100)[1]
     assert status is None or p.returncode in (status, -signal.SIGTERM), (p.args, p.returncode, err)
     return err
 
@@ -242,7 +240,7 @@ def test_server_errors():
     time.sleep(0.3)
     assert w.poll() is None
     h.shutdown()
-    assert w.communicate(timeout=20)[0].strip() == b"1048576"
+    assert w.communicate(timeout=100)[0].strip() == b"1048576"
     assert "not present" in run("qemu-img", "info", uri(s, "bar"), ok=(1,))
     assert "not present" in run(lodge_img, "info", uri(s, "bar"), ok=(1,))
     stop(p)
@@ -261,7 +259,7 @@ def test_server_errors():
 
 def hello(s, flags=3):
     c = socket.socket(socket.AF_UNIX)
-    c.settimeout(20)
+    c.settimeout(100)
     c.connect(s)
     assert c.recv(18, socket.MSG_WAITALL) == b"NBDMAGICIHAVEOPT\0\3"
     c.sendall(struct.pack(">I", flags))
@@ -312,7 +310,7 @@ def test_hostile_client():
     assert c.recv(1) == b""
     for junk in (b"GET / HTTP/1.0\r\n\r\n" * 10, b"\0" * 100, b"\0\0\0\3IHAVEOPT\0\0\0\7\xff\xff\xff\xff"):
         c = socket.socket(socket.AF_UNIX)
-        c.settimeout(20)
+        c.settimeout(100)
         c.connect(s)
         c.sendall(junk)
         c.recv(18, socket.MSG_WAITALL)
@@ -386,16 +384,13 @@ def test_client_data():
         stop(p, None)
     p = subprocess.Popen([lodge_nbd, "-p", port, "-b", "127.0.0.1", "-t", "-f", "raw", "-x", "a b", "c.raw"])
     servers.append(p)
-    for i in range(100):
-        if subprocess.run([lodge_nbd, "-L", "-b", "127.0.0.1", "-p", port], capture_output=True).returncode == 0:
-            break
-        time.sleep(0.05)
+    assert wait_until(lambda: subprocess.run([lodge_nbd, "-L", "-b", "127.0.0.1", "-p", port], capture_output=True).returncode == 0), "does not serve"
     for n in (f"nbd:127.0.0.1:{port}:exportname=a b", f"nbd://127.0.0.1:{port}/a%20b"):
         run(lodge_img, "convert", "-O", "raw", n, "y.raw")
         same("y.raw", "c.raw")
         run("qemu-img", "compare", "-f", "raw", "-F", "raw", n, "c.raw")
     p.terminate()
-    assert p.wait(timeout=20) == 0
+    assert p.wait(timeout=100) == 0
     assert "Connection refused" in run(lodge_img, "info", f"nbd:127.0.0.1:{port}", ok=(1,))
 
 
@@ -440,27 +435,27 @@ def test_client_errors():
     stop(p, None)
     # Killed in the middle of a request.
     s = sock()
-    p = start("nbdkit", "-f", "-U", s, "--filter=delay", "memory", "4M", "rdelay=20", path=s)
+    p = start("nbdkit", "-f", "-U", s, "--filter=log", "--filter=delay", "memory", "4M", "rdelay=200", "logfile=reads", path=s)
     c = subprocess.Popen([lodge_io, "-r", "-f", "raw", "-c", "read 0 64k", f"nbd:unix:{s}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    time.sleep(0.7)
+    assert wait_until(lambda: " Read " in open("reads").read()), "no request came"
     p.kill()
     p.communicate()
-    out = c.communicate(timeout=20)[0]
+    out = c.communicate(timeout=100)[0]
     assert c.returncode == 1 and "Input/output error" in out, out
     # Comes back within reconnect-delay: the request waits and succeeds.
     make_raw("k.raw", 9)
     p, s = serve("-f", "raw", "k.raw", tool="qemu-nbd")
-    opts = json.dumps({"driver": "raw", "file": {"driver": "nbd", "server": {"type": "unix", "path": s}, "reconnect-delay": 30}})
+    opts = json.dumps({"driver": "raw", "file": {"driver": "nbd", "server": {"type": "unix", "path": s}, "reconnect-delay": 100}})
     c = subprocess.Popen([lodge_io, "-c", "read 0 64k", "-c", "sleep 1500", "-c", "read 0 1M", "-c", "write -P 8 0 64k", "json:" + opts],
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    time.sleep(0.7)
+    c.stdout.readline()
     p.kill()
     p.communicate()
-    time.sleep(1.2)
+    time.sleep(1.7)
     if os.path.exists(s):
         os.unlink(s)
     p, s = serve("-f", "raw", "k.raw", path=s)
-    out = c.communicate(timeout=30)[0]
+    out = c.communicate(timeout=100)[0]
     assert c.returncode == 0 and "wrote 65536/65536" in out, out
     stop(p)
     assert open("k.raw", "rb").read(65536) == b"\10" * 65536
@@ -550,11 +545,7 @@ def test_life():
     run(lodge_nbd, "--fork", "--pid-file", "pid", "-k", s, "-f", "raw", "l.raw")
     pid = int(open("pid").read())
     run("nbdcopy", "--connections=1", uri(s), "l2.raw")
-    for _ in range(200):
-        if not os.path.exists(f"/proc/{pid}"):
-            break
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{pid}"), "the server outlives its last client"
+    assert wait_until(lambda: not os.path.exists(f"/proc/{pid}")), "the server outlives its last client"
     out = run(lodge_nbd, "--fork", "-k", s, "-f", "raw", "nothere.raw", ok=(1,))
     assert "nothere.raw" in out, out
     listener = socket.socket(socket.AF_UNIX)

@@ -302,7 +302,7 @@ static void test_lost(void **state)
 	assert_int_equal(image_read(b, 0, buf, 512), -EIO);
 	serve(&v, false);
 	int r = -EIO;
-	for (int i = 0; i < 50 && r; i++) {
+	for (int i = 0; i < 600 && r; i++) {
 		usleep(100000);
 		r = image_read(b, 0, buf, 512);
 	}

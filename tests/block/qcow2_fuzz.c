@@ -184,7 +184,7 @@ int main(int argc, char **argv)
 			memcpy(p, good, size);
 			for (unsigned m = rand_r(&seed) % 4 + 1; m; m--)
 				mutate(p, size, &seed);
-			alarm(20); /* a hang ends the test, with the seed known */
+			alarm(100); /* a hang ends the test, with the seed known */
 			if (getenv("VERBOSE"))
 				fprintf(stderr, "image %u seed %u\n", k, was);
 			LLVMFuzzerTestOneInput(p, i % 16 || only < 16 ? size : size * (i % 7) / 7);
