@@ -38,7 +38,7 @@ void lapic_cmci(struct cpu *c);
 int lapic_get(struct cpu *c, struct kvm_lapic_state *s);
 int lapic_set(struct cpu *c, const struct kvm_lapic_state *s);
 int lapic_set_base(struct cpu *c, uint64_t apic_base, bool host);       /* IA32_APIC_BASE; -EINVAL: #GP */
-int lapic_msr_read(struct cpu *c, uint32_t msr, uint64_t *v);           /* x2APIC registers, TSC deadline; -EINVAL: #GP */
+int lapic_msr_read(struct cpu *c, uint32_t msr, uint64_t *v, bool host);        /* x2APIC registers, TSC deadline; -EINVAL: #GP */
 int lapic_msr_write(struct cpu *c, uint32_t msr, uint64_t v);
 uint64_t lapic_get_tpr(const struct cpu *c);    /* as CR8 */
 void lapic_set_tpr(struct cpu *c, uint64_t cr8);

@@ -164,7 +164,7 @@ static int read_any(struct cpu *c, uint32_t msr, uint64_t *v, bool host)
 		return MSR_OK;
 	}
 	if ((msr >= 0x800 && msr <= 0x8ff) || msr == MSR_TSC_DEADLINE) {
-		if (!c->lapic || lapic_msr_read(c, msr, v))
+		if (!c->lapic || lapic_msr_read(c, msr, v, host))
 			return MSR_FAULT;
 		return MSR_OK;
 	}

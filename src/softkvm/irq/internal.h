@@ -103,6 +103,7 @@ void lapic_send_self(struct lapic *l, uint8_t vector);
 enum timer_mode lapic_timer_mode(const struct lapic *l);
 void lapic_timer_stop(struct lapic *l);
 void lapic_timer_start(struct lapic *l, uint32_t count);        /* `count` ticks from now, period from TMICT */
+void lapic_timer_restore(struct lapic *l);                      /* from TMICT and TMCCT of loaded state */
 uint32_t lapic_timer_count(struct lapic *l);
 void lapic_timer_set_divide(struct lapic *l, uint32_t tdcr);
 void lapic_timer_set_lvtt(struct lapic *l, uint32_t lvtt);

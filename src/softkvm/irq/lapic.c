@@ -207,7 +207,7 @@ int lapic_mmio(struct lapic *l, uint64_t gpa, unsigned len, bool write, void *da
 	return 1;
 }
 
-int lapic_msr_read(struct cpu *c, uint32_t msr, uint64_t *v)
+int lapic_msr_read(struct cpu *c, uint32_t msr, uint64_t *v, bool host)
 {
 	struct lapic *l = c->lapic;
 	unsigned r = msr - MSR_X2APIC_BASE;
@@ -215,7 +215,9 @@ int lapic_msr_read(struct cpu *c, uint32_t msr, uint64_t *v)
 	if (!l)
 		return -EINVAL;
 	if (msr == MSR_TSC_DEADLINE) {
-		lapic_timer_poll(c);
+		/* The client's look must not use up the expiry: the IRR it goes to may be saved already. */
+		if (!host)
+			lapic_timer_poll(c);
 		*v = lapic_timer_mode(l) == TIMER_DEADLINE ? l->timer.deadline : 0;
 		return 0;
 	}
@@ -391,12 +393,16 @@ void lapic_destroy(struct cpu *c)
 int lapic_get(struct cpu *c, struct kvm_lapic_state *s)
 {
 	struct lapic *l = c->lapic;
+	uint32_t count;
 
 	if (!l)
 		return -EINVAL;
 	memset(s, 0, sizeof *s);
+	/* The count first: an expiry that is found when it is read goes to the IRR, which must be saved with it. */
+	count = reg_read(l, AR_TMCCT);
 	for (unsigned r = 0; r < AR_COUNT; r++)
-		st_le32(s->regs + r * 16, reg_readable(l, r) || r == AR_ICR2 || r == AR_DFR ? reg_read(l, r) : 0);
+		if (reg_readable(l, r) || r == AR_ICR2 || r == AR_DFR)
+			st_le32(s->regs + r * 16, r == AR_TMCCT ? count : reg_read(l, r));
 	if (l->state == LAPIC_X2APIC && !c->vm->policy.x2apic_32bit_ids)
 		st_le32(s->regs + AR_ID * 16, l->id << 24);
 	return 0;
@@ -447,7 +453,7 @@ int lapic_set(struct cpu *c, const struct kvm_lapic_state *s)
 	load_registers(l, s);
 	if ((old == TIMER_DEADLINE) != (lapic_timer_mode(l) == TIMER_DEADLINE))
 		l->timer.deadline = 0;
-	lapic_timer_start(l, lapic_reg(l, AR_TMCCT));
+	lapic_timer_restore(l);
 	if (((lapic_reg(l, AR_LVT0) >> 8) & 7) == DM_NMI && c->vm->irqchip)
 		atomic_store(&c->vm->irqchip->lint_nmi, true);
 	cpu_request(c, REQ_EVENT | REQ_TIMER);

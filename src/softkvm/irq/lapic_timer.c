@@ -33,26 +33,46 @@ static void timer_set_period(struct lapic *l)
 	l->timer.period = lapic_timer_mode(l) == TIMER_PERIODIC ? MAX(ns, PERIOD_MIN) : 0;
 }
 
-void lapic_timer_start(struct lapic *l, uint32_t count)
+static void timer_arm(struct lapic *l, uint32_t count)
 {
-	lapic_timer_stop(l);
-	if (!count || lapic_timer_mode(l) >= TIMER_DEADLINE)
-		return;
 	timer_set_period(l);
 	l->timer.target = mono_ns() + (uint64_t)count * timer_divide(lapic_reg(l, AR_TDCR));
 	l->timer.armed = true;
 	cpu_request(l->cpu, REQ_TIMER);
 }
 
+void lapic_timer_start(struct lapic *l, uint32_t count)
+{
+	lapic_timer_stop(l);
+	if (count && lapic_timer_mode(l) < TIMER_DEADLINE)
+		timer_arm(l, count);
+}
+
+/*
+ * A count of 0 in loaded state may mean that the expiry was not yet in the IRR when Linux KVM saved it: it is made up for, as Linux
+ * does. An interrupt too many does no harm, one too few leaves a tickless guest without a clock.
+ */
+void lapic_timer_restore(struct lapic *l)
+{
+	uint32_t initial = lapic_reg(l, AR_TMICT), count = MIN(lapic_reg(l, AR_TMCCT), initial);
+
+	lapic_timer_stop(l);
+	lapic_put(l, AR_TMCCT, 0);
+	if (!initial || lapic_timer_mode(l) >= TIMER_DEADLINE)
+		return;
+	timer_arm(l, !count && lapic_timer_mode(l) == TIMER_PERIODIC ? initial : count);
+}
+
+/* Rounded up: 0 is for a timer that has expired, and state with it would be loaded so. */
 uint32_t lapic_timer_count(struct lapic *l)
 {
-	uint64_t now = mono_ns();
+	uint64_t now = mono_ns(), divide = timer_divide(lapic_reg(l, AR_TDCR));
 
 	if (l->timer.armed && now >= l->timer.target)
 		lapic_timer_poll(l->cpu);
 	if (!l->timer.armed || now >= l->timer.target)
 		return 0;
-	return (l->timer.target - now) / timer_divide(lapic_reg(l, AR_TDCR));
+	return (l->timer.target - now + divide - 1) / divide;
 }
 
 void lapic_timer_set_divide(struct lapic *l, uint32_t tdcr)

@@ -18,7 +18,7 @@ static void step(struct vm *vm, const uint8_t *d)
 	case 0: case 1: bus_pio(c, ports[d[3] % ARRAY_SIZE(ports)], lens[d[2] & 1], d[1] & 4, raw); break;
 	case 2: bus_mmio(c, 0xfee00000 + (d[3] << 4) % 0x400 + (d[2] & 8 ? d[2] & 7 : 0), lens[d[2] & 8 ? d[2] >> 6 : 2], d[1] & 4, raw); break;
 	case 3: v = d[3] & 31; bus_mmio(c, 0xfec00000, 4, true, &v); bus_mmio(c, 0xfec00010, lens[d[2] & 3], d[1] & 4, raw); break;
-	case 4: lapic_msr_write(c, 0x800 + (d[3] & 63), v); lapic_msr_read(c, 0x800 + (d[3] & 63), &v); break;
+	case 4: lapic_msr_write(c, 0x800 + (d[3] & 63), v); lapic_msr_read(c, 0x800 + (d[3] & 63), &v, v & 1); break;
 	case 5: irqchip_line(vm, d[3] & 31, d[1] >> 2 & 1, d[2]); break;
 	case 6: irqchip_msi(vm, 0xfee00000 | (uint64_t)d[3] << 12 | (d[2] & 12), (uint32_t)v & 0xffff); break;
 	case 7: fake_now += v & 0xfffffff; lapic_timer_poll(c); irqchip_lock(vm->irqchip); pit_poll(vm->irqchip, fake_now); irqchip_unlock(vm->irqchip); break;

@@ -252,11 +252,11 @@ static void test_x2apic(void **s)
 	uint64_t v;
 
 	enable_apics();
-	assert_int_equal(lapic_msr_read(c0, 0x802, &v), -EINVAL);
+	assert_int_equal(lapic_msr_read(c0, 0x802, &v, false), -EINVAL);
 	for (unsigned i = 0; i < 4; i++)
 		assert_int_equal(lapic_set_base(vm->cpus[i], 0xfee00c00, false), 0);
-	lapic_msr_read(vm->cpus[3], 0x802, &v); assert_int_equal(v, 3);
-	lapic_msr_read(vm->cpus[3], 0x80d, &v); assert_int_equal(v, 8);
+	lapic_msr_read(vm->cpus[3], 0x802, &v, false); assert_int_equal(v, 3);
+	lapic_msr_read(vm->cpus[3], 0x80d, &v, false); assert_int_equal(v, 8);
 	assert_int_equal(lapic_msr_write(c0, 0x830, 0x0000000a00000844ULL), 0);        /* logical cluster 0, CPUs 1 and 3 */
 	assert_int_equal(who(0x44), 10);
 	lapic_msr_write(c0, 0x830, 0x0000000200000044ULL); assert_int_equal(who(0x44), 4);
@@ -304,7 +304,59 @@ static void test_timer(void **s)
 	assert_int_equal(lapic_timer_deadline(c0), fake_now + 500);
 	fake_now += 500;
 	lapic_timer_poll(c0); assert_int_equal(who(0x42), 1);
-	lapic_msr_read(c0, 0x6e0, &v); assert_int_equal(v, 0);
+	lapic_msr_read(c0, 0x6e0, &v, false); assert_int_equal(v, 0);
+}
+
+/* State is saved between an expiry and the vCPU's next look at it: the interrupt must be in what was saved. */
+static void test_timer_state(void **s)
+{
+	struct kvm_lapic_state st;
+	uint64_t v;
+
+	enable_apics();
+	apw(c0, 0x3e0, 3); apw(c0, 0x320, 0x40);        /* by 16 */
+	apw(c0, 0x380, 1000);
+	fake_now += 16000 - 5;
+	assert_int_equal(lapic_get(c0, &st), 0);
+	assert_int_equal(ld_le32(st.regs + 0x390), 1);  /* not 0: it is not over */
+	assert_int_equal(ld_le32(st.regs + 0x220), 0);
+	fake_now += 5;
+	assert_int_equal(lapic_get(c0, &st), 0);
+	assert_int_equal(ld_le32(st.regs + 0x390), 0);
+	assert_int_equal(ld_le32(st.regs + 0x220), 1);
+	assert_int_equal(take(c0), 0x40);
+	lapic_reset(c0, false);
+	assert_int_equal(lapic_set(c0, &st), 0);
+	assert_int_equal(take(c0), 0x40);
+
+	/* Linux KVM's own way of saying so: nothing in the IRR, a count of 0. */
+	memset(st.regs + 0x220, 0, 4);
+	lapic_reset(c0, false);
+	assert_int_equal(lapic_set(c0, &st), 0);
+	lapic_timer_poll(c0); assert_int_equal(take(c0), 0x40);
+	fake_now += 16000;
+	lapic_timer_poll(c0); assert_int_equal(take(c0), -1);
+	st_le32(st.regs + 0x320, 0x20041);              /* periodic: from the start */
+	lapic_reset(c0, false);
+	assert_int_equal(lapic_set(c0, &st), 0);
+	lapic_timer_poll(c0); assert_int_equal(take(c0), -1);
+	assert_true(lapic_timer_deadline(c0) <= fake_now + 200000);
+	fake_now += 200000;
+	lapic_timer_poll(c0); assert_int_equal(take(c0), 0x41);
+
+	/* A deadline that has passed is either still there or in the IRR, whichever of the two is saved first. */
+	lapic_reset(c0, false);
+	apw(c0, 0xf0, 0x1ff);
+	apw(c0, 0x320, 0x40042);
+	lapic_msr_write(c0, 0x6e0, (fake_now + 500) * 2);
+	fake_now += 500;
+	assert_int_equal(lapic_get(c0, &st), 0);
+	lapic_msr_read(c0, 0x6e0, &v, true);
+	assert_int_equal(v, fake_now * 2);
+	lapic_reset(c0, false);
+	assert_int_equal(lapic_set(c0, &st), 0);
+	lapic_msr_write(c0, 0x6e0, v);
+	lapic_timer_poll(c0); assert_int_equal(take(c0), 0x42);
 }
 
 static void pit_load(unsigned ch, unsigned mode, uint16_t n)
@@ -595,7 +647,7 @@ int main(void)
 {
 	const struct CMUnitTest t[] = {
 		T(test_pic_edge), T(test_pic_slave_level), T(test_pic_modes), T(test_pic_through_lint0), T(test_ioapic),
-		T(test_priorities), T(test_xapic_ipi), T(test_init_sipi), T(test_x2apic), T(test_timer),
+		T(test_priorities), T(test_xapic_ipi), T(test_init_sipi), T(test_x2apic), T(test_timer), T(test_timer_state),
 		T(test_pit_calibration), T(test_pit_tick), T(test_pit_modes), T(test_routing), T(test_irqfd), T(test_ioeventfd),
 		T(test_coalesced), T(test_state), cmocka_unit_test_setup_teardown(test_split, setup_split, teardown),
 	};
