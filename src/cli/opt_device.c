@@ -69,7 +69,7 @@ static int check_memory_backend(struct vm_opts *o, struct keyvals *l, struct err
 	    (ret = keyvals_bool(l, "-object memory-backend", "prealloc", &o->prealloc, err)))
 		return ret;
 	o->hugepages |= huge;
-	o->mem_shared |= share;
+	o->mem_private |= !share;
 	return keyvals_get(l, "size") ? 0 : err_set(err, -EINVAL, "-object memory-backend: size= is missing");
 }
 

@@ -173,7 +173,7 @@ static int session_start(struct session *s, struct err *err)
 	struct machine_config cfg = {
 		.type = o->type, .accel = o->accel, .soft = o->soft, .cpu_model = o->cpu_model, .cpus = o->cpus, .sockets = o->sockets,
 		.cores = o->cores, .threads = o->threads, .mem_size = o->mem_size,
-		.mem_backing = { .huge = o->hugepages, .prealloc = o->prealloc, .shared = o->mem_shared, .no_dump = !o->dump_guest_core },
+		.mem_backing = { .huge = o->hugepages, .prealloc = o->prealloc, .private = o->mem_private, .no_dump = !o->dump_guest_core },
 		.kernel = o->kernel, .initrd = o->initrd, .append = o->append, .bios = o->bios,
 		.boot_strict = o->boot_strict, .rtc_localtime = o->localtime, .rtc_offset = o->rtc_offset, .no_reboot = o->no_reboot,
 		.no_shutdown = o->no_shutdown, .name = o->name, .uuid = o->uuid, .devices = s->devices,

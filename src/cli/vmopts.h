@@ -45,7 +45,7 @@ struct vm_opts {
 	uint64_t mem_size;
 	unsigned cpus, sockets, cores, threads;
 	bool boot_strict, dump_guest_core;
-	bool hugepages, prealloc, mem_shared, localtime, no_reboot, no_shutdown, snapshot, nodefaults, nographic, display_none,
+	bool hugepages, prealloc, mem_private, localtime, no_reboot, no_shutdown, snapshot, nodefaults, nographic, display_none,
 	     timestamps, stats;
 	int64_t rtc_offset;
 	int log_level;

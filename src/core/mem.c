@@ -22,6 +22,9 @@
 
 enum { PAGE = 4096 };
 #define HUGE_SIZE (2ULL << 20)
+#ifndef MADV_COLLAPSE           /* Linux 6.1; not yet in glibc 2.36 */
+#define MADV_COLLAPSE 25
+#endif
 
 struct slot {
 	struct mem_range r;
@@ -92,7 +95,7 @@ void guest_mem_destroy(struct guest_mem *m)
 	free(m);
 }
 
-/* A file for memory that other processes may map, or that the host's pool of huge pages gives. */
+/* The file of memory that other processes may map, or that the host's pool of huge pages gives. */
 static int make_file(struct slot *s, bool huge, struct err *err)
 {
 	int fd = memfd_create(s->name, MFD_CLOEXEC | (huge ? MFD_HUGETLB : 0));
@@ -108,13 +111,13 @@ static int make_file(struct slot *s, bool huge, struct err *err)
 
 /*
  * Map the memory at an address congruent to the guest's modulo 2 MiB, so that KVM can use huge pages, with an
- * inaccessible page or more on either side. Memory that nobody shares is anonymous: most hosts give that huge pages
- * for the asking, and shared memory none, which makes a TLB miss of a large guest twice as dear.
+ * inaccessible page or more on either side. Private memory is anonymous: most hosts give that huge pages for the asking, and
+ * shared memory none.
  */
-static int map_slot(struct slot *s, bool huge, bool shared, struct err *err)
+static int map_slot(struct slot *s, bool huge, bool private, struct err *err)
 {
 	uint64_t size = s->r.size;
-	int r = huge || shared ? make_file(s, huge, err) : 0;
+	int r = huge || !private ? make_file(s, huge, err) : 0;
 
 	if (r)
 		return r;
@@ -161,8 +164,10 @@ static int map_foreign(struct slot *s, int fd, uint64_t off, struct err *err)
 static int prealloc_slot(struct slot *s, struct err *err)
 {
 #ifdef MADV_POPULATE_WRITE
-	if (!madvise(s->r.host, s->r.size, MADV_POPULATE_WRITE))
+	if (!madvise(s->r.host, s->r.size, MADV_POPULATE_WRITE)) {
+		madvise(s->r.host, s->r.size, MADV_COLLAPSE); /* into huge pages, memfds too; advice */
 		return 0;
+	}
 	if (errno != EINVAL)
 		return err_set_errno(err, -errno, "memory '%s': cannot allocate %llu MiB now", s->name,
 				     (unsigned long long)(s->r.size >> 20));
@@ -227,7 +232,7 @@ static int add_locked(struct guest_mem *m, struct slot *s, const struct mem_back
 	if (!r && b && b->huge && (s->r.gpa | s->r.size) & (HUGE_SIZE - 1))
 		r = err_set(err, -EINVAL, "memory '%s': size and address must be multiples of 2 MiB for huge pages", s->name);
 	if (!r)
-		r = s->r.fd >= 0 ? map_foreign(s, s->r.fd, s->r.fd_off, err) : map_slot(s, b && b->huge, b && b->shared, err);
+		r = s->r.fd >= 0 ? map_foreign(s, s->r.fd, s->r.fd_off, err) : map_slot(s, b && b->huge, b && b->private, err);
 	if (!r && b && b->prealloc)
 		r = prealloc_slot(s, err);
 	if (!r && b && b->no_dump && madvise(s->r.host, s->r.size, MADV_DONTDUMP))

@@ -1,5 +1,5 @@
 /*
- * Guest memory: RAM and ROM of one machine, as slots of anonymous memory, or over memfds where it is shared.
+ * Guest memory: RAM and ROM of one machine, as slots over memfds, or of anonymous memory where that is asked for.
  *
  * Security: a guest address is hostile. Every access carries length and direction, is checked
  * without overflow, and reaches RAM only (never a device window), so a DMA can not re-enter a
@@ -23,7 +23,7 @@ struct mem_backing {
 	bool huge;              /* back with huge pages; an error when the host has none */
 	bool prealloc;
 	bool no_dump;           /* keep it out of core dumps */
-	bool shared;            /* over a memfd, which other processes can map; else private, fd -1 */
+	bool private;           /* anonymous, which the host may give huge pages unasked; else a memfd, which other processes can map */
 };
 
 int guest_mem_create(struct guest_mem **out, struct kvm_vm *vm, struct err *err);

@@ -94,11 +94,11 @@ static void test_bad_ranges(void **state)
 	assert_true(guest_mem_add_ram(m, "huge", 1ull << 33, 0x1000, &huge, NULL) < 0);
 	struct mem_backing pre = { .prealloc = true };
 	assert_int_equal(guest_mem_add_ram(m, "pre", 1ull << 33, 0x10000, &pre, NULL), 0);
-	struct mem_backing shared = { .shared = true };
+	struct mem_backing private = { .private = true };
 	struct mem_range r;
-	assert_int_equal(guest_mem_add_ram(m, "shared", 1ull << 34, 0x10000, &shared, NULL), 0);
+	assert_int_equal(guest_mem_add_ram(m, "private", 1ull << 34, 0x10000, &private, NULL), 0);
 	for (unsigned n = 0; guest_mem_range(m, n, &r); n++)
-		assert_int_equal(r.fd >= 0, !strcmp(r.name, "shared"));
+		assert_int_equal(r.fd < 0, !strcmp(r.name, "private"));
 	guest_mem_destroy(m);
 }
 

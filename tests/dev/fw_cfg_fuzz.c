@@ -39,7 +39,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 
 	fix_init(&f);
 	if (guest_mem_create(&f.env.mem, NULL, NULL) ||
-	    guest_mem_add_ram(f.env.mem, "ram", 0, RAM, &(struct mem_backing){ .shared = true }, NULL) ||
+	    guest_mem_add_ram(f.env.mem, "ram", 0, RAM, NULL, NULL) ||
 	    fw_cfg_create(&c, &f.env, NULL) || fw_cfg_add_file(c, "etc/blob", blob, sizeof blob, NULL))
 		abort();
 	FUZZ_EACH(data, len, 8)
