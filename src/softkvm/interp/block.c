@@ -403,7 +403,7 @@ static struct block *block_alloc(struct cpu *c, size_t need)
 	struct block_cache *bc = c->blocks;
 	struct block *b;
 
-	need = ALIGN_UP(need, 32);
+	need = ALIGN_UP(need, BLOCK_ALIGN);
 	if (bc->used + need > arena_limit(c) && (!arena_grow(c) || bc->used + need > arena_limit(c)))
 		block_flush(c);
 	b = (struct block *)(bc->arena + bc->used);

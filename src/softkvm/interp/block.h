@@ -28,6 +28,7 @@
 #define BLOCK_MAX_BYTES 512
 #define BLOCK_ARENA_TOTAL (14u << 20)
 #define BLOCK_ARENA_MIN (1u << 20)
+#define BLOCK_ALIGN 32u
 #define BLOCK_GROW 150000               /* decoded in all, before which no arena grows */
 #define BLOCK_BUSY 8192                 /* instructions for each decoded block, below which an arena grows */
 
@@ -117,6 +118,17 @@ struct block_cache {
 	unsigned random_left;           /* RDRAND: numbers drawn and not yet given out */
 	uint64_t random[32];
 };
+
+/* A kept block by a number, good as long as the block is. */
+static inline uint32_t block_number(const struct block_cache *bc, const struct block *b)
+{
+	return (uint32_t)((size_t)((const uint8_t *)b - bc->arena) / BLOCK_ALIGN);
+}
+
+static inline struct block *block_numbered(const struct block_cache *bc, uint32_t n)
+{
+	return (struct block *)(bc->arena + (size_t)n * BLOCK_ALIGN);
+}
 
 static inline unsigned block_fast_index(uint64_t rip)
 {

@@ -109,6 +109,13 @@ void em_align(struct em *e)
 		*e->p++ = 0xcc;
 }
 
+void em_flags(struct em *e, struct cpu *c)
+{
+	EM(e, 0x0f);                                            /* movzx eax, word [aflags] */
+	em_op_abs(e, false, 0xb7, SA, &c->aflags);
+	EM(e, 0x04, 0x7f, 0x9e);                                /* add al, 0x7f ; sahf */
+}
+
 /* -- thunks -------------------------------------------------------------------------------------- */
 static void load_all(struct em *e, struct cpu *c, const int8_t *map)
 {
@@ -128,7 +135,7 @@ static void store_all(struct em *e, struct cpu *c, const int8_t *map)
  * enter(code): C calls it; in translated code rsp is 16-byte aligned.
  * leave: translated code jumps there with its result in rax.
  * abandon: the same, general-purpose registers and flags having been put away (resume.c).
- * call: translated code calls it with a site in eax; returns to it, goes on at other code, or leaves when the loop must
+ * call: translated code calls it with a site in eax; returns to it, with the guest's flags in EFLAGS, goes on at other code, or leaves when the loop must
  * look (result 1): see jit_call_insn().
  * call_out: where it goes on in the other cases.
  * live: translated code calls it with JV_* bits in eax; they are in vec_ok afterwards unless the guest may not use them.
@@ -163,6 +170,7 @@ static void thunk_call(struct jit *j, struct em *e, const int8_t *map)
 	em_to(out, j->rw + j->call_out);
 	load_all(e, j->c, map);
 	live_emit_load(e, j);
+	em_flags(e, j->c);
 	e8(e, 0xc3);
 }
 
@@ -273,7 +281,7 @@ void *jit_arena(struct jit *j, size_t size)
 {
 	uint8_t *p = j->low->arena + j->arena;
 
-	size = ALIGN_UP(size, 64);
+	size = ALIGN_UP(size, 16);
 	if (j->arena_size - j->arena < size)
 		return NULL;
 	j->arena += size;

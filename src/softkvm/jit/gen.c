@@ -13,18 +13,11 @@ void gen_flags_save(struct tr *t)
 	t->in_mem = true;
 }
 
-static void flags_from_mem(struct em *e, struct cpu *c)
-{
-	EM(e, 0x0f);                                            /* movzx eax, word [aflags] */
-	em_op_abs(e, false, 0xb7, SA, &c->aflags);
-	EM(e, 0x04, 0x7f, 0x9e);                                /* add al, 0x7f ; sahf */
-}
-
 void gen_flags_load(struct tr *t)
 {
 	if (t->in_host)
 		return;
-	flags_from_mem(&t->h, t->c);
+	em_flags(&t->h, t->c);
 	t->in_host = true;
 }
 
@@ -192,40 +185,29 @@ void gen_stack(struct tr *t, struct cold *k, int32_t d, unsigned size, bool writ
 }
 
 /* -- cold paths ---------------------------------------------------------------------------------- */
-static void op_stop(struct cpu *c, const struct insn *i) { }
-
-struct jit_site *tr_site(struct tr *t, unsigned n)
-{
-	struct jit_site *s = jit_arena(t->j, sizeof *s);
-	const struct tinsn *ti = &t->t[n];
-	const struct insn *i = ti->in;
-
-	if (!s) {
-		t->failed = true;
-		return (struct jit_site *)t->j->low->arena;
-	}
-	s->i = *i;
-	s->stop = (struct insn){ .fn = op_stop, .off = (uint16_t)(i->off + i->len) };
-	s->need = 0;
-	s->b = ti->b;
-	s->n = ti->b->n;
-	s->bytes = ti->b->bytes;
-	s->delta = (int16_t)(ti->rip - i->off - t->k->rip);     /* both in one page */
-	s->code = (uint32_t)(uintptr_t)t->k;
-	return s;
-}
-
-struct cold *cold_new(struct tr *t, unsigned n)
+struct cold *cold_new(struct tr *t, unsigned n, unsigned count)
 {
 	struct cold *k = &t->colds[t->ncold++];
 
-	memset(k, 0, sizeof *k);
-	k->site = tr_site(t, n);
+	*k = (struct cold){ .n = (uint8_t)n, .count = (uint8_t)count, .need = t->live };
 	return k;
 }
 
-static void call_site(struct em *e, struct tr *t, const struct jit_site *s)
+/* EFLAGS are the guest's afterwards, and so is aflags. */
+static void call_handlers(struct em *e, struct tr *t, unsigned n, unsigned count, uint8_t need)
 {
+	struct jit_site *s = jit_arena(t->j, sizeof *s);
+	const struct tinsn *ti = &t->t[n];
+
+	if (!s) {
+		t->failed = true;
+		return;
+	}
+	*s = (struct jit_site){
+		.code = (uint32_t)(uintptr_t)t->k, .block = block_number(t->c->blocks, ti->b), .bytes = ti->b->bytes, .n = ti->b->n,
+		.delta = (int16_t)(ti->rip - ti->in->off - t->k->rip),  /* both in one page */
+		.first = (uint8_t)(ti->in - ti->b->insn), .count = (uint8_t)count, .need = need,
+	};
 	em_imm(e, H_RAX, (uintptr_t)s);
 	e8(e, 0xe8);
 	e32(e, 0);
@@ -239,13 +221,9 @@ static void cold_emit(struct tr *t, const struct cold *k)
 
 	for (unsigned n = 0; n < k->nfrom; n++)
 		em_here(e, k->from[n]);
-	call_site(e, t, k->site);
-	for (unsigned n = 0; n < k->nmore; n++)
-		call_site(e, t, k->more[n]);
+	call_handlers(e, t, k->n, k->count, k->need);
 	if (k->final)
 		return;
-	if (k->reload_flags)
-		flags_from_mem(e, t->c);
 	uint8_t *back = em_jmp(e);
 	if (!e->full)
 		em_to(back, k->back);
@@ -261,13 +239,9 @@ void gen_colds(struct tr *t)
 
 void gen_handler(struct tr *t, unsigned n)
 {
-	struct jit_site *s = tr_site(t, n);
-
 	gen_flags_save(t);
-	s->need = t->live;
-	call_site(&t->h, t, s);
-	t->in_mem = true;
-	t->in_host = false;
+	call_handlers(&t->h, t, n, 1, t->live);
+	t->in_mem = t->in_host = true;
 }
 
 /*
@@ -297,9 +271,12 @@ void gen_live(struct tr *t, struct cold *k, unsigned bit)
 }
 
 /* -- leaving a block ------------------------------------------------------------------------------ */
+/* Who is left by a link or found stale need not say where: run_code() knows. */
 static void leave_mapped(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l)
 {
-	if (!t->k->page && (int64_t)rip == (int32_t)rip) {
+	if (l) {
+		;
+	} else if (!t->k->page && (int64_t)rip == (int32_t)rip) {
 		em_op_abs(e, true, 0xc7, 0, &t->c->rip);
 		e32(e, (uint32_t)rip);
 	} else {

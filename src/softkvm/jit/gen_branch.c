@@ -56,8 +56,7 @@ static void store_rip(struct tr *t, unsigned n)
 static void back(struct tr *t, unsigned n, struct cold *k)
 {
 	k->back = t->h.p;
-	k->reload_flags = t->in_host && t->t[n].live;
-	k->site->need = t->live;
+	k->need = t->live;
 }
 
 /* -- push, pop ----------------------------------------------------------------------------------- */
@@ -72,7 +71,7 @@ static bool push(struct tr *t, unsigned n)
 	if (o->type != ZYDIS_OPERAND_TYPE_REGISTER && o->type != ZYDIS_OPERAND_TYPE_IMMEDIATE && o->type != ZYDIS_OPERAND_TYPE_MEMORY)
 		return false;
 	gen_clobber(t, n);
-	k = cold_new(t, n);
+	k = cold_new(t, n, 1);
 	if (o->type == ZYDIS_OPERAND_TYPE_MEMORY) {
 		if (!gen_operand(t, n, k, (unsigned)word(t), false))
 			return false;
@@ -98,7 +97,7 @@ static bool pop(struct tr *t, unsigned n)
 		return false;
 	g = insn_reg_off(o->reg.value) / 8;
 	gen_clobber(t, n);
-	k = cold_new(t, n);
+	k = cold_new(t, n, 1);
 	stack(t, k, 0, false);
 	load(t, n, t->map[g] >= 0 ? (unsigned)t->map[g] : SA, 0);
 	if (g != R_RSP)
@@ -115,7 +114,7 @@ static bool leave(struct tr *t, unsigned n)
 	unsigned bp;
 
 	gen_clobber(t, n);
-	k = cold_new(t, n);
+	k = cold_new(t, n, 1);
 	bp = gen_get(t, R_RBP, SA);
 	em_mem(&t->h, tr_64(t), 0x8d, ST, (int)bp, -1, 0, 0);
 	gen_stack_at(t, k, (unsigned)word(t), false);
@@ -129,7 +128,7 @@ static bool leave(struct tr *t, unsigned n)
 /* -- transfers ----------------------------------------------------------------------------------- */
 static struct cold *cold_last(struct tr *t, unsigned n)
 {
-	struct cold *k = cold_new(t, n);
+	struct cold *k = cold_new(t, n, 1);
 
 	k->final = true;
 	return k;
@@ -204,24 +203,12 @@ static bool plain_ret(const struct tr *t, const struct tinsn *i)
 	return !i->by_handler && i->z.mnemonic == ZYDIS_MNEMONIC_RET && (i->z.opcode == 0xc2 || i->z.opcode == 0xc3) && i->z.operand_width == t->bits;
 }
 
-static struct cold *cold_group(struct tr *t, unsigned n, unsigned count)
-{
-	struct cold *k = cold_new(t, n);
-
-	for (unsigned m = 1; m < count; m++) {
-		k->more[k->nmore] = tr_site(t, n + m);
-		k->more[k->nmore++]->need = t->live;
-	}
-	k->site->need = t->live;
-	return k;
-}
-
 static unsigned push_group(struct tr *t, unsigned n, unsigned count)
 {
 	struct cold *k;
 
 	gen_clobber(t, n);
-	k = cold_group(t, n, count);
+	k = cold_new(t, n, count);
 	gen_stack(t, k, -word(t) * (int32_t)count, (unsigned)word(t) * count, true);
 	for (unsigned m = 0; m < count; m++, t->rsp_off = (int8_t)(t->rsp_off - word(t)))
 		store(t, n + m, gen_get(t, (unsigned)moves_reg(t, &t->t[n + m], ZYDIS_MNEMONIC_PUSH), SA), word(t) * (int32_t)(count - 1 - m));
@@ -239,7 +226,7 @@ static unsigned pop_group(struct tr *t, unsigned n, unsigned count, bool returns
 	gen_clobber(t, n);
 	if (returns)
 		gen_flags_save(t);
-	k = cold_group(t, n, all);
+	k = cold_new(t, n, all);
 	k->final = returns;
 	gen_stack(t, k, 0, (unsigned)word(t) * all, false);
 	for (unsigned m = 0; m < count; m++, t->rsp_off = (int8_t)(t->rsp_off + word(t))) {

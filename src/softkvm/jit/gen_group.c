@@ -6,7 +6,7 @@
 #include "softkvm/jit/slots.h"
 
 #define SPAN_MAX 64             /* a row that crosses a page is slow: let that be seldom */
-#define ROW_MAX 9               /* cold.more holds the rest */
+#define ROW_MAX SITE_MAX
 
 /* What it accesses, NULL: nothing. NOPs and prefetches have operands that may be anywhere. */
 static const ZydisDecodedOperand *mem_of(const struct tinsn *i)
@@ -83,11 +83,7 @@ struct cold *row_begin(struct tr *t, unsigned n, unsigned count, const struct ro
 	struct cold *k;
 
 	gen_clobber(t, n);
-	k = cold_new(t, n);
-	for (unsigned m = 1; m < count; m++) {
-		k->more[k->nmore] = tr_site(t, n + m);
-		k->more[k->nmore++]->need = t->live;
-	}
+	k = cold_new(t, n, count);
 	if (!gen_operand_at(t, n, k, r->low, (unsigned)(r->high - r->low), r->write))
 		return NULL;
 	t->row = true;

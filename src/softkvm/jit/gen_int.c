@@ -156,7 +156,7 @@ struct cold *gen_access(struct tr *t, unsigned n, const struct slots *s, bool *o
 		t->mem_disp = (int8_t)((s->mem->mem.disp.has_displacement ? s->mem->mem.disp.value : 0) - t->row_low);
 	} else if (s->mem) {
 		gen_clobber(t, n);
-		k = cold_new(t, n);
+		k = cold_new(t, n, 1);
 		*ok = s->mem->size >= 8 && s->mem->size <= 512 &&
 		      gen_operand(t, n, k, s->mem->size / 8, s->mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE);
 	}
@@ -168,8 +168,7 @@ void cold_done(struct tr *t, unsigned n, struct cold *k)
 	if (!k)
 		return;
 	k->back = t->h.p;
-	k->reload_flags = t->in_host && t->t[n].live;
-	k->site->need = t->live;
+	k->need = t->live;
 }
 
 /* -- which --------------------------------------------------------------------------------------- */
@@ -343,7 +342,7 @@ static bool moffs(struct tr *t, unsigned n)
 	struct cold *k;
 
 	gen_clobber(t, n);
-	k = cold_new(t, n);
+	k = cold_new(t, n, 1);
 	if (!gen_operand(t, n, k, i->z.opcode & 1 ? i->z.operand_width / 8 : 1, store))
 		return false;
 	gen_point(t, n);
@@ -438,7 +437,7 @@ static bool divide(struct tr *t, unsigned n)
 		gen_point(t, n);
 		em_mem(e, w, 0x8b, SC, ST, -1, 0, 0);   /* the guest may change it in memory: look at a copy */
 	} else {
-		k = cold_new(t, n);
+		k = cold_new(t, n, 1);
 		em_mov(e, SC, gen_get(t, (unsigned)s.guest[SL_RM], SC));
 	}
 	em_mov(e, SA, H_R13);

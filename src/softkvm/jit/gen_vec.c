@@ -104,7 +104,7 @@ static bool vzero(struct tr *t, unsigned n)
 
 	if (!(t->live & JV_VEX)) {
 		gen_clobber(t, n);
-		k = cold_new(t, n);
+		k = cold_new(t, n, 1);
 		gen_live(t, k, JV_VEX);
 		t->live |= JV_VEX;
 		cold_done(t, n, k);
@@ -185,7 +185,7 @@ bool gen_vec(struct tr *t, unsigned n)
 	/* Checks destroy flags: all of them together. */
 	if (!(t->live & bit) || s.mem) {
 		gen_clobber(t, n);
-		k = cold_new(t, n);
+		k = cold_new(t, n, 1);
 		if (!(t->live & bit))
 			gen_live(t, k, bit);
 	}

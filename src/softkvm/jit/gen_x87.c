@@ -69,7 +69,7 @@ bool gen_x87(struct tr *t, unsigned n)
 	slots_find(&s, i);
 	if (!(t->live & JV_X87) || s.mem) {
 		gen_clobber(t, n);
-		k = cold_new(t, n);
+		k = cold_new(t, n, 1);
 		if (!(t->live & JV_X87))
 			gen_live(t, k, JV_X87);
 	}

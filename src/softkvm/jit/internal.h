@@ -56,29 +56,20 @@ struct jit_page {
 struct jit_map_thunks { uint32_t gen, call, live; };
 
 /*
- * Handler call: the instruction, and behind it what stops the interpreter, which looks at no more of that than fn, flags, off
- * and len. The rest of it is ours: one cache line has all that a call needs.
+ * Handler call: a number of instructions that follow each other in a decoded block. There are as many of these as instructions that
+ * may miss, so they are small: the instructions are copied when they are called (struct jit, `called`).
  */
 struct jit_site {
-	struct insn i;
-	union {
-		struct insn stop;
-		struct {
-			insn_fn *stop_fn;
-			struct block *b;
-			int16_t delta;          /* of the block's first byte from the translation's */
-			uint8_t n;              /* the block's instructions */
-			uint8_t need;           /* JV_* that the code behind it relies on */
-			uint16_t stop_flags, stop_off;
-			uint8_t stop_len, unused;
-			uint16_t bytes;         /* the block's */
-			uint32_t code;          /* struct jit_code, in low memory */
-		};
-	};
+	uint32_t code;                  /* struct jit_code, in low memory */
+	uint32_t block;                 /* block_number() */
+	int16_t delta;                  /* of the block's first byte from the translation's */
+	uint16_t bytes;                 /* the block's, and its instructions */
+	uint8_t n;
+	uint8_t first, count;           /* which */
+	uint8_t need;                   /* JV_* that the code behind it relies on */
 };
-_Static_assert(sizeof(struct jit_site) == 64 && offsetof(struct jit_site, stop.flags) == offsetof(struct jit_site, stop_flags) &&
-	       offsetof(struct jit_site, stop.off) == offsetof(struct jit_site, stop_off) &&
-	       offsetof(struct jit_site, stop.len) == offsetof(struct jit_site, stop_len), "jit_site: the stop is an insn");
+_Static_assert(sizeof(struct jit_site) == 16, "jit_site: most are never used");
+#define SITE_MAX 9
 
 /* Decoded blocks of one page that are translated together. */
 #define REGION_PARTS 24
@@ -158,6 +149,7 @@ struct jit {
 	struct jit_code *stale;         /* was found so at its entry just now: if its block is another now, links to it are to be cut */
 	bool off;                       /* tests: interpret, but keep translations right */
 	struct lockstep *lock;          /* lockstep.h, or NULL */
+	struct insn called[SITE_MAX + 1];       /* by handler just now; behind them what stops the interpreter */
 	unsigned threshold;             /* times a block is interpreted first */
 	struct tr *tr;                  /* the translator's working memory */
 	int perf_fd;                    /* perf map, or -1 */
@@ -193,6 +185,7 @@ uint8_t *em_jcc(struct em *e, unsigned cc);
 void em_here(struct em *e, uint8_t *rel32);                             /* that jump leads here */
 void em_to(uint8_t *rel32, const uint8_t *target);
 void em_align(struct em *e);
+void em_flags(struct em *e, struct cpu *c);                             /* the host's from cpu->aflags; uses SA */
 void jit_thunks(struct jit *j);
 void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map);
 
@@ -206,7 +199,7 @@ void map_of(int8_t map[16], unsigned key);      /* async-signal-safe */
 int jit_code_map(struct jit *j, size_t bytes);
 void jit_code_trim(struct jit *j);      /* give back the memory of what is not used now */
 void jit_code_unmap(struct jit *j);
-void *jit_arena(struct jit *j, size_t size);                            /* low memory, 64-byte aligned; NULL: full */
+void *jit_arena(struct jit *j, size_t size);                            /* low memory, 16-byte aligned; NULL: full */
 
 /* run.c */
 void code_valid(struct jit_code *k, uint64_t stamp);    /* its first block is valid now, under that stamp (0: none) */
@@ -261,9 +254,8 @@ struct cold {
 	uint8_t *from[12];
 	unsigned nfrom;
 	uint8_t *back;
-	struct jit_site *site, *more[8];        /* more: of the instructions behind, in order */
-	unsigned nmore;
-	bool reload_flags, final;
+	uint8_t n, count, need;         /* the instructions that go to their handlers; what the code behind relies on */
+	bool final;
 };
 
 enum tend { END_NONE, END_OTHER, END_JMP, END_JCC };   /* what the last instruction of a part does */
@@ -307,9 +299,8 @@ struct tr {
 	struct tinsn t[REGION_INSNS];
 };
 
-struct jit_site *tr_site(struct tr *t, unsigned n);
-/* The cold path of instruction n: its handler. Jumps added with cold_from(); `back` is set by cold_done(). */
-struct cold *cold_new(struct tr *t, unsigned n);
+/* The cold path of `count` instructions from n on: their handlers. Jumps added with cold_from(); `back` is set by cold_done(). */
+struct cold *cold_new(struct tr *t, unsigned n, unsigned count);
 static inline void cold_from(struct cold *k, uint8_t *rel32) { k->from[k->nfrom++] = rel32; }
 
 /* gen.c: pieces. */

@@ -41,7 +41,7 @@ struct lockstep {
 	unsigned npages;
 	struct state start, trans, near_;
 	bool have_near;
-	struct jit_site site;
+	struct insn called[2];          /* the one that is interpreted, and what stops the interpreter */
 	struct traced trace[TRACE];
 	unsigned ntrace;
 	uint64_t steps, insns, alone, again, stale, events;
@@ -238,20 +238,20 @@ static void op_stop(struct cpu *c, const struct insn *i) { }
 /* Instruction `i` of `b`, which starts at `base`. True: the block goes on behind it. */
 static bool interpret(struct lockstep *l, struct cpu *c, struct block *b, const struct insn *i, uint64_t base)
 {
-	struct jit_site *s = &l->site;
+	struct insn *s = l->called;
 
-	s->i = *i;
-	s->stop = (struct insn){ .fn = op_stop, .off = (uint16_t)(i->off + i->len), .base = R_ZERO, .index = R_ZERO };
+	s[0] = *i;
+	s[1] = (struct insn){ .fn = op_stop, .off = (uint16_t)(i->off + i->len), .base = R_ZERO, .index = R_ZERO };
 	c->gpr[R_BLK] = base;
 	c->rip = base + b->bytes;
 	c->blk = b;
 	c->block_end = NULL;
 	c->code_stamp = CODE_STAMP_NONE;
-	c->cur = &s->i;
+	c->cur = s;
 	trace_one(l, c, base + i->off, b, i);
 	if (i->flags & IF_ONCE)
 		once_hook(c);
-	s->i.fn(c, &s->i);
+	s->fn(c, s);
 	atomic_store_explicit(&c->code_store, false, memory_order_release);
 	settle(c);
 	return !(i->flags & IF_END) && !c->block_end && i + 1 < b->insn + b->n;

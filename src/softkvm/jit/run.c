@@ -31,12 +31,12 @@ static int init(struct jit *j, const struct jit_config *cfg)
 	j->mxcsr_mask = mxcsr_mask();
 	j->threshold = cfg->mode == JIT_AT_ONCE ? 0 : cfg->mode == JIT_LOCKSTEP ? 3 : JIT_THRESHOLD;
 	j->tr = calloc(1, sizeof *j->tr);
-	j->arena_size = 9 * part;
+	j->arena_size = 6 * part;
 	j->low_size = sizeof *j->low + j->arena_size;
 	j->low = low_alloc(j->low_size);
 	if (!j->tr || !j->low || !low_is(j->low, j->low_size))
 		return -ENOMEM;
-	if ((r = jit_code_map(j, 6 * part)) || (r = points_map(j, part)))
+	if ((r = jit_code_map(j, 9 * part)) || (r = points_map(j, part)))
 		return r;
 	return cfg->mode == JIT_LOCKSTEP ? lockstep_init(j) : 0;
 }
@@ -240,33 +240,49 @@ static uint64_t next_code(struct cpu *c, struct jit *j)
 	return ind->code;
 }
 
+static void op_stop(struct cpu *c, const struct insn *i) { }
+
+/* The instructions of a site, by their handlers. False: the loop has to look before the next one. */
+static bool call_handlers(struct cpu *c, const struct insn *i, const struct insn *end)
+{
+	do {
+		c->cur = i;
+		if (unlikely(c->watch) && (i->flags & IF_ONCE))
+			c->watch->once(c);
+		i->fn(c, i);
+		cpu_charge(c, SLOW_INSN);
+		i = c->cur + 1;         /* handlers may have gone on to others */
+	} while (i < end && !c->block_end && !mmio_pending(c));
+	return !c->block_end && !mmio_pending(c);
+}
+
 /*
- * Translated code hands an instruction to its handler. 0: go on behind it; 1: the loop must look before the next one;
- * else the address of the code to go on at (the instruction was the last of its block).
+ * Translated code hands instructions to their handlers. 0: go on behind them; 1: the loop must look before the next one;
+ * else the address of the code to go on at (the last of them was the last of its block).
  */
 uint64_t jit_call_insn(struct jit_site *s)
 {
 	const struct jit_code *k = (const struct jit_code *)(uintptr_t)s->code;
 	struct cpu *c = k->c;
+	struct insn *i = c->jit->called, *end = i + s->count;
+	bool on;
 
 	c->stats.handler_calls++;
 	live_settle(c);
 	c->gpr[R_BLK] = jit_code_rip(k) + (uint64_t)(int64_t)s->delta;
 	c->rip = c->gpr[R_BLK] + s->bytes;
-	c->blk = s->b;
+	c->blk = block_numbered(c->blocks, s->block);
 	c->block_end = NULL;
-	c->cur = &s->i;
-	if (unlikely(c->watch) && (s->i.flags & IF_ONCE))
-		c->watch->once(c);
-	s->i.fn(c, &s->i);
-	cpu_charge(c, SLOW_INSN);
+	memcpy(i, &c->blk->insn[s->first], s->count * sizeof *i);
+	*end = (struct insn){ .fn = op_stop, .off = (uint16_t)(end[-1].off + end[-1].len), .base = R_ZERO, .index = R_ZERO };
+	on = call_handlers(c, i, end);
 	if (unlikely(atomic_load_explicit(&c->code_store, memory_order_relaxed)))
 		atomic_store_explicit(&c->code_store, false, memory_order_release);
-	if (s->i.flags & IF_END) {
+	if ((end[-1].flags & IF_END) && c->cur >= end - 1) {
 		c->budget -= s->n;
 		return next_code(c, c->jit);
 	}
-	if (c->block_end || mmio_pending(c))
+	if (!on)
 		return 1;
 	return s->need && (s->need & ~live_begin(c, s->need));
 }
@@ -286,8 +302,14 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 		return JIT_LOOK;
 	}
 	*(r ? &c->stats.left_by_jump : &c->stats.left_by_budget) += 1;
-	j->stale = r & LEFT_STALE ? (struct jit_code *)(uintptr_t)(r & ~(uint64_t)LEFT_STALE) : NULL;
-	c->blocks->jit_want = r & LEFT_STALE ? NULL : (struct jit_link *)(uintptr_t)r;
+	j->stale = NULL;
+	if (r & LEFT_STALE) {
+		j->stale = (struct jit_code *)(uintptr_t)(r & ~(uint64_t)LEFT_STALE);
+		c->rip = jit_code_rip(j->stale);
+	} else if (r) {
+		c->blocks->jit_want = (struct jit_link *)(uintptr_t)r;
+		c->rip = jit_link_rip(c->blocks->jit_want);
+	}
 	return JIT_DONE;
 }
 

@@ -10,7 +10,7 @@
 #define HOT_MAX (32u << 10)
 #define THUNKS_MAX (4u << 10)
 #define COLD_MAX (128u << 10)
-#define ARENA_MAX (sizeof(struct jit_code) + sizeof(struct jit_page) + 128 + (REGION_INSNS * 3 + REGION_PARTS * 2) * sizeof(struct jit_site))
+#define ARENA_MAX (sizeof(struct jit_code) + sizeof(struct jit_page) + 128 + (REGION_INSNS * 3 + REGION_PARTS * 2) * sizeof(struct jit_link))
 
 void gen_colds(struct tr *t);
 insn_fn op_fetch_gp;
@@ -494,7 +494,7 @@ static void keep_parts(struct jit *j, struct jit_code *k, const struct tr *t)
 	k->nparts = t->nparts;
 	for (unsigned p = 0; p < t->nparts; p++)
 		k->part[p] = t->part[p].b;
-	j->arena -= ALIGN_UP(sizeof *k, 64) - ALIGN_UP(offsetof(struct jit_code, part) + t->nparts * sizeof k->part[0], 64);
+	j->arena -= ALIGN_UP(sizeof *k, 16) - ALIGN_UP(offsetof(struct jit_code, part) + t->nparts * sizeof k->part[0], 16);
 }
 
 /* What was written is there to be executed; seen as memory to be written it need not be resident a second time. */
