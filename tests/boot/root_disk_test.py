@@ -32,6 +32,7 @@ def shell(guest):
     print(f"  prompt after {time.monotonic() - begin:.1f} s, {cpu:.1f} s of CPU time")
     guest.send("bind 'set enable-bracketed-paste off'; stty -echo; PS1=; dmesg -n 1; echo quiet-\"\"now\n")
     guest.expect(r"\nquiet-now\n")
+    guest.run("systemctl is-system-running --wait; kill -s RTMIN+21 1")      # what systemd says on the console would come between a command's words
 
 
 def power_off(guest):
@@ -45,9 +46,8 @@ def systemd(start):
     guest = start(*args())
     shell(guest)
     assert "10.0.2.15" in guest.run("ip -4 addr show eth0")
-    guest.run("systemctl is-system-running --wait || true; systemd-analyze || true")
-    failed = guest.run("systemctl --failed --no-legend --plain")
-    assert not failed.strip(), failed
+    guest.run("systemd-analyze || true")
+    guest.run("systemctl --failed --no-legend --plain >/tmp/failed; cat /tmp/failed; [ ! -s /tmp/failed ]")
     assert "Debian GNU/Linux 12" in guest.run("cat /etc/os-release")
     guest.run("dpkg --audit && apt-cache policy >/dev/null")
     power_off(guest)

@@ -327,7 +327,7 @@ static uint16_t flags_read(struct cpu *c, uint16_t left, struct seen *s)
 	for (unsigned n = 0; n < b->n && left; n++) {
 		const struct insn *i = &b->insn[n];
 
-		if (ZYAN_FAILED(ZydisDecoderDecodeFull(&z, block_copy(b) + i->off, i->len, &t.z, t.op)) ||
+		if (ZYAN_FAILED(decode_zydis(&z, c, block_copy(b) + i->off, i->len, &t.z, t.op)) ||
 		    ((i->flags & IF_ONCE) && (i->flags & IF_END)))
 			return left;
 		tinsn_flags(&t);
@@ -375,7 +375,7 @@ static uint16_t flags_undefined(const struct lockstep *l, struct cpu *c)
 		ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
 		ZydisDecodedInstruction i;
 
-		if (ZYAN_FAILED(ZydisDecoderDecodeFull(&z, t->bytes, t->len, &i, op)) || !i.cpu_flags)
+		if (ZYAN_FAILED(decode_zydis(&z, c, t->bytes, t->len, &i, op)) || !i.cpu_flags)
 			continue;
 		undefined &= (uint16_t)~(i.cpu_flags->modified | i.cpu_flags->set_0 | i.cpu_flags->set_1);
 		undefined |= i.cpu_flags->undefined & JIT_ALL_FLAGS;
@@ -428,7 +428,7 @@ static void report_insn(struct lockstep *l, const struct traced *t, const struct
 
 	decode_init(&d, l->j->c, block_mode(l->j->c, false));
 	ZydisFormatterInit(&f, ZYDIS_FORMATTER_STYLE_INTEL);
-	if (ZYAN_SUCCESS(ZydisDecoderDecodeFull(&d, t->bytes, t->len, &z, op)))
+	if (ZYAN_SUCCESS(decode_zydis(&d, l->j->c, t->bytes, t->len, &z, op)))
 		ZydisFormatterFormatInstruction(&f, &z, op, z.operand_count_visible, text, sizeof text, t->rip, NULL);
 	for (unsigned r = 0; r < 16 && n < sizeof regs - 32; r++)
 		if (t->gpr[r] != next->gpr[r])

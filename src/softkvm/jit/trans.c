@@ -62,7 +62,7 @@ bool flags_dead_at(struct tr *t, uint64_t rip)
 	for (unsigned n = 0; n < 4; n++) {
 		unsigned off = rip & 4095, avail = 4096 - off;
 
-		if (ZYAN_FAILED(ZydisDecoderDecodeFull(&z, page + off, MIN(avail, 15u), &i.z, i.op)))
+		if (ZYAN_FAILED(decode_zydis(&z, t->c, page + off, MIN(avail, 15u), &i.z, i.op)))
 			return false;
 		switch (i.z.meta.category) {
 		case ZYDIS_CATEGORY_BINARY: case ZYDIS_CATEGORY_LOGICAL: case ZYDIS_CATEGORY_DATAXFER: case ZYDIS_CATEGORY_SHIFT:
