@@ -477,6 +477,20 @@ static void set_vmask(struct vec_op *op, const struct decoded *d)
 	}
 }
 
+/* A number in memory to an integer in a general-purpose register: what names no vector register and is a vector instruction nevertheless. */
+static bool memory_to_integer(ZydisMnemonic m)
+{
+	switch (m) {
+	case ZYDIS_MNEMONIC_CVTSS2SI: case ZYDIS_MNEMONIC_CVTTSS2SI: case ZYDIS_MNEMONIC_CVTSD2SI: case ZYDIS_MNEMONIC_CVTTSD2SI:
+	case ZYDIS_MNEMONIC_VCVTSS2SI: case ZYDIS_MNEMONIC_VCVTTSS2SI: case ZYDIS_MNEMONIC_VCVTSD2SI: case ZYDIS_MNEMONIC_VCVTTSD2SI:
+	case ZYDIS_MNEMONIC_VCVTSS2USI: case ZYDIS_MNEMONIC_VCVTTSS2USI: case ZYDIS_MNEMONIC_VCVTSD2USI: case ZYDIS_MNEMONIC_VCVTTSD2USI:
+	case ZYDIS_MNEMONIC_VCVTSH2SI: case ZYDIS_MNEMONIC_VCVTTSH2SI: case ZYDIS_MNEMONIC_VCVTSH2USI: case ZYDIS_MNEMONIC_VCVTTSH2USI:
+		return true;
+	default:
+		return false;
+	}
+}
+
 bool vec_op_build(struct vec_op *op, const struct decoded *d)
 {
 	struct vec_shape *s = &op->s;
@@ -486,7 +500,7 @@ bool vec_op_build(struct vec_op *op, const struct decoded *d)
 	for (unsigned n = 0; n < d->z.operand_count; n++)
 		if (!shape_operand(op, d, &d->op[n]))
 			return false;
-	if (!s->v_in && !s->v_out && !s->mm_in && !s->k_in && !s->k_out)
+	if (!s->v_in && !s->v_out && !s->mm_in && !s->k_in && !s->k_out && !memory_to_integer(d->z.mnemonic))
 		return false;
 	if (d->z.mnemonic == ZYDIS_MNEMONIC_VP2INTERSECTD || d->z.mnemonic == ZYDIS_MNEMONIC_VP2INTERSECTQ)
 		s->k_out |= s->k_out | (s->k_out & 0x55) << 1 | (s->k_out & 0xaa) >> 1;

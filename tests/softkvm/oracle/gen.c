@@ -190,11 +190,15 @@ static bool wide_in_narrow(const struct test_case *t)
 	return t->bits != 64 && t->z.raw.vex.W && (t->z.mnemonic == ZYDIS_MNEMONIC_VPINSRD || t->z.mnemonic == ZYDIS_MNEMONIC_VPEXTRD);
 }
 
-/* Vector groups: what has a vector register, but for the states' images. */
+/* Vector groups: what has a vector register, but for the states' images, and what makes integers of numbers in memory. */
 static bool vector_wanted(const struct test_case *t)
 {
+	const char *name = ZydisMnemonicGetString(t->z.mnemonic);
+
 	if (wide_in_narrow(t))
 		return false;
+	if (!strncmp(name, "cvt", 3) || !strncmp(name, "vcvt", 4))
+		return true;
 	for (unsigned n = 0; n < t->z.operand_count; n++) {
 		ZydisRegisterClass c = t->op[n].type == ZYDIS_OPERAND_TYPE_REGISTER ? ZydisRegisterGetClass(t->op[n].reg.value) : ZYDIS_REGCLASS_INVALID;
 

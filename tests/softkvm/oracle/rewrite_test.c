@@ -63,7 +63,8 @@ static unsigned random_bytes(uint8_t *b, unsigned bits)
 
 static bool has_vector(const struct decoded *d)
 {
-	bool vec = false;
+	const char *name = ZydisMnemonicGetString(d->z.mnemonic);
+	bool vec = !strncmp(name, "cvt", 3) || !strncmp(name, "vcvt", 4);
 
 	if (!strncmp(ZydisISASetGetString(d->z.meta.isa_set), "KNC", 3))
 		return false;
