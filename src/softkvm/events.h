@@ -30,6 +30,8 @@ bool event_boundary(struct cpu *c);
  * loop's. After event_boundary() returned true the loop looks at cpu->halted and the MP state.
  */
 void event_insn_done(struct cpu *c);
+/* Split irqchip: a level interrupt was EOIed and user space is not told yet. True: kvm_run is filled in, leave. */
+bool event_eoi_exit(struct cpu *c);
 
 /* Recompute one_insn (TF, RF, shadows, code breakpoints, guest debugging). */
 void event_update_one_insn(struct cpu *c);

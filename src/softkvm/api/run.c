@@ -292,6 +292,8 @@ static int run_guest(struct vcpu *v)
 			if (c->monitor.waiting)
 				c->monitor.waiting = c->halted = false;
 			atomic_fetch_and(&c->requests, ~(uint32_t)REQ_EXIT);
+			if (event_eoi_exit(c))          /* now: state that is saved meanwhile has no place for it */
+				return 0;
 			if (ring_full(v->ring)) {
 				c->run->exit_reason = KVM_EXIT_DIRTY_RING_FULL;
 				return 0;

@@ -73,6 +73,13 @@ int ioapic_set_line(struct irqchip *ic, unsigned pin, int level, enum irq_source
 	return ioapic_service(ic, pin);
 }
 
+/* A request of loaded state. Who drives the line is not known: whoever lowers it ends the request, a resampled one's EOI too. */
+static void ioapic_load_irr(struct irqchip *ic, unsigned pin)
+{
+	ic->ioapic.irr |= 1u << pin;
+	ioapic_service(ic, pin);
+}
+
 void ioapic_eoi(struct irqchip *ic, uint8_t vector, bool level, bool suppressed)
 {
 	struct ioapic *io = &ic->ioapic;
@@ -185,5 +192,5 @@ void ioapic_set(struct irqchip *ic, const struct kvm_ioapic_state *s)
 	irqchip_update_eoi_map(ic);
 	for (unsigned i = 0; i < KVM_IOAPIC_NUM_PINS; i++)
 		if (s->irr & (1u << i))
-			ioapic_set_line(ic, i, 1, SRC_USER);
+			ioapic_load_irr(ic, i);
 }

@@ -72,26 +72,35 @@ static bool waits_for_sipi(const struct cpu *c)
 	return s == KVM_MP_STATE_INIT_RECEIVED || s == KVM_MP_STATE_UNINITIALIZED;
 }
 
+bool event_eoi_exit(struct cpu *c)
+{
+	int eoi = c->lapic ? lapic_take_eoi_exit(c) : -1;
+
+	if (eoi < 0)
+		return false;
+	event_unblocked(c);
+	c->run->exit_reason = KVM_EXIT_IOAPIC_EOI;
+	c->run->eoi.vector = (uint8_t)eoi;
+	return true;
+}
+
+/* There is no SMM: an SMI is dropped. */
+static void take_nmi(struct cpu *c)
+{
+	if (c->lapic && (lapic_take_nmi_smi(c) & LAPIC_NMI))
+		c->nmi_pending = true;
+}
+
 /* False: leave to user space. */
 static bool poll_lapic(struct cpu *c)
 {
-	unsigned w;
-	int eoi;
-
 	if (!c->lapic)
 		return true;
-	eoi = lapic_take_eoi_exit(c);
-	if (eoi >= 0) {
-		event_unblocked(c);
-		c->run->exit_reason = KVM_EXIT_IOAPIC_EOI;
-		c->run->eoi.vector = (uint8_t)eoi;
+	if (event_eoi_exit(c))
 		return false;
-	}
 	if (c->vcpu)
 		vcpu_init_sipi(c);
-	w = lapic_take_nmi_smi(c);
-	if (w & LAPIC_NMI)
-		c->nmi_pending = true;
+	take_nmi(c);
 	return true;
 }
 
@@ -189,6 +198,23 @@ bool event_boundary(struct cpu *c)
 }
 
 /* -- KVM_GET/SET_VCPU_EVENTS, KVM_INTERRUPT --------------------------------------------------- */
+/*
+ * A trap that is due but not yet delivered is told as a pending #DB: the structure has no other place for it. A client that does not
+ * know payloads finds their effect in DR6 already.
+ */
+static void trap_get(struct cpu *c, struct kvm_vcpu_events *e)
+{
+	e->exception.nr = EXC_DB;
+	if (c->vm && c->vm->policy.exception_payload) {
+		e->exception.pending = 1;
+		e->exception_has_payload = 1;
+		e->exception_payload = c->trap_dr6;
+		return;
+	}
+	e->exception.injected = 1;
+	event_db_payload(c, c->trap_dr6);
+}
+
 void events_get(struct cpu *c, struct kvm_vcpu_events *e)
 {
 	bool exc = c->ev.valid && (c->ev.type == EV_EXC || c->ev.type == EV_SOFT_EXC || c->ev.type == EV_PRIV_SOFT_EXC);
@@ -201,6 +227,9 @@ void events_get(struct cpu *c, struct kvm_vcpu_events *e)
 	e->exception.error_code = exc ? c->ev.error : 0;
 	e->exception_has_payload = exc && c->ev.has_payload;
 	e->exception_payload = e->exception_has_payload ? c->ev.payload : 0;
+	if (c->trap_db && !c->ev.valid && !c->dbg.enabled)
+		trap_get(c, e);
+	take_nmi(c);
 	if (c->ext_pending || (c->ev.valid && (c->ev.type == EV_EXT || c->ev.type == EV_SOFT))) {
 		e->interrupt.injected = 1;
 		e->interrupt.nr = c->ext_pending ? c->ext_vector : c->ev.vector;
@@ -235,6 +264,10 @@ int events_set(struct cpu *c, const struct kvm_vcpu_events *e)
 		return -EINVAL;
 	c->ev = (struct event){ 0 };
 	c->ev_pending = c->ext_pending = false;
+	if (!c->dbg.enabled) {
+		c->trap_db = false;
+		c->trap_dr6 = 0;
+	}
 	if (e->exception.injected || e->exception.pending) {
 		bool payload = (e->flags & KVM_VCPUEVENT_VALID_PAYLOAD) && e->exception_has_payload;
 		int type = e->exception.nr == EXC_BP || e->exception.nr == EXC_OF ? EV_SOFT_EXC : EV_EXC;

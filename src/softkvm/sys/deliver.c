@@ -1,8 +1,6 @@
 /* Delivery of events through IVT and IDT in every mode; double and triple faults (SDM vol. 3 ch. 6). */
 #include "softkvm/sys/sysint.h"
 
-#define DR6_FIXED 0xffff0ff0u
-#define DR6_TRAPS 0xe00fu
 
 static bool is_soft(const struct event *e) { return e->type == EV_SOFT || e->type == EV_SOFT_EXC; }
 
@@ -248,6 +246,11 @@ static bool combine(struct cpu *c, const struct event *first)
 	return true;
 }
 
+void event_db_payload(struct cpu *c, uint64_t payload)
+{
+	c->dr[6] = (c->dr[6] & ~(uint64_t)DR6_TRAPS) | DR6_FIXED | payload;
+}
+
 /* What an exception changes before it is delivered. */
 static void apply_payload(struct cpu *c, struct event *e)
 {
@@ -257,7 +260,7 @@ static void apply_payload(struct cpu *c, struct event *e)
 		c->cr2 = e->payload;
 	} else if (e->vector == EXC_DB) {
 		if (e->has_payload)
-			c->dr[6] = (c->dr[6] & ~(uint64_t)DR6_TRAPS) | DR6_FIXED | e->payload;
+			event_db_payload(c, e->payload);
 		if (c->dr[7] & (1 << 13)) {
 			c->dr[7] &= ~(1ull << 13);
 			debug_update(c);

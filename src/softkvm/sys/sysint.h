@@ -117,4 +117,9 @@ void debug_io_access(struct cpu *c, uint16_t port, unsigned size);
 insn_family sys_decode_far, sys_decode_seg, sys_decode_flags, sys_decode_io, sys_decode_cr, sys_decode_desc, sys_decode_msr,
 	    sys_decode_misc;
 
+/* deliver.c: DR6 as a #DB leaves it. */
+#define DR6_FIXED 0xffff0ff0u
+#define DR6_TRAPS 0xe00fu
+void event_db_payload(struct cpu *c, uint64_t payload);
+
 #endif

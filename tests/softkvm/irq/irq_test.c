@@ -642,6 +642,28 @@ static void test_state(void **s)
 	assert_int_equal(take(c0), 0x49);
 }
 
+/* A line that was up when state was saved falls with whoever drives it after loading: here a resampled irqfd at its EOI. */
+static void test_state_line(void **s)
+{
+	struct kvm_irqchip chip = { .chip_id = KVM_IRQCHIP_IOAPIC };
+
+	enable_apics();
+	pic_off();
+	iow(0x10 + 2 * 9, 0x8049);
+	irqchip_line(vm, 9, 1, SRC_RESAMPLE);
+	assert_int_equal(irqchip_get(vm, &chip), 0);
+	teardown(s);
+	setup(s);
+	enable_apics();
+	pic_off();
+	chip.chip.ioapic.redirtbl[9].fields.remote_irr = 0;
+	assert_int_equal(irqchip_set(vm, &chip), 0);
+	assert_int_equal(take(c0), 0x49);
+	irqchip_line(vm, 9, 0, SRC_RESAMPLE);
+	apw(c0, 0xb0, 0);
+	assert_int_equal(take(c0), -1);
+}
+
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 int main(void)
 {
@@ -649,7 +671,7 @@ int main(void)
 		T(test_pic_edge), T(test_pic_slave_level), T(test_pic_modes), T(test_pic_through_lint0), T(test_ioapic),
 		T(test_priorities), T(test_xapic_ipi), T(test_init_sipi), T(test_x2apic), T(test_timer), T(test_timer_state),
 		T(test_pit_calibration), T(test_pit_tick), T(test_pit_modes), T(test_routing), T(test_irqfd), T(test_ioeventfd),
-		T(test_coalesced), T(test_state), cmocka_unit_test_setup_teardown(test_split, setup_split, teardown),
+		T(test_coalesced), T(test_state), T(test_state_line), cmocka_unit_test_setup_teardown(test_split, setup_split, teardown),
 	};
 	return cmocka_run_group_tests(t, NULL, NULL);
 }

@@ -218,6 +218,51 @@ static void test_nmi(void **state)
 	guest_destroy(&g);
 }
 
+/* -- events that wait where the structure has no field of its own -------------------------------- */
+GUEST_ASM(traps, 64, "pushfq; orl $0x100, (%rsp); popfq; out %al, $0x55; hlt");
+
+static void trap_saved(bool payload)
+{
+	struct kvm_enable_cap cap = { .cap = KVM_CAP_EXCEPTION_PAYLOAD, .args = { 1 } };
+	struct kvm_vcpu_events e;
+	struct kvm_debugregs d;
+	struct guest g;
+
+	start64(&g, traps, traps_end);
+	if (payload)
+		assert_int_equal(gioctl(&g.vm, KVM_ENABLE_CAP, &cap, NULL), 0);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+	g.run[0]->immediate_exit = 1;
+	assert_int_equal(guest_run(&g, 0), -EINTR);     /* the OUT is complete, its single-step trap is due */
+	g.run[0]->immediate_exit = 0;
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_GET_VCPU_EVENTS, &e, NULL), 0);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_GET_DEBUGREGS, &d, NULL), 0);
+	assert_int_equal(e.exception.injected, !payload);
+	assert_int_equal(e.exception.pending, payload);
+	assert_int_equal(e.exception.nr, 1);
+	assert_int_equal(payload ? e.exception_payload : d.dr6 & 0x4000, 0x4000);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_SET_VCPU_EVENTS, &e, NULL), 0);
+	expect_out(&g, 0x80, 1);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_GET_DEBUGREGS, &d, NULL), 0);
+	assert_int_equal(d.dr6 & 0xe00f, 0x4000);
+	guest_destroy(&g);
+}
+
+static void test_saved_events(void **state)
+{
+	struct kvm_msi nmi = { .address_lo = 0xfee00000, .data = 4 << 8 };
+	struct kvm_vcpu_events e;
+	struct guest g;
+
+	trap_saved(false);
+	trap_saved(true);
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT, .irqchip = true });
+	assert_int_equal(gioctl(&g.vm, KVM_SIGNAL_MSI, &nmi, NULL), 1);
+	assert_int_equal(gioctl(&g.vcpu[0], KVM_GET_VCPU_EVENTS, &e, NULL), 0);
+	assert_int_equal(e.nmi.pending, 1);
+	guest_destroy(&g);
+}
+
 /* -- injected exceptions, shutdown -------------------------------------------------------------- */
 GUEST_ASM(quiet, 64, "hlt; hlt");
 
@@ -299,7 +344,7 @@ int main(void)
 	const struct CMUnitTest t[] = {
 		cmocka_unit_test(test_strings), cmocka_unit_test(test_moved_rip), cmocka_unit_test(test_guest_debug),
 		cmocka_unit_test(test_window), cmocka_unit_test(test_nmi), cmocka_unit_test(test_inject),
-		cmocka_unit_test(test_emulation_failure), cmocka_unit_test(test_rep_interrupted),
+		cmocka_unit_test(test_emulation_failure), cmocka_unit_test(test_saved_events), cmocka_unit_test(test_rep_interrupted),
 	};
 
 	return cmocka_run_group_tests(t, NULL, NULL);
