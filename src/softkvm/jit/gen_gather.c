@@ -95,7 +95,7 @@ bool gen_gather(struct tr *t, unsigned n)
 	if (!find(t, &t->t[n], &g) || t->h.end - t->h.p < 8 * GATHER_BYTES || t->npoints > POINTS_MAX / 2 - GATHER_POINTS)
 		return false;
 	gen_clobber(t, n);
-	k = cold_new(t, n);
+	k = cold_new(t, n, 1);
 	if (!(t->live & JV_VEX))
 		gen_live(t, k, JV_VEX);
 	t->live |= JV_VEX | JV_SSE;

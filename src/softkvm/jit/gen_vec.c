@@ -141,7 +141,7 @@ static bool mxcsr(struct tr *t, unsigned n, bool vex, bool load)
 	if (vex && !host_avx())
 		return false;
 	gen_clobber(t, n);
-	k = cold_new(t, n);
+	k = cold_new(t, n, 1);
 	if (!(t->live & bit))
 		gen_live(t, k, bit);
 	if (!gen_operand(t, n, k, 4, !load))
