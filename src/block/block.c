@@ -403,14 +403,18 @@ void block_drain(struct block *b)
 	drain(b, true);
 }
 
-int block_set_loop(struct block *b, struct loop *l, struct err *err)
+int block_set_loops(struct block *b, struct loop *const *l, unsigned n, struct err *err)
 {
+	if (!n || n > BLOCK_LOOPS_MAX)
+		return err_set(err, -EINVAL, "%s: 1 to %d I/O threads", b->file, BLOCK_LOOPS_MAX);
 	block_drain(b);
 	for (; b; b = b->child) {
-		int r = uring_move(b, l);
+		int r = uring_move(b, l, n);
+		if (!r && b->qcow2 && b->qcow2->data != b->child)
+			r = uring_move(b->qcow2->data, l, n);
 		if (r)
 			return err_set_errno(err, r, "%s: cannot move to an I/O thread", b->file);
-		b->loop = l;
+		b->loop = l[0];
 	}
 	return 0;
 }

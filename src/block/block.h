@@ -36,6 +36,7 @@ struct block_req {
 	const struct iovec *iov;        /* READ and WRITE; must stay valid until done */
 	int iovcnt;
 	int ret;                        /* 0 or -errno, set before done */
+	unsigned lane;                  /* which of block_set_loops() the completion goes to, modulo their number */
 	void (*done)(struct block_req *r);
 	struct block *blk;              /* set by block_submit */
 	struct block_req *next;         /* the block layer's */
@@ -91,8 +92,13 @@ void block_unlock(struct block *b);
 void block_submit(struct block *b, struct block_req *r);
 /* After requests with BLOCK_REQ_MORE: nothing more follows. */
 void block_unplug(struct block *b);
-/* Complete requests on this loop's thread from now on. No request is in flight. */
-int block_set_loop(struct block *b, struct loop *l, struct err *err);
+/*
+ * Complete requests on these loops' threads from now on, each on the one that its `lane` names (or on a worker). No request is in
+ * flight. On an error completions stay, or go to fewer of them.
+ */
+enum { BLOCK_LOOPS_MAX = 16 };
+int block_set_loops(struct block *b, struct loop *const *l, unsigned n, struct err *err);
+static inline int block_set_loop(struct block *b, struct loop *l, struct err *err) { return block_set_loops(b, &l, 1, err); }
 /* Wait until no request is in flight. What limits held back goes at once. */
 void block_drain(struct block *b);
 

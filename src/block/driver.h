@@ -80,7 +80,7 @@ struct block {
 	int flush_error;                /* atomic: a failed fdatasync lost data that no later one can save */
 	pthread_rwlock_t rmw;           /* O_DIRECT: unaligned writes alone, aligned ones together */
 
-	struct uring *uring;            /* NULL: threads */
+	struct uring *uring;            /* NULL: threads; else a list, one a loop */
 
 	struct overlay *overlay;
 	struct qcow2 *qcow2;
@@ -138,7 +138,7 @@ void throttle_release(struct throttle_group *g, struct block *b);
 /* --- uring.c --- */
 int uring_open(struct block *b);
 void uring_close(struct block *b);
-int uring_move(struct block *b, struct loop *l);
+int uring_move(struct block *b, struct loop *const *l, unsigned n);
 bool uring_submit(struct block *b, struct block_req *r);
 void uring_kick(struct block *b);
 int raw_flush_failed(struct block *b, int error);

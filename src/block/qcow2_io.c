@@ -551,7 +551,7 @@ bool q_submit(struct block *b, struct block_req *r)
 		q_bitmaps_mark(q, r->off, r->len);
 	if (ok) {
 		op->part = (struct block_req){ .op = r->op, .off = run.host, .len = r->len, .iov = r->iov, .iovcnt = r->iovcnt,
-					       .flags = r->flags & BLOCK_REQ_MORE, .done = part_done };
+					       .flags = r->flags & BLOCK_REQ_MORE, .lane = r->lane, .done = part_done };
 		ok = block_submit_below(q->data, &op->part);
 	}
 	if (!ok) {

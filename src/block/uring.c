@@ -1,7 +1,7 @@
 /*
  * io_uring for leaves: reads, writes and flushes that wait nowhere.
  *
- * A ring a leaf. Submitters share the submission side under `sq`; whoever finds completions takes them, one thread at a time
+ * A ring for each loop that completions of the leaf go to (one, unless a disk has several I/O threads). Submitters share the submission side under `sq`; whoever finds completions takes them, one thread at a time
  * (`cq`): the submitter, for what the kernel answered at once, or the loop, woken through an eventfd. Requests submitted
  * between uring_plug() ... uring_kick() enter the kernel with one system call.
  *
@@ -21,6 +21,7 @@
 enum { ENTRIES = 256, REAP = 32 };
 
 struct uring {
+	struct uring *next;             /* fixed while requests are in flight */
 	struct io_uring ring;
 	struct block *b;
 	pthread_mutex_t sq, cq;
@@ -89,8 +90,9 @@ static void on_event(void *opaque, int fd, unsigned events)
 
 /* --- submission --- */
 
-static void prepare(struct block *b, struct io_uring_sqe *sqe, struct block_req *r)
+static void prepare(struct uring *u, struct io_uring_sqe *sqe, struct block_req *r)
 {
+	struct block *b = u->b;
 	switch (r->op) {
 	case BLOCK_READ:
 		io_uring_prep_readv(sqe, b->fd, r->iov, (unsigned)r->iovcnt, r->off);
@@ -104,7 +106,7 @@ static void prepare(struct block *b, struct io_uring_sqe *sqe, struct block_req 
 		break;
 	}
 	io_uring_sqe_set_data(sqe, r);
-	__atomic_add_fetch(&b->uring->order, 1, __ATOMIC_RELEASE);
+	__atomic_add_fetch(&u->order, 1, __ATOMIC_RELEASE);
 }
 
 static int enter(struct uring *u)
@@ -116,9 +118,22 @@ static int enter(struct uring *u)
 	return r;
 }
 
+static struct uring *ring_of(struct block *b, unsigned lane)
+{
+	unsigned n = 0;
+	if (!b->uring || !b->uring->next || !lane)
+		return b->uring;
+	for (struct uring *u = b->uring; u; u = u->next)
+		n++;
+	struct uring *u = b->uring;
+	for (lane %= n; lane; lane--)
+		u = u->next;
+	return u;
+}
+
 bool uring_submit(struct block *b, struct block_req *r)
 {
-	struct uring *u = b->uring;
+	struct uring *u = ring_of(b, r->lane);
 	struct io_uring_sqe *sqe;
 	bool more = r->flags & BLOCK_REQ_MORE;
 	if (!u)
@@ -130,7 +145,7 @@ bool uring_submit(struct block *b, struct block_req *r)
 	pthread_mutex_lock(&u->sq);
 	sqe = io_uring_get_sqe(&u->ring);
 	if (sqe)
-		prepare(b, sqe, r);
+		prepare(u, sqe, r);
 	else
 		__atomic_sub_fetch(&u->in_kernel, 1, __ATOMIC_RELEASE);
 	/* What the kernel does not take now stays in the ring for the next time; the loop kicks it again. */
@@ -142,11 +157,8 @@ bool uring_submit(struct block *b, struct block_req *r)
 	return sqe != NULL;
 }
 
-void uring_kick(struct block *b)
+static void kick(struct uring *u)
 {
-	struct uring *u = b->uring;
-	if (!u)
-		return;
 	pthread_mutex_lock(&u->sq);
 	bool any = io_uring_sq_ready(&u->ring);
 	if (any && enter(u) < 0)
@@ -156,22 +168,27 @@ void uring_kick(struct block *b)
 		reap(u);
 }
 
+void uring_kick(struct block *b)
+{
+	for (struct uring *u = b->uring; u; u = u->next)
+		kick(u);
+}
+
 /* --- life --- */
 
 static void on_loop(void *opaque, int fd, unsigned events)
 {
 	struct uring *u = opaque;
 	on_event(u, fd, events);
-	uring_kick(u->b); /* nothing is there, unless the kernel refused before */
+	kick(u); /* nothing is there, unless the kernel refused before */
 }
 
-int uring_move(struct block *b, struct loop *l)
+static int watch(struct uring *u, struct loop *l)
 {
-	struct uring *u = b->uring;
-	struct loop_watch *old = u ? u->watch : NULL;
-	if (!u || u->loop == l)
+	struct loop_watch *old = u->watch, *w;
+	if (u->loop == l)
 		return 0;
-	struct loop_watch *w = loop_watch_fd(l, u->efd, LOOP_IN, on_loop, u);
+	w = loop_watch_fd(l, u->efd, LOOP_IN, on_loop, u);
 	if (!w)
 		return -ENOMEM;
 	if (old)
@@ -181,9 +198,21 @@ int uring_move(struct block *b, struct loop *l)
 	return 0;
 }
 
-int uring_open(struct block *b)
+static void ring_free(struct uring *u)
 {
-	struct uring *u = calloc(1, sizeof *u);
+	if (u->watch)
+		loop_unwatch(u->watch);
+	io_uring_queue_exit(&u->ring);
+	close(u->efd);
+	pthread_mutex_destroy(&u->sq);
+	pthread_mutex_destroy(&u->cq);
+	free(u);
+}
+
+/* Behind the others in the leaf's list. */
+static int ring_add(struct block *b, struct loop *l)
+{
+	struct uring *u = calloc(1, sizeof *u), **end = &b->uring;
 	if (!u)
 		return -ENOMEM;
 	u->b = b;
@@ -197,26 +226,49 @@ int uring_open(struct block *b)
 	}
 	pthread_mutex_init(&u->sq, NULL);
 	pthread_mutex_init(&u->cq, NULL);
-	b->uring = u;
 	r = io_uring_register_eventfd(&u->ring, u->efd);
 	if (!r)
-		r = uring_move(b, b->loop);
-	if (r)
-		uring_close(b);
-	return r;
+		r = watch(u, l);
+	if (r) {
+		ring_free(u);
+		return r;
+	}
+	while (*end)
+		end = &(*end)->next;
+	*end = u;
+	return 0;
+}
+
+int uring_move(struct block *b, struct loop *const *l, unsigned n)
+{
+	struct uring **u = &b->uring;
+	if (!*u)
+		return 0;
+	for (unsigned i = 0; i < n; i++, u = &(*u)->next) {
+		int r = *u ? watch(*u, l[i]) : ring_add(b, l[i]);
+		if (r)
+			return r;
+	}
+	struct uring *more = *u, *next;
+	*u = NULL;
+	for (; more; more = next) {
+		next = more->next;
+		ring_free(more);
+	}
+	return 0;
+}
+
+int uring_open(struct block *b)
+{
+	return ring_add(b, b->loop);
 }
 
 void uring_close(struct block *b)
 {
-	struct uring *u = b->uring;
-	if (!u)
-		return;
-	if (u->watch)
-		loop_unwatch(u->watch);
-	io_uring_queue_exit(&u->ring);
-	close(u->efd);
-	pthread_mutex_destroy(&u->sq);
-	pthread_mutex_destroy(&u->cq);
-	free(u);
+	struct uring *u = b->uring, *next;
 	b->uring = NULL;
+	for (; u; u = next) {
+		next = u->next;
+		ring_free(u);
+	}
 }

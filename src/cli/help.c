@@ -62,7 +62,7 @@ static const char *type_name(enum prop_type t)
 		[PROP_BOOL] = "bool", [PROP_U8] = "uint8", [PROP_U16] = "uint16", [PROP_U32] = "uint32", [PROP_U64] = "uint64",
 		[PROP_BOOTINDEX] = "int32", [PROP_SIZE] = "size", [PROP_STR] = "str", [PROP_MAC] = "mac address", [PROP_PCI_ADDR] = "pci slot[.function]",
 		[PROP_DRIVE] = "id of a drive", [PROP_NETDEV] = "id of a netdev", [PROP_CHARDEV] = "id of a chardev", [PROP_IOTHREAD] = "id of an iothread",
-		[PROP_ENUM] = "enum",
+		[PROP_IOTHREADS] = "ids of iothreads", [PROP_ENUM] = "enum",
 	};
 	return (unsigned)t < ARRAY_SIZE(names) && names[t] ? names[t] : "value";
 }

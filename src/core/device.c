@@ -140,6 +140,32 @@ static int set_backend(struct device *d, const struct prop *p, const char *value
 		       option[p->type], value);
 }
 
+/* "io0:io1": a colon is in no id. */
+static int set_iothreads(struct device *d, const struct prop *p, const char *value, const struct backend_lookup *find, struct err *err)
+{
+	const char *all = value;
+	void **f = field(d, p);
+	char id[128];
+
+	for (unsigned n = 0; n < PROP_IOTHREADS_MAX; n++, value++) {
+		struct prop one = *p;
+		size_t len = strcspn(value, ":");
+		snprintf(id, sizeof id, "%.*s", (int)MIN(len, sizeof id - 1), value);
+		one.type = PROP_IOTHREAD;
+		one.offset += n * sizeof *f;
+		int r = set_backend(d, &one, id, find, err);
+		if (r)
+			return r;
+		value += len;
+		if (*value)
+			continue;
+		for (n++; n < PROP_IOTHREADS_MAX; n++)
+			f[n] = NULL;
+		return 0;
+	}
+	return bad_value(d, p, all, -E2BIG, err, "at most 16 ids");
+}
+
 static int set_bool(struct device *d, const struct prop *p, const char *value, struct err *err)
 {
 	int r = parse_bool(value, field(d, p));
@@ -194,6 +220,8 @@ static int set_value(struct device *d, const struct prop *p, const char *value, 
 	case PROP_CHARDEV:
 	case PROP_IOTHREAD:
 		return set_backend(d, p, value, find, err);
+	case PROP_IOTHREADS:
+		return set_iothreads(d, p, value, find, err);
 	case PROP_ENUM:
 		return set_enum(d, p, value, err);
 	}
@@ -231,6 +259,9 @@ static int set_default(struct device *d, const struct prop *p, struct err *err)
 	case PROP_CHARDEV:
 	case PROP_IOTHREAD:
 		*(void **)field(d, p) = NULL;
+		return 0;
+	case PROP_IOTHREADS:
+		memset(field(d, p), 0, PROP_IOTHREADS_MAX * sizeof(void *));
 		return 0;
 	}
 	return -EINVAL;

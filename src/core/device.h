@@ -26,8 +26,11 @@ enum prop_type {
 	PROP_NETDEV,    /* struct net_backend *, by -netdev id */
 	PROP_CHARDEV,   /* struct chardev *, by -chardev id */
 	PROP_IOTHREAD,  /* struct iothread *, by -object iothread id */
+	PROP_IOTHREADS, /* struct iothread *[PROP_IOTHREADS_MAX], ids separated by colons; NULL behind the last */
 	PROP_ENUM,      /* int, index into `values` */
 };
+
+enum { PROP_IOTHREADS_MAX = 16 };
 
 struct prop {
 	const char *name;

@@ -53,7 +53,8 @@ struct blk {
 	struct block *drive;
 	char *serial;
 	int werror, rerror;
-	struct iothread *iothread;
+	struct iothread *iothread[PROP_IOTHREADS_MAX];  /* queue i is the work of number i modulo n_threads */
+	unsigned n_threads;
 	uint32_t num_queues, queue_size;
 	int32_t bootindex;
 	uint64_t lbs, pbs;
@@ -145,7 +146,7 @@ static int request_prepare(struct blk *d, struct blk_request *r)
 					.discard = virtio_has(v, VIRTIO_BLK_F_DISCARD), .write_zeroes = virtio_has(v, VIRTIO_BLK_F_WRITE_ZEROES) };
 	int ret;
 
-	r->io = (struct block_req){ .done = request_done };
+	r->io = (struct block_req){ .done = request_done, .lane = r->qi };
 	ret = virtio_blk_request(&disk, &r->chain, &r->io, &r->status, &r->unsupported);
 	if (ret < 0)
 		log_guest("%s: request without header or status", v->name);
@@ -234,7 +235,7 @@ static void blk_kick(struct virtio_dev *v, unsigned qi)
 {
 	struct blk *d = blk_of(v);
 	struct virtq *q = virtio_vq(v, qi);
-	bool hand_over = d->iothread && !loop_on_thread(iothread_loop(d->iothread));
+	bool hand_over = d->n_threads && !loop_on_thread(iothread_loop(d->iothread[qi % d->n_threads]));
 	unsigned total = 0, budget = hand_over ? INLINE_REQUESTS : VIRTIO_BUDGET, batch = MIN(budget, BATCH);
 
 	do {
@@ -415,7 +416,7 @@ static void blk_free(struct blk *d)
 
 	if (d->attached) {
 		block_listen(d->drive, NULL);
-		if (d->iothread)
+		if (d->n_threads)
 			block_set_loop(d->drive, d->vp.dev.env->loop, NULL);
 		block_detach(d->drive);
 	}
@@ -428,6 +429,20 @@ static void blk_free(struct blk *d)
 	free(d->bq);
 	d->bq = NULL;
 	virtio_pci_destroy(&d->vp);
+}
+
+static int use_threads(struct blk *d, struct err *err)
+{
+	struct loop *l[PROP_IOTHREADS_MAX];
+
+	while (d->n_threads < PROP_IOTHREADS_MAX && d->iothread[d->n_threads]) {
+		l[d->n_threads] = iothread_loop(d->iothread[d->n_threads]);
+		d->n_threads++;
+	}
+	if (!d->n_threads)
+		return 0;
+	virtio_dev_use_loops(&d->vp.v, l, d->n_threads);
+	return block_set_loops(d->drive, l, d->n_threads, err);
 }
 
 static int blk_create(struct device *dev, struct err *err)
@@ -447,10 +462,8 @@ static int blk_create(struct device *dev, struct err *err)
 		  : err_set(err, -ENOMEM, "%s: no memory", dev->cls->name);
 	d->attached = !r;
 	d->failed_tail = &d->failed;
-	if (!r && d->iothread) {
-		virtio_dev_use_loop(&d->vp.v, iothread_loop(d->iothread));
-		r = block_set_loop(d->drive, iothread_loop(d->iothread), err);
-	}
+	if (!r)
+		r = use_threads(d, err);
 	if (!r) {
 		block_listen(d->drive, &(struct block_listener){ blk_resized, d });
 		fill_config(d);
@@ -494,7 +507,8 @@ static const struct prop blk_props[] = {
 	{ "discard", PROP_BOOL, offsetof(struct blk, discard), 1, .help = "offer discard" },
 	{ "write-zeroes", PROP_BOOL, offsetof(struct blk, write_zeroes), 1, .help = "offer write zeroes" },
 	IO_ERROR_PROPS(struct blk),
-	{ "iothread", PROP_IOTHREAD, offsetof(struct blk, iothread), .help = "id of an -object iothread that serves deep queues and completions" },
+	{ "iothread", PROP_IOTHREADS, offsetof(struct blk, iothread),
+	  .help = "id of an -object iothread that serves deep queues and completions; ID:ID...: several, which share the queues" },
 	{ NULL }
 };
 

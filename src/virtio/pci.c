@@ -367,7 +367,7 @@ void virtio_pci_unplug(struct virtio_pci *p)
 		pci_device_remove(&p->pci);
 	p->added = false;
 	virtio_dev_reset(&p->v);
-	timer_stop(&p->v.defer);
+	virtio_dev_stop_deferred(&p->v);
 }
 
 void virtio_pci_destroy(struct virtio_pci *p)

@@ -29,7 +29,9 @@ int virtio_dev_init(struct virtio_dev *v, struct machine_env *env, const struct 
 	}
 	pthread_mutex_init(&v->lock, NULL);
 	pthread_cond_init(&v->idle, NULL);
-	timer_init(&v->defer, env->clock, defer_fn, v);
+	v->n_lanes = 1;
+	v->lane[0].v = v;
+	timer_init(&v->lane[0].defer, env->clock, defer_fn, &v->lane[0]);
 	return 0;
 }
 
@@ -37,7 +39,7 @@ void virtio_dev_destroy(struct virtio_dev *v)
 {
 	if (!v->vq)
 		return;
-	timer_stop(&v->defer);
+	virtio_dev_stop_deferred(v);
 	for (unsigned i = 0; i < v->n_queues; i++)
 		virtq_destroy(&v->vq[i].q);
 	free(v->vq);
@@ -61,23 +63,36 @@ bool virtio_queue_ready(struct virtio_dev *v, unsigned qi)
 
 void virtio_defer(struct virtio_dev *v, unsigned qi)
 {
+	struct timer *t = &v->lane[qi % v->n_lanes].defer;
+
 	v->n.deferred++;
 	v->vq[qi].deferred = true;
-	timer_arm(&v->defer, clock_now(v->defer.clock));
+	timer_arm(t, clock_now(t->clock));
 }
 
-void virtio_dev_use_loop(struct virtio_dev *v, struct loop *l)
+void virtio_dev_stop_deferred(struct virtio_dev *v)
 {
-	timer_stop(&v->defer);
-	timer_init(&v->defer, clock_host(l), defer_fn, v);
+	for (unsigned i = 0; i < v->n_lanes; i++)
+		timer_stop(&v->lane[i].defer);
+}
+
+void virtio_dev_use_loops(struct virtio_dev *v, struct loop *const *l, unsigned n)
+{
+	virtio_dev_stop_deferred(v);
+	for (unsigned i = 0; i < n; i++) {
+		v->lane[i].v = v;
+		timer_init(&v->lane[i].defer, clock_host(l[i]), defer_fn, &v->lane[i]);
+	}
+	v->n_lanes = n;
 }
 
 static void defer_fn(void *opaque)
 {
-	struct virtio_dev *v = opaque;
+	struct virtio_lane *lane = opaque;
+	struct virtio_dev *v = lane->v;
 
 	pthread_mutex_lock(&v->lock);
-	for (unsigned i = 0; i < v->n_queues; i++) {
+	for (unsigned i = (unsigned)(lane - v->lane); i < v->n_queues; i += v->n_lanes) {
 		if (!v->vq[i].deferred)
 			continue;
 		v->vq[i].deferred = false;

@@ -25,6 +25,7 @@
 #define VIRTIO_MAX_QUEUES 256
 #define VIRTIO_CONFIG_MAX 64
 #define VIRTIO_NO_VECTOR 0xffff
+#define VIRTIO_LANES_MAX 16
 
 struct virtio_dev;
 
@@ -51,6 +52,9 @@ struct virtio_queue_state {
 	bool serving, again, deferred;
 };
 
+/* A loop that deferred work is done on: of every queue, or with n of them of queues i, i + n, i + 2n ... */
+struct virtio_lane { struct virtio_dev *v; struct timer defer; };
+
 struct virtio_dev {
 	const struct virtio_ops *ops;
 	const char *name;
@@ -65,7 +69,8 @@ struct virtio_dev {
 	struct virtio_queue_state *vq;
 	uint8_t config[VIRTIO_CONFIG_MAX];
 	unsigned config_len;
-	struct timer defer;
+	struct virtio_lane lane[VIRTIO_LANES_MAX];
+	unsigned n_lanes;
 	/* The transport: raise an interrupt (config: a configuration change); may the device do DMA? */
 	void (*irq)(struct virtio_dev *v, uint16_t vector, bool config);
 	bool (*dma_allowed)(struct virtio_dev *v);
@@ -84,8 +89,11 @@ int virtio_dev_init(struct virtio_dev *v, struct machine_env *env, const struct 
 /* After the transport let go and the back end is detached. */
 void virtio_dev_destroy(struct virtio_dev *v);
 
-/* Where deferred work is done; before the device is plugged. */
-void virtio_dev_use_loop(struct virtio_dev *v, struct loop *l);
+/* Where deferred work is done, n is 1 to VIRTIO_LANES_MAX; before the device is plugged. */
+void virtio_dev_use_loops(struct virtio_dev *v, struct loop *const *l, unsigned n);
+static inline void virtio_dev_use_loop(struct virtio_dev *v, struct loop *l) { virtio_dev_use_loops(v, &l, 1); }
+/* No deferred work runs any more, or will. */
+void virtio_dev_stop_deferred(struct virtio_dev *v);
 
 /* For transports; lock held. */
 void virtio_set_status(struct virtio_dev *v, uint8_t val);

@@ -85,7 +85,7 @@ static void slot_start(struct bed *t, struct slot *s, unsigned i, uint8_t *model
 	uint64_t cut = len > 512 && rand() % 2 ? 512 : len;
 	s->v[0] = (struct iovec){ s->buf, cut };
 	s->v[1] = (struct iovec){ s->buf + cut, len - cut };
-	s->r = (struct block_req){ .op = op, .off = s->off, .len = op == BLOCK_FLUSH ? 0 : len, .iov = s->v, .iovcnt = cut == len ? 1 : 2, .done = slot_done,
+	s->r = (struct block_req){ .op = op, .off = s->off, .len = op == BLOCK_FLUSH ? 0 : len, .iov = s->v, .iovcnt = cut == len ? 1 : 2, .done = slot_done, .lane = i,
 				   .flags = (rand() % 3 ? 0 : BLOCK_REQ_INLINE) | (rand() % 9 ? 0 : BLOCK_REQ_FUA) | (more ? BLOCK_REQ_MORE : 0) };
 	s->busy = true;
 	block_submit(t->b, &s->r);
@@ -215,6 +215,40 @@ static void test_move(void **state)
 	assert_int_equal(block_set_loop(t.b, t.loop, NULL), 0);
 	bed_close(&t);
 	iothread_destroy(io);
+}
+
+/* Three I/O threads and three queues, raw and qcow2; then two, then the loop again. */
+static void test_lanes(void **state)
+{
+	for (int qcow2 = 0; qcow2 < 2; qcow2++) {
+		struct iothread *io[3];
+		struct loop *l[3];
+		struct submitter s[3];
+		struct bed t;
+		pthread_t th[3];
+		bed_open(&t, (struct block_opts){ .cache = CACHE_NONE, .aio = AIO_IO_URING }, qcow2);
+		for (unsigned i = 0; i < 3; i++) {
+			assert_int_equal(iothread_create(&io[i], NULL), 0);
+			l[i] = iothread_loop(io[i]);
+		}
+		memset(model, 0, SIZE);
+		for (unsigned n = 3; n > 1; n--) {
+			assert_int_equal(block_set_loops(t.b, l, n, NULL), 0);
+			for (unsigned i = 0; i < 3; i++) {
+				s[i] = (struct submitter){ &t, i * DEPTH / 3, (i + 1) * DEPTH / 3 };
+				pthread_create(&th[i], NULL, submit_part, &s[i]);
+			}
+			for (unsigned i = 0; i < 3; i++)
+				pthread_join(th[i], NULL);
+			check_all(&t, model);
+		}
+		assert_int_equal(block_set_loop(t.b, t.loop, NULL), 0);
+		for (unsigned i = 0; i < 3; i++)
+			iothread_destroy(io[i]);
+		deep_part(&t, 10, 0, DEPTH, model);
+		check_all(&t, model);
+		bed_close(&t);
+	}
 }
 
 /* --- limits --- */
@@ -349,7 +383,7 @@ static void test_resize(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_deep), cmocka_unit_test(test_queues), cmocka_unit_test(test_move), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
+		cmocka_unit_test(test_deep), cmocka_unit_test(test_queues), cmocka_unit_test(test_move), cmocka_unit_test(test_lanes), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
 		cmocka_unit_test(test_resize),
 	};
 	close(mkstemp(path));

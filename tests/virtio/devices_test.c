@@ -16,10 +16,10 @@
 #include "virtio/virtio.h"
 #include "vt.h"
 
-static struct iothread *iothread_for_test;
+static struct iothread *iothread_for_test[3];
 static void *find_drive_or_thread(void *opaque, enum prop_type type, const char *id, struct err *err)
 {
-	return type == PROP_IOTHREAD ? (void *)iothread_for_test : opaque;
+	return type != PROP_IOTHREAD ? opaque : *id == 'x' ? iothread_for_test[id[1] ? id[1] - '0' : 0] : NULL;
 }
 
 static void *find_ptr(void *opaque, enum prop_type type, const char *id, struct err *err) { return opaque; }
@@ -371,7 +371,7 @@ static void test_blk_iothread(void **st)
 	d.t.dev = NULL;
 	d.t.pci = NULL;
 	d.t.heap = 0x10000;
-	iothread_for_test = io;
+	iothread_for_test[0] = io;
 	struct backend_lookup find = { find_drive_or_thread, d.blk };
 	assert_int_equal(vt_device(&d.t, &virtio_blk_pci_class, NULL, NULL, &find, (const char *const[]){ "iothread", "x", NULL }), 0);
 	vt_map(&d.t);
@@ -413,13 +413,94 @@ static void *cpu_run(void *opaque)
 		vq_kick(&c->q);
 		for (unsigned spin = 0; !vq_used(&c->q, &id, &len); spin++) {
 			usleep(50);
-			if (spin > 100000)
+			if (spin > 1000000)
 				return c;
 		}
 		if (*(uint8_t *)vt_ptr(&c->d->t, c->at + 16))
 			return c;
 	}
 	return NULL;
+}
+
+/* More with one kick than it does by itself. */
+static void *cpu_run_deep(void *opaque)
+{
+	enum { N = 12, STRIDE = 5120 };
+	struct cpu *c = opaque;
+	uint16_t id;
+	uint32_t len;
+
+	for (unsigned i = 0; i < c->n; i++) {
+		for (unsigned k = 0; k < N; k++) {
+			uint64_t at = c->at + k * STRIDE;
+			uint8_t *p = vt_ptr(&c->d->t, at);
+
+			st_le32(p, i % 2);
+			st_le64(p + 8, (i * N + k) * 8 % 1024);
+			p[16] = 0xff;
+			vq_add(&c->q, (struct vseg[]){ { at, 16, false }, { at + 512, 4096, !(i % 2) }, { at + 16, 1, true } }, 3, false);
+		}
+		vq_kick(&c->q);
+		for (unsigned k = 0, spin = 0; k < N; k += vq_used(&c->q, &id, &len)) {
+			usleep(50);
+			if (spin++ > 1000000)
+				return c;
+		}
+		for (unsigned k = 0; k < N; k++)
+			if (*(uint8_t *)vt_ptr(&c->d->t, c->at + k * STRIDE + 16))
+				return c;
+	}
+	return NULL;
+}
+
+/* Three queues and two I/O threads, while the machine stops and goes; what the property takes. */
+static void test_blk_iothreads(void **st)
+{
+	static const char *const bad[] = { "", "x:", ":x", "x:y", "x::x1", "x:x:x:x:x:x:x:x:x:x:x:x:x:x:x:x:x" };
+	struct backend_lookup find = { find_drive_or_thread };
+	struct err err = { 0 };
+	struct cpu c[3];
+	struct disk d;
+	pthread_t th[3];
+	void *failed;
+
+	for (unsigned i = 0; i < 3; i++)
+		assert_int_equal(iothread_create(&iothread_for_test[i], NULL), 0);
+	disk_start(&d, NULL, 0, false);
+	device_free(d.t.dev);
+	d.t.dev = NULL;
+	d.t.pci = NULL;
+	d.t.heap = 0x10000;
+	find.opaque = d.blk;
+	assert_int_equal(vt_device(&d.t, &virtio_blk_pci_class, NULL, NULL, &find, (const char *const[]){ "iothread", "x:x2", "num-queues", "3", NULL }), 0);
+	vt_map(&d.t);
+	assert_true(vt_negotiate(&d.t, BIT(12) | BIT(29)));
+	vt_msix(&d.t, 4);
+	for (unsigned i = 0; i < 3; i++)
+		vq_setup(&c[i].q, &d.t, i, 64, false, true);
+	vt_driver_ok(&d.t);
+	d.buf = vt_alloc(&d.t, 4 * SLOT);
+	for (unsigned i = 0; i < 3; i++) {
+		c[i].d = &d;
+		c[i].n = 100;
+		c[i].at = d.buf + i * SLOT;
+		pthread_create(&th[i], NULL, cpu_run_deep, &c[i]);
+	}
+	for (unsigned i = 0; i < 20; i++) {
+		d.t.dev->cls->pause(d.t.dev, true);
+		usleep(200);
+		d.t.dev->cls->pause(d.t.dev, false);
+		usleep(500);
+	}
+	for (unsigned i = 0; i < 3; i++) {
+		pthread_join(th[i], &failed);
+		assert_null(failed);
+	}
+	for (unsigned i = 0; i < sizeof(bad) / sizeof(*bad); i++)
+		assert_int_not_equal(device_set_prop(d.t.dev, "iothread", bad[i], &find, &err), 0);
+	disk_stop(&d);
+	for (unsigned i = 0; i < 3; i++)
+		iothread_destroy(iothread_for_test[i]);
 }
 
 static void test_blk_threads(void **st)
@@ -672,7 +753,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_blk), cmocka_unit_test(test_blk_ro), cmocka_unit_test(test_blk_model),
 		cmocka_unit_test(test_blk_reset), cmocka_unit_test(test_blk_werror), cmocka_unit_test(test_blk_resize),
-		cmocka_unit_test(test_blk_iothread), cmocka_unit_test(test_blk_threads),
+		cmocka_unit_test(test_blk_iothread), cmocka_unit_test(test_blk_iothreads), cmocka_unit_test(test_blk_threads),
 		cmocka_unit_test(test_net), cmocka_unit_test(test_rng_limit),
 		cmocka_unit_test(test_props), cmocka_unit_test(test_console),
 	};
