@@ -59,7 +59,7 @@ void gen_rip(struct em *e, struct tr *t, bool w, unsigned reg, uint64_t rip)
 {
 	int64_t off = (int64_t)(rip - (t->k->rip & ~4095ull));
 
-	if (!t->k->page) {
+	if (!t->k->page->moves) {
 		em_imm(e, reg, w ? rip : (uint32_t)rip);
 		return;
 	}
@@ -276,7 +276,7 @@ static void leave_mapped(struct em *e, struct tr *t, uint64_t rip, const struct 
 {
 	if (l) {
 		;
-	} else if (!t->k->page && (int64_t)rip == (int32_t)rip) {
+	} else if (!t->k->page->moves && (int64_t)rip == (int32_t)rip) {
 		em_op_abs(e, true, 0xc7, 0, &t->c->rip);
 		e32(e, (uint32_t)rip);
 	} else {
@@ -308,12 +308,13 @@ static void leave_by_link(struct tr *t, uint64_t rip)
 		t->failed = true;
 		return;
 	}
-	*l = (struct jit_link){ .from = t->k, .rip = rip, .near = !t->b->cross && !((rip ^ t->k->rip) >> 12),
-				 .next = t->k->links };
+	*l = (struct jit_link){ .from = t->k, .rip = rip, .page = (uint32_t)(uintptr_t)&t->j->low->no_stamp,
+				 .near = !t->b->cross && !((rip ^ t->k->rip) >> 12), .next = t->k->links };
 	t->k->links = l;
 	if (!l->near) {
+		em_load32(e, SC, &l->page);
 		em_load(e, SA, &t->j->low->stamp);
-		em_op_abs(e, true, 0x3b, SA, &l->stamp);
+		em_mem(e, true, 0x3b, SA, SC, -1, 0, 0);
 		stale = em_jcc(e, 5);
 	}
 	j = em_jmp(e);

@@ -45,7 +45,7 @@ static void store_imm(struct tr *t, unsigned n, uint64_t v)
 /* The address behind instruction n there. */
 static void store_rip(struct tr *t, unsigned n)
 {
-	if (!t->k->page) {
+	if (!t->k->page->moves) {
 		store_imm(t, n, tr_end(t, n));
 		return;
 	}
@@ -148,11 +148,12 @@ static void lookup(struct tr *t, unsigned n, struct cold *k)
 	cold_from(k, em_jcc(e, 14));
 	EM(e, 0x89, 0xc1, 0x81, 0xe1);                  /* mov ecx, eax ; and ecx, mask */
 	e32(e, (1u << JIT_IND_BITS) - 1);
-	EM(e, 0xc1, 0xe1, 0x05);                        /* shl ecx, 5 */
+	EM(e, 0xc1, 0xe1, 0x04);                        /* shl ecx, 4 */
 	em_mem(e, true, 0x3b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->rip);
 	cold_from(k, em_jcc(e, 5));
-	em_load(e, SA, &t->j->low->stamp);
-	em_mem(e, true, 0x3b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->stamp);
+	em_mem(e, false, 0x8b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->page);
+	em_mem(e, true, 0x8b, SA, SA, -1, 0, 0);
+	em_op_abs(e, true, 0x3b, SA, &t->j->low->stamp);
 	cold_from(k, em_jcc(e, 5));
 	em_mem(e, false, 0x8b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->code);
 }

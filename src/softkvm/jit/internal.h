@@ -18,17 +18,17 @@ enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI, H_R8, H_R9, H_R10
 extern const int8_t jit_map[16];
 
 #define JIT_THRESHOLD 16
-#define JIT_IND_BITS 14
+#define JIT_IND_BITS 15
 #define JIT_THUNKS 8192u        /* bytes at the start of the code area */
 #define JIT_ALL_FLAGS 0x8d5u    /* OF SF ZF AF PF CF in RFLAGS' positions */
 
 /*
- * A direct jump to another block. In low memory: translated code reads `stamp`. `rip` holds while the page of `from` is
+ * A direct jump to another block. In low memory: translated code reads `page`. `rip` holds while the page of `from` is
  * where it was translated: jit_link_rip().
  */
 struct jit_link {
-	uint64_t stamp;                 /* cross-page: good under this code stamp */
 	uint64_t rip;
+	uint32_t page;                  /* where the stamp of the page it leads to is, 0 of jit_low: not known; unless `near` */
 	struct jit_code *from;
 	uint32_t at, unlinked;          /* offset of the rel32 in the code area, and where it leads while unlinked */
 	uint32_t at2;                   /* behind the registers' change to the usual places; 0: `at` is there. Unlinked it leads on */
@@ -39,11 +39,17 @@ struct jit_link {
 };
 _Static_assert(sizeof(struct jit_link) == 64, "jit_link: one cache line");
 
-/* Translations of a page that may move. In low memory: they read `lin`. */
+/*
+ * Translations of a page for one mode. In low memory: translated code reads `stamp` of the page it goes to. A page that does not move has one
+ * of these for each address.
+ */
 struct jit_page {
-	uint64_t lin;                   /* its linear address now */
+	uint64_t stamp;                 /* code stamp under which it was seen last to be at `lin` */
+	uint64_t lin;                   /* its linear address, now if it `moves` */
 	const _Atomic uint32_t *ver;    /* which page: where its version is */
-	struct jit_code *codes;
+	uint32_t mode;
+	bool moves;                     /* its translations read `lin` */
+	struct jit_code *codes;         /* if it moves */
 	struct jit_page *next;          /* of the same hash */
 };
 #define JIT_PAGE_BITS 12
@@ -89,22 +95,23 @@ struct jit_code {
 	struct jit_link *links, *in;
 	unsigned nparts;
 	bool looked;                    /* at code beyond its blocks (flags_dead_at()) */
-	struct jit_page *page;          /* NULL: made for `rip` and for no other; else that was its address when it was made */
+	struct jit_page *page;          /* if that moves, `rip` was the address when it was made */
 	struct jit_code *page_next;
 	struct block *part[REGION_PARTS];       /* [0] is b; there is memory for nparts of them */
 };
 
 /* Where it is now. */
-static inline uint64_t jit_code_rip(const struct jit_code *k) { return k->page ? k->page->lin | (k->rip & 4095) : k->rip; }
+static inline uint64_t jit_code_rip(const struct jit_code *k) { return k->page->lin | (k->rip & 4095); }
 static inline uint64_t jit_link_rip(const struct jit_link *l) { return l->rip - l->from->rip + jit_code_rip(l->from); }
 
-/* Recent targets of indirect jumps. */
-struct jit_ind { uint64_t rip, stamp; uint64_t code, pad; };
+/* Recent targets of indirect jumps: the code, good while its page (an address in low memory) has the stamp that holds. */
+struct jit_ind { uint64_t rip; uint32_t code, page; };
 
 /* The part that translated code addresses: below 2 GiB. */
 struct jit_low {
 	struct jit_ind ind[1 << JIT_IND_BITS];
 	uint64_t stamp;                 /* of the code that runs: block_cache generation and mode */
+	uint64_t no_stamp;              /* 0 */
 	uint8_t vec_ok;                 /* JV_*: vector and x87 state that is the host's now, and what may use it (live.c) */
 	uint8_t narrow;                 /* load 16 bytes only */
 	uint16_t fcw;                   /* on its way to the control word */
@@ -218,10 +225,7 @@ void points_keep(struct tr *t);         /* the translation is complete */
 int points_map(struct jit *j, size_t bytes);
 void points_unmap(struct jit *j);
 
-/*
- * page.c. The new translation `k` belongs to a page that may move, if its code is of that kind: the page is at k->rip now.
- * jit_page_add(): it is complete.
- */
+/* page.c. The new translation `k` belongs to a page, which is at k->rip now. jit_page_add(): it is complete. */
 void jit_page_join(struct jit *j, struct jit_code *k);
 void jit_page_add(struct jit_code *k);
 /* The page is where `rip` is from now on. Never while its code runs. */

@@ -17,21 +17,25 @@ static struct jit_page **chain(struct jit *j, const _Atomic uint32_t *ver)
 	return &j->pages[(uintptr_t)ver / 4 * 0x9e3779b97f4a7c15ull >> (64 - JIT_PAGE_BITS)];
 }
 
+static struct jit_page *find(struct jit *j, const _Atomic uint32_t *ver, const struct jit_code *k, bool moves)
+{
+	struct jit_page *p = *chain(j, ver);
+
+	while (p && (p->ver != ver || p->mode != k->mode || p->moves != moves || (!moves && p->lin != (k->rip & ~4095ull))))
+		p = p->next;
+	return p;
+}
+
 void jit_page_join(struct jit *j, struct jit_code *k)
 {
 	const _Atomic uint32_t *ver = block_page(k->b).ver;
-	struct jit_page **head = chain(j, ver), *p = *head;
+	bool moves = may_move(k->mode, k->rip);
+	struct jit_page *p = find(j, ver, k, moves);
 
-	if (!may_move(k->mode, k->rip))
-		return;
-	while (p && p->ver != ver)
-		p = p->next;
 	if (!p) {
-		p = jit_arena(j, sizeof *p);
-		if (!p)
-			return;
-		*p = (struct jit_page){ .lin = k->rip & ~4095ull, .ver = ver, .next = *head };
-		*head = p;
+		p = jit_arena(j, sizeof *p);    /* has_room() saw to it */
+		*p = (struct jit_page){ .lin = k->rip & ~4095ull, .ver = ver, .mode = k->mode, .moves = moves, .next = *chain(j, ver) };
+		*chain(j, ver) = p;
 	}
 	jit_page_move(j, p, k->rip);
 	k->page = p;
@@ -39,7 +43,7 @@ void jit_page_join(struct jit *j, struct jit_code *k)
 
 void jit_page_add(struct jit_code *k)
 {
-	if (!k->page)
+	if (!k->page->moves)
 		return;
 	k->page_next = k->page->codes;
 	k->page->codes = k;
@@ -49,15 +53,14 @@ static void code_moves(struct jit *j, struct jit_code *k)
 {
 	uint64_t rip = jit_code_rip(k);
 	struct jit_ind *i = &j->low->ind[rip & ((1u << JIT_IND_BITS) - 1)];
+	const uint32_t none = (uint32_t)(uintptr_t)&j->low->no_stamp;
 
 	if (i->rip == rip && i->code == (uintptr_t)(j->rx + k->entry))
-		i->stamp = 0;
+		i->page = none;
 	for (struct jit_link *l = k->links; l; l = l->next)
-		if (!l->near)
-			l->stamp = 0;
+		l->page = none;
 	for (struct jit_link *l = k->in; l; l = l->next_in)
-		if (!l->near)
-			l->stamp = 0;
+		l->page = none;
 	k->stamp = 0;
 }
 

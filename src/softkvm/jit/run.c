@@ -7,6 +7,7 @@
 #include "softkvm/jit/lockstep.h"
 #include "softkvm/vec/vec.h"
 
+#define IND_EMPTY0 UINT64_MAX   /* is never looked up at index 0, nor 0, which is in all other empty entries, at theirs */
 #define SLOW_INSN 32    /* instructions' worth of time that a call of a handler may take */
 
 /* -- life ---------------------------------------------------------------------------------------- */
@@ -61,6 +62,7 @@ int jit_cpu_init(struct cpu *c, const struct jit_config *cfg)
 		return r;
 	}
 	jit_thunks(j);
+	j->low->ind[0].rip = IND_EMPTY0;
 	fault_serve(FAULT_CODE, jit_fault);
 	return 0;
 }
@@ -96,6 +98,7 @@ void jit_flush(struct cpu *c)
 	j->stale = NULL;
 	j->gen++;
 	memset(j->low->ind, 0, sizeof j->low->ind);
+	j->low->ind[0].rip = IND_EMPTY0;
 	memset(j->pages, 0, sizeof j->pages);
 }
 
@@ -138,13 +141,13 @@ static void link_to(struct jit *j, struct jit_link *l, struct jit_code *to)
 	/* What crosses a page end has to look at the other page. */
 	bool straight = l->near && !to->b->cross;
 
-	if (l->to != to) {
-		if (l->to)
-			link_forget(l);
-		l->to = to;
-		l->next_in = to->in;
-		to->in = l;
-	}
+	if (l->to == to)
+		return;
+	if (l->to)
+		link_forget(l);
+	l->to = to;
+	l->next_in = to->in;
+	to->in = l;
 	j->c->stats.links++;
 	if (l->from->map == to->map) {
 		em_to(j->rw + l->at, j->rw + (straight ? to->body_same : to->entry_same));
@@ -207,7 +210,7 @@ static void resolve(struct jit *j, struct jit_link *l, struct jit_code *to)
 	if (jit_link_rip(l) != jit_code_rip(to) || from->mode != to->mode)
 		return;
 	if (!l->near) {
-		l->stamp = j->low->stamp;
+		l->page = (uint32_t)(uintptr_t)to->page;
 		link_to(j, l, to);
 	} else if (to->b->cross) {
 		link_to(j, l, to);
@@ -233,7 +236,7 @@ static uint64_t next_code(struct cpu *c, struct jit *j)
 	block_check_generation(c);
 	mode = block_mode(c, false);
 	stamp = block_stamp(c, mode);
-	if (ind->rip != c->rip || ind->stamp != stamp || !block_mode_translates(mode))
+	if (ind->rip != c->rip || ((const struct jit_page *)(uintptr_t)ind->page)->stamp != stamp || !block_mode_translates(mode))
 		return 1;
 	j->low->stamp = stamp;
 	c->stats.blocks_run++;
@@ -338,7 +341,7 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 		j->alone = false;
 		return JIT_NOT;
 	}
-	if (k && k->page && k->mode == mode)
+	if (k && k->page->moves && k->mode == mode)
 		jit_page_move(j, k->page, c->rip);
 	if (unlikely(!k || jit_code_rip(k) != c->rip || k->mode != mode)) {
 		/* Code in the last page of 4 GiB may go on at 0: not worth a thought. */
@@ -354,13 +357,13 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 	}
 	if (unlikely(c->tlb == c->tlbs[TLB_NONE] || c->data_bp || j->off))
 		return JIT_NOT;
-	j->low->stamp = stamp;
+	j->low->stamp = k->page->stamp = stamp;
 	if (b->cross)
 		code_valid(k, stamp);
 	if (want)
 		resolve(j, want, k);
 	ind = &j->low->ind[c->rip & ((1u << JIT_IND_BITS) - 1)];
-	*ind = (struct jit_ind){ .rip = c->rip, .stamp = j->low->stamp, .code = (uintptr_t)(j->rx + k->entry) };
+	*ind = (struct jit_ind){ .rip = c->rip, .code = (uint32_t)(uintptr_t)(j->rx + k->entry), .page = (uint32_t)(uintptr_t)k->page };
 	return run_code(c, j, k);
 }
 
