@@ -91,6 +91,17 @@ int image_zero(struct block *b, uint64_t off, uint64_t len, bool may_unmap)
 	return r;
 }
 
+int image_zero_quick(struct block *b, uint64_t off, uint64_t len, bool may_unmap)
+{
+	if (range_bad(off, len, b->length))
+		return -EINVAL;
+	if (b->read_only)
+		return -EPERM;
+	if ((off | len) & 511)
+		return -ENOTSUP;
+	return len ? b->drv->zero(b, off, len, BLOCK_REQ_NO_FALLBACK | (may_unmap ? BLOCK_REQ_MAY_UNMAP : 0)) : 0;
+}
+
 int image_discard(struct block *b, uint64_t off, uint64_t len)
 {
 	if (range_bad(off, len, b->length))

@@ -13,6 +13,8 @@
 int image_read(struct block *b, uint64_t off, void *buf, uint64_t len);
 int image_write(struct block *b, uint64_t off, const void *buf, uint64_t len);
 int image_zero(struct block *b, uint64_t off, uint64_t len, bool may_unmap);
+/* -ENOTSUP where zeroes would have to be written. */
+int image_zero_quick(struct block *b, uint64_t off, uint64_t len, bool may_unmap);
 int image_discard(struct block *b, uint64_t off, uint64_t len);
 int image_flush(struct block *b);
 /*

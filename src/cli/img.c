@@ -69,6 +69,11 @@ const struct tls_store *img_objects(void)
 	return &given.objects;
 }
 
+int img_add_object(const char *text, struct err *err)
+{
+	return serve_object(&given.objects, text, err);
+}
+
 bool img_image_opts(void)
 {
 	return given.image_opts;
@@ -77,13 +82,13 @@ bool img_image_opts(void)
 struct block *img_open(const char *file, const struct img_open *o)
 {
 	struct block_opts b = { .file = file, .format = o->format, .read_only = !o->write, .shared = o->shared, .as_is = o->as_is,
-				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal, .aio = o->aio };
+				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal, .aio = o->aio, .snapshot = o->snapshot };
 	struct err err = { 0 };
 	struct block *blk;
 	if (o->cache && img_cache(o->cache, &b.cache))
 		return NULL;
 	struct keyvals l = { 0 };
-	bool opts = o->target ? given.target_opts : given.image_opts && !o->plain;
+	bool opts = o->options || (o->target ? given.target_opts : given.image_opts && !o->plain);
 	b.tls = &given.objects;
 	if (opts && o->format) {
 		img_fail("--image-opts and --format are mutually exclusive");
@@ -93,7 +98,9 @@ struct block *img_open(const char *file, const struct img_open *o)
 	b.options = opts ? &l : NULL;
 	if (!r)
 		r = block_open(&blk, &b, o->loop, o->workers, &err);
-	if (r)
+	if (r && o->program)
+		fprintf(stderr, "%s: can't open device %s: %s\n", o->program, file, err.msg);
+	else if (r)
 		img_fail("Could not open '%s': %s", file, err.msg);
 	keyvals_free(&l);
 	return r ? NULL : blk;

@@ -14,6 +14,10 @@
 struct tls_store;
 
 int img_main(int argc, char **argv);
+/* serve_object() for img_objects(). */
+int img_add_object(const char *text, struct err *err);
+/* The qcow2 part of `info`. */
+void img_print_specific(const struct image_info *i);
 /* Credentials of --object, for what makes images. */
 const struct tls_store *img_objects(void);
 int io_main(int argc, char **argv);
@@ -25,7 +29,9 @@ int img_usage(const char *fmt, ...) __attribute__((format(printf, 1, 2)));      
 /* plain: a name even with --image-opts; target: --target-image-opts decides. */
 struct img_open {
 	const char *format, *cache, *backing, *internal;
-	bool write, shared, no_backing, as_is, plain, target, discard_ignore;
+	bool write, shared, no_backing, as_is, plain, target, discard_ignore, snapshot;
+	bool options;                   /* the name is a list of options, whatever --image-opts says */
+	const char *program;            /* qemu-io, for messages; NULL: qemu-img */
 	enum block_aio aio;
 	struct loop *loop;              /* for io_uring's completions, with workers; both NULL otherwise */
 	struct workers *workers;

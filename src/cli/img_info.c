@@ -31,7 +31,7 @@ static void human_snapshots(const struct image_info *i)
 	}
 }
 
-static void human_specific(const struct image_info *i)
+void img_print_specific(const struct image_info *i)
 {
 	printf("Format specific information:\n    compat: %s\n    compression type: %s\n", i->version >= 3 ? "1.1" : "0.10",
 	       i->compressed_zstd ? "zstd" : "zlib");
@@ -98,7 +98,7 @@ static void human_info(const struct info *n)
 	}
 	human_snapshots(&n->i);
 	if (n->qcow2)
-		human_specific(&n->i);
+		img_print_specific(&n->i);
 	if (n->i.vmdk.n)
 		human_vmdk(&n->i.vmdk);
 }

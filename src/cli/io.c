@@ -1,33 +1,299 @@
-/*
- * lodge io: qemu-io's words for tests: read, write, aio_read, aio_write, writev, readv, flush, discard, truncate, length,
- * alloc, map, sleep, quit. aio_ commands are done at once; aio_flush has nothing to wait for.
- */
+/* lodge io: options, the command line of the program and of its commands, opening and closing. */
+#include "cli/io.h"
+
 #include <errno.h>
 #include <getopt.h>
+#include <stdarg.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "base/log.h"
 #include "base/parse.h"
-#include "cli/img.h"
+#include "cli/serve.h"
+#include "cli/tool.h"
 
-struct io { struct block *b; struct img_open o; bool failed, quit; };
-
-struct io_args {
-	bool compressed, zero, unmap, quiet, verbose, fua, check, no_report;
-	bool terse;             /* -C: the report in numbers alone */
-	int pattern;            /* -1: none */
-	uint64_t off, len;
-	char *rest[8];
-	int nrest;
-};
-
-static int bad(struct io *io, const char *what, const char *arg)
+int io_fail(const char *fmt, ...)
 {
-	printf("%s -- %s\n", what, arg);
-	io->failed = true;
+	va_list ap;
+	fflush(stdout);
+	fputs("qemu-io: ", stderr);
+	va_start(ap, fmt);
+	vfprintf(stderr, fmt, ap);
+	va_end(ap);
+	fputc('\n', stderr);
 	return -1;
 }
+
+int io_number(const char *text, uint64_t *out)
+{
+	int r = parse_size(text, 1, out);
+	if (!r && *out <= INT64_MAX)
+		return 0;
+	printf("Parsing error: %s -- %s\n", !r || r == -ERANGE ? "argument too large" : "non-numeric argument, or extraneous/unrecognized suffix", text);
+	return -1;
+}
+
+const char *io_bytes(double v, char buf[32])
+{
+	static const char *const units[] = { "bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB" };
+	unsigned i = 0;
+	for (; v >= 1024 && i < ARRAY_SIZE(units) - 1; i++)
+		v /= 1024;
+	int n = snprintf(buf, 32, "%.3f", v);
+	if (n > 4 && !strcmp(buf + n - 4, ".000"))
+		n -= 4;
+	snprintf(buf + n, 32 - (size_t)n, " %s", units[i]);
+	return buf;
+}
+
+/* --- help --- */
+
+static void one_line(const struct io_command *c)
+{
+	printf("%s %s%s-- %s\n", c->name, c->args ? c->args : "", c->args ? " " : "", c->line);
+}
+
+static const struct io_command *find(const char *name)
+{
+	for (const struct io_command *c = io_commands; c->name; c++)
+		if (!strcmp(c->name, name) || (c->alt && !strcmp(c->alt, name)))
+			return c;
+	return NULL;
+}
+
+int io_usage(const char *name)
+{
+	one_line(find(name));
+	return -1;
+}
+
+int io_help(struct io *io, int argc, char **argv)
+{
+	if (argc > 1) {
+		const struct io_command *c = find(argv[1]);
+		if (!c) {
+			printf("command %s not found\n", argv[1]);
+			return -1;
+		}
+		one_line(c);
+		if (c->more)
+			printf("\n%s\n", c->more);
+		return 0;
+	}
+	for (const struct io_command *c = io_commands; c->name; c++)
+		one_line(c);
+	puts("\nUse 'help commandname' for extended help.");
+	return 0;
+}
+
+int io_quit(struct io *io, int argc, char **argv)
+{
+	io->quit = true;
+	return 0;
+}
+
+/* --- which image --- */
+
+static void forget(struct io_image *i)
+{
+	free(i->file);
+	free(i->format);
+	free(i->options);
+	free(i->cache);
+	*i = (struct io_image){ 0 };
+}
+
+static char *copy(const char *s)
+{
+	return s ? strdup(s) : NULL;
+}
+
+/* Commas in a file name are doubled where options are text. */
+static void append_escaped(char *to, const char *from)
+{
+	for (to += strlen(to); *from; from++) {
+		if (*from == ',')
+			*to++ = ',';
+		*to++ = *from;
+	}
+	*to = 0;
+}
+
+/* The options with the file among them, as --image-opts takes them. NULL: out of memory. */
+static char *options_text(const struct io_image *i)
+{
+	size_t n = strlen(i->options) + 2 * strlen(i->file ? i->file : "") + strlen(i->format ? i->format : "") + 64;
+	char *s = malloc(n);
+	if (!s)
+		return NULL;
+	bool driver = strstr(i->options, "driver=") || !strchr(i->options, '=');
+	snprintf(s, n, "%s%s%s%s", driver ? "" : "driver=", driver ? "" : i->format ? i->format : "raw", driver ? "" : ",", i->options);
+	if (i->file) {
+		strcat(s, strstr(i->options, "driver=file") ? ",filename=" : ",file.filename=");
+		append_escaped(s, i->file);
+	}
+	return s;
+}
+
+static int open_as(struct io *io)
+{
+	const struct io_image *i = &io->as;
+	if (i->shared && !i->read_only)
+		return io_fail("can't open device %s: force-share=on can only be used with read-only images", i->file ? i->file : "");
+	char *text = i->options ? options_text(i) : NULL;
+	if (i->options && !text)
+		return io_fail("out of memory");
+	struct img_open o = { .format = text ? NULL : i->format, .cache = i->cache, .write = !i->read_only, .shared = i->shared,
+			      .discard_ignore = i->discard_ignore, .snapshot = i->snapshot, .options = text != NULL, .plain = true, .program = "qemu-io" };
+	io->b = img_open(text ? text : i->file, &o);
+	free(text);
+	return io->b ? 0 : -1;
+}
+
+static int close_image(struct io *io)
+{
+	int r = block_close_checked(io->b);
+	io->b = NULL;
+	if (r)
+		printf("flush failed: %s\n", strerror(-r));
+	return r;
+}
+
+int io_close(struct io *io, int argc, char **argv)
+{
+	int r = close_image(io);
+	forget(&io->as);
+	return r;
+}
+
+static int bad_cache(const char *mode)
+{
+	enum block_cache c;
+	return tool_cache(mode, &c) ? 0 : io_fail("Invalid cache option: %s", mode);
+}
+
+static int discard_mode(const char *mode, bool *ignore)
+{
+	*ignore = !strcmp(mode, "ignore") || !strcmp(mode, "off");
+	return *ignore || !strcmp(mode, "unmap") || !strcmp(mode, "on") ? 0 : io_fail("Invalid discard option: %s", mode);
+}
+
+/* Requests are done one after the other whatever it says. As in QEMU native wants the page cache out of the way. */
+static int aio_mode(const char *mode, bool *native)
+{
+	*native = !strcmp(mode, "native");
+	return *native || !strcmp(mode, "threads") || !strcmp(mode, "io_uring") ? 0 : io_fail("Invalid aio option: %s", mode);
+}
+
+static int native_needs_direct(const struct io_image *i)
+{
+	if (i->cache && (!strcmp(i->cache, "none") || !strcmp(i->cache, "directsync") || !strcmp(i->cache, "off")))
+		return 0;
+	return io_fail("can't open device %s: aio=native was specified, but it requires cache.direct=on, which was not specified.", i->file ? i->file : "");
+}
+
+/* What the program's options and those of `open` have in common: 1 for one that is none of them. */
+static int common_option(int c, struct io_image *i, bool *native)
+{
+	switch (c) {
+	case 'r': i->read_only = true; return 0;
+	case 's': i->snapshot = true; return 0;
+	case 'U': i->shared = true; return 0;
+	case 'n':
+	case 't':
+		free(i->cache);
+		i->cache = strdup(c == 'n' ? "none" : optarg);
+		return bad_cache(i->cache ? i->cache : "");
+	case 'd': return discard_mode(optarg, &i->discard_ignore);
+	case 'k': *native = true; return 0;
+	case 'i': return aio_mode(optarg, native);
+	case 'C': return io_fail("-C is not supported: nothing is copied from the backing file by reading");
+	}
+	return 1;
+}
+
+int io_open(struct io *io, int argc, char **argv)
+{
+	struct io_image i = { 0 };
+	bool native = false;
+	int c, r = 0;
+	optind = 0;
+	while (!r && (c = getopt(argc, argv, "snCro:ki:t:d:U")) >= 0) {
+		r = common_option(c, &i, &native);
+		if (c == 'o') {
+			free(i.options);
+			i.options = strdup(optarg);
+			r = 0;
+		} else if (r > 0) {
+			r = io_usage("open");
+		}
+	}
+	if (!r && optind < argc - 1)
+		r = io_usage("open");
+	if (!r && optind == argc && !i.options)
+		r = io_usage("open");
+	if (!r && io->b)
+		r = io_fail("file open already, try 'help close'");
+	if (!r && optind < argc)
+		i.file = strdup(argv[optind]);
+	if (!r && native)
+		r = native_needs_direct(&i);
+	if (r) {
+		forget(&i);
+		return r;
+	}
+	forget(&io->as);
+	io->as = i;
+	return open_as(io);
+}
+
+/* The image is closed and opened again: in between somebody else may lock it. */
+int io_reopen(struct io *io, int argc, char **argv)
+{
+	struct io_image *i = &io->as;
+	bool r_given = false, w_given = false;
+	const char *cache = NULL, *opts = NULL;
+	int c;
+	optind = 0;
+	while ((c = getopt(argc, argv, "c:o:rw")) >= 0) {
+		switch (c) {
+		case 'c': cache = optarg; break;
+		case 'o': opts = optarg; break;
+		case 'r': r_given = true; break;
+		case 'w': w_given = true; break;
+		default: return io_usage("reopen");
+		}
+		if (r_given && w_given)
+			return io_fail("Only one -r/-w option may be given");
+	}
+	if (optind != argc)
+		return io_usage("reopen");
+	if (cache && bad_cache(cache))
+		return -1;
+	if (opts && strstr(opts, "driver="))
+		return io_fail("Cannot change the option 'driver'");
+	if (i->snapshot)
+		return io_fail("an image that was opened with -s cannot be reopened: its changes would be lost");
+	struct io_image n = { .file = copy(i->file), .format = copy(i->format ? i->format : image_format(io->b)), .cache = copy(cache ? cache : i->cache),
+			      .options = copy(opts ? opts : i->options), .read_only = r_given || (i->read_only && !w_given), .shared = i->shared,
+			      .discard_ignore = i->discard_ignore };
+	if (close_image(io)) {
+		forget(&n);
+		return -1;
+	}
+	struct io_image old = *i;
+	*i = n;
+	if (!open_as(io)) {
+		forget(&old);
+		return 0;
+	}
+	forget(i);
+	*i = old;
+	open_as(io); /* as it was */
+	return -1;
+}
+
+/* --- the program --- */
 
 static int split(char *line, char **argv, int max)
 {
@@ -37,312 +303,142 @@ static int split(char *line, char **argv, int max)
 	return n;
 }
 
-static int parse_args(struct io *io, int argc, char **argv, const char *shorts, struct io_args *a)
+static int bad_count(const struct io_command *c, int n)
 {
-	int c;
-	uint64_t v;
-	*a = (struct io_args){ .pattern = -1 };
-	optind = 0;
-	opterr = 0;
-	while ((c = getopt(argc, argv, shorts)) >= 0) {
-		switch (c) {
-		case 'c': a->compressed = true; break;
-		case 'z': a->zero = true; break;
-		case 'u': a->unmap = true; break;
-		case 'q': a->quiet = true; break;
-		case 'v': a->verbose = true; break;
-		case 'f': a->fua = true; break;
-		case 'C': a->terse = true; break;
-		case 'P':
-			if (parse_u64(optarg, &v) || v > 255)
-				return bad(io, "non-numeric or too big pattern", optarg);
-			a->pattern = (int)v;
-			break;
-		default: return bad(io, "invalid option for", argv[0]);
-		}
-	}
-	for (; optind < argc && a->nrest < 8; optind++)
-		a->rest[a->nrest++] = argv[optind];
-	return 0;
+	fprintf(stderr, "bad argument count %d to %s, expected ", n, c->name);
+	if (c->max < 0)
+		fprintf(stderr, "at least %d arguments\n", c->min);
+	else if (c->min == c->max)
+		fprintf(stderr, "%d arguments\n", c->min);
+	else
+		fprintf(stderr, "between %d and %d arguments\n", c->min, c->max);
+	return -1;
 }
 
-static int parse_range(struct io *io, struct io_args *a)
+static int command(struct io *io, const char *text)
 {
-	uint64_t n;
-	if (a->nrest < 2)
-		return bad(io, "offset and length are needed by", "the command");
-	if (parse_size(a->rest[0], 1, &a->off))
-		return bad(io, "non-numeric offset argument", a->rest[0]);
-	for (int i = 1; i < a->nrest; i++) { /* readv and writev: several lengths */
-		if (parse_size(a->rest[i], 1, &n))
-			return bad(io, "non-numeric length argument", a->rest[i]);
-		a->len += n;
-	}
-	return a->len > INT32_MAX && !a->zero ? bad(io, "length exceeds maximum of 2147483647", a->rest[1]) : 0;
-}
-
-static void report(const char *verb, const struct io_args *a, const struct timespec *t0)
-{
-	struct timespec t1;
-	char size[32], rate[32];
-	if (a->quiet)
-		return;
-	clock_gettime(CLOCK_MONOTONIC, &t1);
-	double s = (double)(t1.tv_sec - t0->tv_sec) + (double)(t1.tv_nsec - t0->tv_nsec) / 1e9;
-	s = s > 0 ? s : 1e-9;
-	if (a->terse) {
-		printf("%llu,1,%02d.%02d,%.3f,%.3f\n", (unsigned long long)a->len, (int)s, (int)(s * 100) % 100, (double)a->len / s, 1 / s);
-		return;
-	}
-	printf("%s %llu/%llu bytes at offset %llu\n%s, 1 ops; %02d.%02d sec (%s/sec and %.4f ops/sec)\n", verb, (unsigned long long)a->len,
-	       (unsigned long long)a->len, (unsigned long long)a->off, img_human(a->len, size), (int)s, (int)(s * 100) % 100,
-	       img_human((uint64_t)((double)a->len / s), rate), 1 / s);
-}
-
-static int failed(struct io *io, const char *verb, int r)
-{
-	printf("%s failed: %s\n", verb, strerror(-r));
-	io->failed = true;
-	return r;
-}
-
-static void dump(const uint8_t *buf, uint64_t off, uint64_t len)
-{
-	for (uint64_t i = 0; i < len; i += 16) {
-		printf("%08llx:  ", (unsigned long long)(off + i));
-		for (uint64_t k = i; k < MIN(i + 16, len); k++)
-			printf("%02x ", buf[k]);
-		putchar(' ');
-		for (uint64_t k = i; k < MIN(i + 16, len); k++)
-			putchar(buf[k] >= 0x20 && buf[k] < 0x7f ? buf[k] : '.');
-		puts("");
-	}
-}
-
-static int io_read(struct io *io, int argc, char **argv)
-{
-	struct io_args a;
-	struct timespec t0;
-	if (parse_args(io, argc, argv, "CqvP:", &a) || parse_range(io, &a))
-		return -1;
-	uint8_t *buf = malloc(a.len + 1);
-	clock_gettime(CLOCK_MONOTONIC, &t0);
-	int r = buf ? image_read(io->b, a.off, buf, a.len) : -ENOMEM;
-	if (r == -EINVAL)
-		r = -EIO;
-	if (r) {
-		free(buf);
-		return failed(io, "read", r);
-	}
-	for (uint64_t i = 0; a.pattern >= 0 && i < a.len; i++) {
-		if (buf[i] != a.pattern) {
-			printf("Pattern verification failed at offset %llu, %llu bytes\n", (unsigned long long)a.off, (unsigned long long)a.len);
-			io->failed = true;
-			break;
-		}
-	}
-	if (a.verbose)
-		dump(buf, a.off, a.len);
-	report("read", &a, &t0);
-	free(buf);
-	return 0;
-}
-
-static int compressed(struct io *io, const struct io_args *a, const uint8_t *buf)
-{
-	struct image_info i;
-	int r = image_info(io->b, &i);
-	for (uint64_t at = 0, n; !r && at < a->len; at += n) {
-		n = MIN(a->len - at, (uint64_t)i.cluster_size);
-		r = image_write_compressed(io->b, a->off + at, buf + at, n);
-	}
-	if (r != -ENOTSUP)
-		image_info_free(&i);
-	return r;
-}
-
-static int io_write(struct io *io, int argc, char **argv)
-{
-	struct io_args a;
-	struct timespec t0;
-	if (parse_args(io, argc, argv, "cCfquzP:", &a) || parse_range(io, &a))
-		return -1;
-	uint8_t *buf = a.zero ? NULL : malloc(a.len + 1);
-	int r = buf || a.zero ? 0 : -ENOMEM;
-	clock_gettime(CLOCK_MONOTONIC, &t0);
-	if (buf)
-		memset(buf, a.pattern >= 0 ? a.pattern : 0xcd, a.len);
-	if (!r && a.zero)
-		r = image_zero(io->b, a.off, a.len, a.unmap);
-	else if (!r)
-		r = a.compressed ? compressed(io, &a, buf) : image_write(io->b, a.off, buf, a.len);
-	if (!r && a.fua)
-		r = image_flush(io->b);
-	free(buf);
-	if (r == -EINVAL && range_bad(a.off, a.len, block_length(io->b)))
-		r = -EIO;
-	if (r)
-		return failed(io, "write", r);
-	report("wrote", &a, &t0);
-	return 0;
-}
-
-static int io_discard(struct io *io, int argc, char **argv)
-{
-	struct io_args a;
-	struct timespec t0;
-	if (parse_args(io, argc, argv, "Cq", &a) || parse_range(io, &a))
-		return -1;
-	clock_gettime(CLOCK_MONOTONIC, &t0);
-	int r = image_discard(io->b, a.off, a.len);
-	if (r)
-		return failed(io, "discard", r);
-	report("discard", &a, &t0);
-	return 0;
-}
-
-static int io_flush(struct io *io, int argc, char **argv)
-{
-	int r = image_flush(io->b);
-	return r ? failed(io, "flush", r) : 0;
-}
-
-static int io_nothing(struct io *io, int argc, char **argv)
-{
-	return 0;
-}
-
-static int io_truncate(struct io *io, int argc, char **argv)
-{
-	struct err err = { 0 };
-	uint64_t size;
-	if (argc < 2 || parse_size(argv[argc - 1], 1, &size))
-		return bad(io, "non-numeric truncate argument", argc < 2 ? "" : argv[argc - 1]);
-	if (image_resize(io->b, size, PREALLOC_OFF, &err)) {
-		printf("%s\n", err.msg);
-		io->failed = true;
-	}
-	return 0;
-}
-
-static int io_length(struct io *io, int argc, char **argv)
-{
-	char size[32];
-	printf("%s\n", img_human(block_length(io->b), size));
-	return 0;
-}
-
-static int io_map(struct io *io, int argc, char **argv)
-{
-	struct block_extent e;
-	char len[32], at[32];
-	for (uint64_t off = 0; off < block_length(io->b); off += e.len) {
-		if (image_map(io->b, image_backing(io->b), off, block_length(io->b) - off, &e))
-			return failed(io, "map", -EIO);
-		printf("%s (0x%llx) bytes %s allocated at offset %s (0x%llx)\n", img_human(e.len, len), (unsigned long long)e.len,
-		       e.present ? "    " : "not", img_human(off, at), (unsigned long long)off);
-	}
-	return 0;
-}
-
-static int io_alloc(struct io *io, int argc, char **argv)
-{
-	uint64_t off, len = 512, sum = 0;
-	struct block_extent e;
-	if (argc < 2 || parse_size(argv[1], 1, &off) || (argc > 2 && parse_size(argv[2], 1, &len)) || range_bad(off, len, block_length(io->b)))
-		return bad(io, "invalid argument", "alloc");
-	for (uint64_t at = off; at < off + len; at += e.len) {
-		if (image_map(io->b, image_backing(io->b), at, off + len - at, &e))
-			return failed(io, "is_allocated", -EIO);
-		sum += e.present ? e.len : 0;
-	}
-	printf("%llu/%llu bytes allocated at offset %llu\n", (unsigned long long)sum, (unsigned long long)len, (unsigned long long)off);
-	return 0;
-}
-
-static int io_sleep(struct io *io, int argc, char **argv)
-{
-	usleep((argc > 1 ? (unsigned)strtoul(argv[1], NULL, 10) : 0) * 1000);
-	return 0;
-}
-
-static int io_quit(struct io *io, int argc, char **argv)
-{
-	io->quit = true;
-	return 0;
-}
-
-static const struct { const char *name; int (*fn)(struct io *io, int argc, char **argv); } commands[] = {
-	{ "read", io_read }, { "r", io_read }, { "readv", io_read }, { "rv", io_read }, { "aio_read", io_read }, { "write", io_write },
-	{ "w", io_write }, { "writev", io_write }, { "wv", io_write }, { "aio_write", io_write }, { "discard", io_discard },
-	{ "d", io_discard }, { "flush", io_flush }, { "f", io_flush }, { "aio_flush", io_nothing }, { "truncate", io_truncate },
-	{ "t", io_truncate }, { "length", io_length }, { "l", io_length }, { "map", io_map }, { "alloc", io_alloc }, { "a", io_alloc },
-	{ "sleep", io_sleep }, { "quit", io_quit }, { "q", io_quit },
-};
-
-static void command(struct io *io, const char *text)
-{
-	char *line = strdup(text), *argv[64];
-	int argc = line ? split(line, argv, 63) : 0;
+	char *line = strdup(text), *argv[256];
+	int argc = line ? split(line, argv, 255) : 0, r = line ? 0 : -1;
 	if (argc) {
 		argv[argc] = NULL;
-		unsigned i = 0;
-		while (i < ARRAY_SIZE(commands) && strcmp(commands[i].name, argv[0]))
-			i++;
-		if (i < ARRAY_SIZE(commands))
-			commands[i].fn(io, argc, argv);
-		else
-			bad(io, "command not found", argv[0]);
+		const struct io_command *c = find(argv[0]);
+		if (!c) {
+			fprintf(stderr, "command \"%s\" not found\n", argv[0]);
+			r = -1;
+		} else if (argc - 1 < c->min || (c->max >= 0 && argc - 1 > c->max)) {
+			r = bad_count(c, argc - 1);
+		} else if (!io->b && !c->no_file) {
+			fputs("no file open, try 'help open'\n", stderr);
+			r = -1;
+		} else {
+			opterr = 1;
+			r = c->fn(io, argc, argv);
+		}
 	}
 	fflush(stdout);
 	free(line);
+	return r;
+}
+
+static void usage(void)
+{
+	puts("Usage: qemu-io [OPTIONS]... [-c STRING]... [file]\nRead and write a disk image, for tests (lodge io, in qemu-io's words)\n\n"
+	      "  --object OBJECTDEF   tls-creds-x509, tls-creds-psk, secret\n  --image-opts         FILE is a list of image options\n"
+	      "  -c, --cmd STRING     do this command; without any they come from standard input\n"
+	      "  -f, --format FMT     the image's format (raw, qcow2, ...)\n  -r, --read-only      do not write\n"
+	      "  -s, --snapshot       writes go to a temporary file\n  -n, --nocache        not through the page cache: -t none\n"
+	      "  -m, --misalign       buffers that O_DIRECT would not take\n  -k, --native-aio     as -i native\n"
+	      "  -i, --aio=MODE       threads, native or io_uring; requests are done one after the other with all of them\n"
+	      "  -t, --cache=MODE     none, writeback (default), writethrough, directsync, unsafe\n  -d, --discard=MODE   unmap (default) or ignore\n"
+	      "  -U, --force-share    whatever others do with the image; with -r\n  -h, --help           this text\n"
+	      "  -V, --version        the version\n\nSee 'qemu-io -c help' for information on available commands.");
+}
+
+enum { OPT_IO_OBJECT = 256, OPT_IO_IMAGE_OPTS };
+
+struct run { const char *cmds[1024]; unsigned n; bool image_opts, native; };
+
+static int option(struct io *io, struct run *run, int c)
+{
+	struct err err = { 0 };
+	int r = common_option(c, &io->as, &run->native);
+	if (r <= 0)
+		return r;
+	switch (c) {
+	case 'c':
+		if (run->n == ARRAY_SIZE(run->cmds))
+			return io_fail("too many commands");
+		run->cmds[run->n++] = optarg;
+		return 0;
+	case 'f': free(io->as.format); io->as.format = strdup(optarg); return 0;
+	case 'm': io->misalign = true; return 0;
+	case 'T': return io_fail("-T is not supported: there is nothing to trace");
+	case OPT_IO_IMAGE_OPTS: run->image_opts = true; return 0;
+	case OPT_IO_OBJECT:
+		r = img_add_object(optarg, &err);
+		return r < 0 ? io_fail("%s", err.msg) : r;
+	case 'V': puts("qemu-io version 7.2 (Lodge " LODGE_VERSION ")"); return 1;
+	case 'h': usage(); return 1;
+	}
+	usage();
+	return -1;
+}
+
+static int open_given(struct io *io, const struct run *run, const char *name)
+{
+	struct io_image *i = &io->as;
+	if (run->image_opts && i->format)
+		return io_fail("--image-opts and -f are mutually exclusive");
+	*(run->image_opts ? &i->options : &i->file) = strdup(name);
+	return run->native && native_needs_direct(i) ? -1 : open_as(io);
+}
+
+static void print_log(enum log_level level, const char *line, void *opaque)
+{
+	fflush(stdout);
+	fprintf(stderr, "qemu-io: %s%s\n", level == LOG_ERROR ? "" : "warning: ", line);
+}
+
+static int run_all(struct io *io, const struct run *run)
+{
+	char line[8192];
+	int failed = 0;
+	for (unsigned i = 0; i < run->n && !io->quit; i++)
+		failed |= command(io, run->cmds[i]) < 0;
+	while (!run->n && !io->quit) {
+		fputs("qemu-io> ", stdout);
+		fflush(stdout);
+		if (!fgets(line, sizeof line, stdin))
+			break;
+		failed |= command(io, line) < 0;
+	}
+	return failed;
 }
 
 int io_main(int argc, char **argv)
 {
-	struct io io = { .o = { .write = true } };
-	const char *cmds[256];
-	unsigned n = 0;
-	int c;
-	while ((c = getopt(argc, argv, "hVc:d:f:rsnmkt:i:U")) >= 0) {
-		switch (c) {
-		case 'c':
-			if (n < ARRAY_SIZE(cmds))
-				cmds[n++] = optarg;
-			break;
-		case 'f': io.o.format = optarg; break;
-		case 'r': io.o.write = false; break;
-		case 'n': io.o.cache = "none"; break;
-		case 't': io.o.cache = optarg; break;
-		case 'U': io.o.shared = true; break;
-		case 'd':
-			io.o.discard_ignore = !strcmp(optarg, "ignore") || !strcmp(optarg, "off");
-			if (!io.o.discard_ignore && strcmp(optarg, "unmap") && strcmp(optarg, "on"))
-				return img_fail("Invalid discard option: %s", optarg);
-			break;
-		case 'i':
-			if (strcmp(optarg, "threads"))
-				return img_fail("-i %s is not supported: images are read and written by this thread (-i threads)", optarg);
-			break;
-		case 'k': case 'm': return img_fail("-%c is not supported", c);
-		case 'V': puts("qemu-io version 7.2 (Lodge " LODGE_VERSION ")"); return 0;
-		case 's': return img_fail("-s is not supported; make an overlay with 'lodge img create -b'");
-		case '?': return 1;     /* getopt told why */
-		default: puts("Usage: lodge io [-rnU] [-f FMT] [-t CACHE] [-d DISCARD] [-c COMMAND]... FILE"); return 0;
-		}
+	static const struct option longs[] = {
+		{ "help", 0, 0, 'h' }, { "version", 0, 0, 'V' }, { "cmd", 1, 0, 'c' }, { "format", 1, 0, 'f' }, { "read-only", 0, 0, 'r' },
+		{ "snapshot", 0, 0, 's' }, { "nocache", 0, 0, 'n' }, { "copy-on-read", 0, 0, 'C' }, { "misalign", 0, 0, 'm' },
+		{ "native-aio", 0, 0, 'k' }, { "aio", 1, 0, 'i' }, { "cache", 1, 0, 't' }, { "discard", 1, 0, 'd' }, { "trace", 1, 0, 'T' },
+		{ "force-share", 0, 0, 'U' }, { "object", 1, 0, OPT_IO_OBJECT }, { "image-opts", 0, 0, OPT_IO_IMAGE_OPTS }, { 0 },
+	};
+	struct io io = { 0 };
+	struct run run = { 0 };
+	int c, r = 0;
+	log_set_sink(print_log, NULL, LOG_WARN);
+	while (!r && (c = getopt_long(argc, argv, "hVc:d:f:rsnCmki:t:T:U", longs, NULL)) >= 0)
+		r = option(&io, &run, c);
+	if (!r && argc - optind > 1) {
+		usage();
+		r = -1;
 	}
-	if (optind != argc - 1)
-		return img_fail("io: one image file name is needed");
-	io.b = img_open(argv[optind], &io.o);
-	if (!io.b)
-		return 1;
-	for (unsigned i = 0; i < n && !io.quit; i++)
-		command(&io, cmds[i]);
-	char line[4096];
-	while (!n && !io.quit && fgets(line, sizeof line, stdin))
-		command(&io, line);
-	int r = block_close_checked(io.b);
-	if (r)
-		printf("flush failed: %s\n", strerror(-r));
-	return io.failed || r;
+	if (!r && optind < argc)
+		r = open_given(&io, &run, argv[optind]);
+	if (!r && run_all(&io, &run))
+		r = -1;
+	if (io.b && close_image(&io))
+		r = -1;
+	forget(&io.as);
+	return r < 0;
 }
