@@ -31,8 +31,9 @@ def shell(guest):
         cpu = sum(int(v) for v in f.read().rsplit(")", 1)[1].split()[11:13]) / os.sysconf("SC_CLK_TCK")
     print(f"  prompt after {time.monotonic() - begin:.1f} s, {cpu:.1f} s of CPU time")
     guest.send("bind 'set enable-bracketed-paste off'; stty -echo; PS1=; dmesg -n 1; echo quiet-\"\"now\n")
-    guest.expect(r"\nquiet-now\n")
-    guest.run("systemctl is-system-running --wait; kill -s RTMIN+21 1")      # what systemd says on the console would come between a command's words
+    guest.expect(r"quiet-now\n")       # behind an escape sequence of bash
+    # Neither what systemd says on the console nor a pager's escape sequences come between a command's words.
+    guest.run("export SYSTEMD_PAGER= SYSTEMD_COLORS=0; systemctl is-system-running --wait; kill -s RTMIN+21 1")
 
 
 def power_off(guest):
