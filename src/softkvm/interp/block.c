@@ -247,6 +247,7 @@ struct build {
 	uint32_t ver[2];
 	bool cross, keep;
 	unsigned n, bytes;
+	ZydisDecoder decoder;
 	struct insn insn[BLOCK_MAX_INSNS];
 	uint8_t buf[BLOCK_MAX_BYTES + 16];
 };
@@ -276,7 +277,7 @@ static void build_cross(struct cpu *c, struct build *b, unsigned first)
 		b->cross = true;
 		b->ver[1] = mmu_code_mark(c, &b->page[1]);
 		ram_copy(b->buf + rest, b->page[1].host, avail - rest);
-		if (decode_insn(c, b->mode, b->buf, avail, 0, b->insn) == DEC_OK) {
+		if (decode_insn(c, &b->decoder, b->mode, b->buf, avail, 0, b->insn) == DEC_OK) {
 			b->n = 1;
 			b->bytes = b->insn[0].len;
 			b->cross = b->bytes > rest;
@@ -302,7 +303,7 @@ static void build_block(struct cpu *c, struct build *b)
 		unsigned avail = MIN(15, have - b->bytes);
 		struct insn *i = &b->insn[b->n];
 
-		if (decode_insn(c, b->mode, b->buf + b->bytes, avail, b->bytes, i) == DEC_MORE) {
+		if (decode_insn(c, &b->decoder, b->mode, b->buf + b->bytes, avail, b->bytes, i) == DEC_MORE) {
 			if (!b->n)
 				build_cross(c, b, avail);
 			return;
@@ -329,6 +330,7 @@ static bool build_settle(struct cpu *c, const struct build *b)
 /* Decodes; code that keeps changing meanwhile is executed once, instruction by instruction. */
 static void build(struct cpu *c, struct build *b)
 {
+	decode_init(&b->decoder, c, b->mode);
 	for (unsigned n = 0; n < 4; n++) {
 		b->n = b->bytes = 0;
 		b->cross = false;

@@ -187,9 +187,9 @@ static inline uint64_t block_stamp(const struct cpu *c, uint32_t mode)
 	return (uint64_t)c->blocks->gen[!!(mode & BM_USER)] << 32 | mode | (1u << 31);
 }
 
-/* decode.c: decode one instruction from `bytes` of which `avail` (<= 15) can be had. */
+/* decode.c: decode one instruction from `bytes` of which `avail` (<= 15) can be had, by decode_init()'s `z` for `mode`. */
 enum decode_result { DEC_OK, DEC_MORE /* needs bytes beyond avail */ };
-enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t *bytes, unsigned avail,
+enum decode_result decode_insn(const struct cpu *c, const ZydisDecoder *z, uint32_t mode, const uint8_t *bytes, unsigned avail,
 			       unsigned off, struct insn *i);
 /* A Zydis decoder for the mode and the guest's features. */
 void decode_init(ZydisDecoder *z, const struct cpu *c, uint32_t mode);

@@ -185,18 +185,16 @@ static void undefined(struct insn *i)
 	i->flags |= IF_END;
 }
 
-enum decode_result decode_insn(const struct cpu *c, uint32_t mode, const uint8_t *bytes, unsigned avail,
+enum decode_result decode_insn(const struct cpu *c, const ZydisDecoder *z, uint32_t mode, const uint8_t *bytes, unsigned avail,
 			       unsigned off, struct insn *i)
 {
 	struct decoded d;       /* a kilobyte, all of which Zydis writes */
-	ZydisDecoder z;
 	ZyanStatus st;
 
 	d.bytes = bytes;
 	d.cpu = c;
 	d.code_bits = mode & BM_CODE64 ? 64 : mode & BM_CODE32 ? 32 : 16;
-	decode_init(&z, c, mode);
-	st = decode_zydis(&z, c, bytes, avail, &d.z, d.op);
+	st = decode_zydis(z, c, bytes, avail, &d.z, d.op);
 	*i = (struct insn){ .off = (uint16_t)off, .base = R_ZERO, .index = R_ZERO, .seg = SEG_DS };
 	if (st == ZYDIS_STATUS_NO_MORE_DATA && avail < 15)
 		return DEC_MORE;

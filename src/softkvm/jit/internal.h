@@ -173,9 +173,18 @@ static inline void e8(struct em *e, unsigned v)
 	else
 		e->full = true;
 }
-static inline void e32(struct em *e, uint32_t v) { for (int n = 0; n < 4; n++) e8(e, v >> (8 * n) & 255); }
-static inline void e64(struct em *e, uint64_t v) { e32(e, (uint32_t)v); e32(e, (uint32_t)(v >> 32)); }
-#define EM(e, ...) do { static const uint8_t b_[] = { __VA_ARGS__ }; for (unsigned n_ = 0; n_ < sizeof b_; n_++) e8(e, b_[n_]); } while (0)
+static inline void e_bytes(struct em *e, const void *v, size_t n)
+{
+	if ((size_t)(e->end - e->p) >= n) {
+		memcpy(e->p, v, n);
+		e->p += n;
+	} else {
+		e->full = true;
+	}
+}
+static inline void e32(struct em *e, uint32_t v) { e_bytes(e, &v, 4); }
+static inline void e64(struct em *e, uint64_t v) { e_bytes(e, &v, 8); }
+#define EM(e, ...) do { static const uint8_t b_[] = { __VA_ARGS__ }; e_bytes(e, b_, sizeof b_); } while (0)
 
 /* code.c */
 void em_abs(struct em *e, unsigned reg, const void *p);                 /* modrm, sib, disp32 of [p] */
@@ -265,6 +274,7 @@ struct cold {
 enum tend { END_NONE, END_OTHER, END_JMP, END_JCC };   /* what the last instruction of a part does */
 
 #define FIXUPS_MAX 64
+#define SEEN_MAX 32
 struct part {
 	struct block *b;
 	uint64_t rip;
@@ -284,6 +294,9 @@ struct tr {
 	bool in_host, in_mem;           /* where the guest's flags are */
 	uint8_t live;                   /* JV_*: known to be the host's */
 	struct decoded d;
+	ZydisDecoder decoder;           /* for all of the region */
+	struct { uint64_t rip; bool dead; } seen[SEEN_MAX];     /* flags_dead_at() said so */
+	unsigned nseen;
 	bool failed;
 	uint8_t bits;                   /* 64, or 32: the natural width of operands, addresses and the stack */
 	struct part part[REGION_PARTS];

@@ -44,25 +44,20 @@ void tinsn_flags(struct tinsn *i)
 	/* Branches look at flags even where they leave: their own business. */
 }
 
-/* Nobody looks at the flags that hold when the code at `rip`, in the same page, is reached. */
-bool flags_dead_at(struct tr *t, uint64_t rip)
+static bool look_ahead(struct tr *t, uint64_t rip)
 {
 	static const uint16_t all = JIT_ALL_FLAGS;
 	const struct code_page page_of = block_page(t->b);
 	const uint8_t *page = page_of.host;
 	uint16_t left = all;
-	ZydisDecoder z;
 	struct tinsn i;
 
-	if ((rip ^ t->k->rip) >> 12)
-		return false;
 	/* What is looked at here is not part of the block: a store to it must count as one to the block. */
 	mmu_code_lines(t->c, &page_of, rip & 4095, MIN(4 * 15, 4096 - (unsigned)(rip & 4095)));
-	decode_init(&z, t->c, t->b->mode);
 	for (unsigned n = 0; n < 4; n++) {
 		unsigned off = rip & 4095, avail = 4096 - off;
 
-		if (ZYAN_FAILED(decode_zydis(&z, t->c, page + off, MIN(avail, 15u), &i.z, i.op)))
+		if (ZYAN_FAILED(decode_zydis(&t->decoder, t->c, page + off, MIN(avail, 15u), &i.z, i.op)))
 			return false;
 		switch (i.z.meta.category) {
 		case ZYDIS_CATEGORY_BINARY: case ZYDIS_CATEGORY_LOGICAL: case ZYDIS_CATEGORY_DATAXFER: case ZYDIS_CATEGORY_SHIFT:
@@ -83,6 +78,24 @@ bool flags_dead_at(struct tr *t, uint64_t rip)
 		rip += i.z.length;
 	}
 	return false;
+}
+
+/* Nobody looks at the flags that hold when the code at `rip`, in the same page, is reached. Asked for the same places again and again. */
+bool flags_dead_at(struct tr *t, uint64_t rip)
+{
+	bool dead;
+
+	if ((rip ^ t->k->rip) >> 12)
+		return false;
+	for (unsigned n = 0; n < t->nseen; n++)
+		if (t->seen[n].rip == rip)
+			return t->seen[n].dead;
+	dead = look_ahead(t, rip);
+	if (t->nseen < SEEN_MAX) {
+		t->seen[t->nseen].rip = rip;
+		t->seen[t->nseen++].dead = dead;
+	}
+	return dead;
 }
 
 /* Flags that matter behind the last instruction of a part. */
@@ -159,9 +172,7 @@ static enum tend end_of(const struct tr *t, const struct tinsn *i)
 static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 {
 	struct part *p = &t->part[t->nparts++];
-	ZydisDecoder z;
 
-	decode_init(&z, t->c, b->mode);
 	*p = (struct part){ .b = b, .rip = rip, .first = t->n, .n = b->n };
 	for (unsigned n = 0; n < b->n; n++) {
 		struct tinsn *i = &t->t[t->n++];
@@ -170,8 +181,8 @@ static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 		i->in = in;
 		i->b = b;
 		i->rip = rip + in->off;
-		i->by_handler = in->fn == op_ud || in->fn == op_fetch_gp ||
-				ZYAN_FAILED(decode_zydis(&z, t->c, block_copy(b) + in->off, in->len, &i->z, i->op)) ||
+		i->by_handler = in->fn == op_ud || in->fn == op_fetch_gp || (in->flags & IF_ONCE) ||
+				ZYAN_FAILED(decode_zydis(&t->decoder, t->c, block_copy(b) + in->off, in->len, &i->z, i->op)) ||
 				i->z.length != in->len;
 		if (i->by_handler) {
 			i->tested = JIT_ALL_FLAGS;
@@ -208,7 +219,8 @@ static void collect(struct tr *t)
 	unsigned ntodo = 0;
 	struct block *b = t->b;
 
-	t->n = t->nparts = 0;
+	t->n = t->nparts = t->nseen = 0;
+	decode_init(&t->decoder, t->c, b->mode);
 	while (b) {
 		unsigned n;
 

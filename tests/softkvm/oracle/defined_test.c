@@ -43,7 +43,7 @@ static void try(const uint8_t *b, unsigned bits)
 		return;
 	tried++;
 	vec_flush(cpu);
-	if (decode_insn(cpu, mode, b, 15, 0, &i) == DEC_OK && (i.fn != op_ud || may_be_undefined(&z)))
+	if (decode_insn(cpu, &d, mode, b, 15, 0, &i) == DEC_OK && (i.fn != op_ud || may_be_undefined(&z)))
 		return;
 	for (unsigned n = 0; n < z.operand_count; n++)
 		mem |= op[n].type == ZYDIS_OPERAND_TYPE_MEMORY;
