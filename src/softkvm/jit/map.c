@@ -74,7 +74,7 @@ static unsigned choose(const struct tr *t)
 		for (unsigned v = 0; v < ARRAY_SIZE(inside); v++)
 			if (!(key >> (4 + v) & 1) && (out == ARRAY_SIZE(inside) || w[inside[v]] < w[inside[out]]))
 				out = v;
-		if (w[outside[in]] < w[inside[out]] + (loops ? 12 : 6))
+		if (w[outside[in]] < w[inside[out]] + (loops ? 8 : 6))
 			break;
 		key |= 1u << in | 16u << out;
 	}
