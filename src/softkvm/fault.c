@@ -22,7 +22,6 @@ static __thread struct cpu *running;
 
 /* -- copying ------------------------------------------------------------------------------------ */
 /* Between fault_copy_at and fault_copy_bad the handler leads a fault to the latter. One store where the guest may want one. */
-int fault_copy_bytes(void *to, const void *from, size_t len);
 extern const char fault_copy_at[], fault_copy_bad[];
 __asm__(".pushsection .text\n"
 	".globl fault_copy_bytes\n.hidden fault_copy_bytes\n.type fault_copy_bytes, @function\n"

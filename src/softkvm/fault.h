@@ -51,6 +51,8 @@ _Noreturn void fault_client(struct cpu *c);
 
 /* memcpy() of which one side is memory that may not be mapped: 0 or -EFAULT, then with some of it copied. Any thread. */
 int fault_copy(void *to, const void *from, size_t len);
+/* The same, not 0 in place of -EFAULT; uses general-purpose registers only. */
+int fault_copy_bytes(void *to, const void *from, size_t len);
 
 /* As ram_same(); false also where the memory is not mapped. For comparisons made with a lock held. Any thread. */
 bool fault_same(const void *ram, const void *own, size_t len);

@@ -11,7 +11,9 @@
 #ifndef SOFTKVM_RAM_H
 #define SOFTKVM_RAM_H
 
+#ifdef __SSE2__
 #include <emmintrin.h>
+#endif
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
@@ -43,8 +45,10 @@ RAM_ACCESS(32)
 RAM_ACCESS(64)
 #undef RAM_ACCESS
 
+#ifdef __SSE2__ /* not in what is compiled to leave vector registers alone (mmu/fill.c) */
 RAM_FN __m128i ram_ld128(const void *p) { return _mm_loadu_si128(p); }
 RAM_FN void ram_st128(void *p, __m128i v) { _mm_storeu_si128(p, v); }
+#endif
 
 /* Any length; overlap as memmove(); in no particular order. */
 RAM_FN void ram_copy(void *to, const void *from, size_t len)

@@ -34,6 +34,10 @@ static long create_vcpu(struct vm *vm, unsigned long id, struct softkvm_file **c
 	if (!r) {
 		atomic_store(&vm->cpus[n], &v->cpu);
 		atomic_store(&vm->ncpus, n + 1);
+		if (n == 1) {           /* the first is not alone any more, and knows it from here on */
+			vm_pause_all(vm, NULL);
+			vm_resume_all(vm, NULL);
+		}
 		*created = f;
 	}
 	pthread_mutex_unlock(&vm->lock);

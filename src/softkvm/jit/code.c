@@ -174,6 +174,34 @@ static void thunk_call(struct jit *j, struct em *e, const int8_t *map)
 	e8(e, 0xc3);
 }
 
+/*
+ * A TLB check failed with the index in rcx and the tag's difference in r15; the size is on the stack. r15: the host address, not 0
+ * (ZF clear), or mmu_fill_r/w() would not. Other registers but rcx stay what they are.
+ */
+static void thunk_fill(struct jit *j, struct em *e, const struct tlb *tlb, bool write)
+{
+	EM(e, 0x4c, 0x33, 0xb9);                                /* xor r15, [rcx + tag]: the linear address */
+	e32(e, (uint32_t)(uintptr_t)(write ? tlb->w : tlb->r));
+	EM(e, 0x50, 0x52, 0x56, 0x57, 0x41, 0x50, 0x41, 0x51, 0x41, 0x52, 0x41, 0x53);  /* push rax, rdx, rsi, rdi, r8-r11 */
+	em_imm(e, H_RDI, (uintptr_t)j->c);
+	em_mov(e, H_RSI, ST);
+	EM(e, 0x48, 0x8b, 0x54, 0x24, 0x48);                    /* mov rdx, [rsp + 72] */
+	em_imm(e, H_RAX, (uintptr_t)(write ? mmu_fill_w : mmu_fill_r));
+	EM(e, 0xff, 0xd0);                                      /* call rax */
+	em_mov(e, ST, H_RAX);
+	EM(e, 0x41, 0x5b, 0x41, 0x5a, 0x41, 0x59, 0x41, 0x58, 0x5f, 0x5e, 0x5a, 0x58);
+	EM(e, 0x4d, 0x85, 0xff, 0xc2, 0x08, 0x00);              /* test r15, r15 ; ret 8 */
+}
+
+static void thunks_fill(struct jit *j, struct em *e)
+{
+	for (unsigned m = 0; m < TLB_MODES; m++)
+		for (unsigned w = 0; w < 2; w++) {
+			j->fill[m][w] = (uint32_t)(e->p - j->rw);
+			thunk_fill(j, e, j->c->tlbs[m], w);
+		}
+}
+
 /* `call` and `live` for code that keeps registers elsewhere: behind the code so far. */
 void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map)
 {
@@ -210,6 +238,7 @@ void jit_thunks(struct jit *j)
 	EM(&e, 0xff, 0xe0);                                     /* jmp rax */
 	em_here(&e, out);
 	em_to(em_jmp(&e), look);
+	thunks_fill(j, &e);
 	j->hot = (size_t)(e.p - j->rw);
 	jit_map_thunks(j, &j->maps[0], jit_map);
 	j->hot = JIT_THUNKS;

@@ -143,6 +143,7 @@ void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
 {
 	uint32_t table = (uint32_t)(uintptr_t)(write ? t->tlb->w : t->tlb->r);
 	struct em *e = &t->h;
+	uint8_t *from;
 
 	EM(e, 0xc4, 0xc3, 0x7b, 0xf0, 0xcf, 0x08);      /* rorx ecx, r15d, 8 */
 	EM(e, 0x81, 0xe1, 0xf0, 0xff, 0x00, 0x00);      /* and ecx, 0xfff0 */
@@ -150,9 +151,10 @@ void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
 	e32(e, table);
 	EM(e, 0x49, 0x81, 0xff);                        /* cmp r15, 4096 - size */
 	e32(e, 4096 - size);
-	cold_from(k, em_jcc(e, 7));                     /* ja */
+	from = em_jcc(e, 7);                            /* ja */
 	EM(e, 0x4c, 0x03, 0xb9);                        /* add r15, [rcx + host] */
 	e32(e, table + 8);
+	k->fill[k->nfills++] = (struct fill){ from, e->p, (uint8_t)size, write };
 }
 
 bool gen_operand_at(struct tr *t, unsigned n, struct cold *k, int64_t disp, unsigned size, bool write)
@@ -189,7 +191,12 @@ struct cold *cold_new(struct tr *t, unsigned n, unsigned count)
 {
 	struct cold *k = &t->colds[t->ncold++];
 
-	*k = (struct cold){ .n = (uint8_t)n, .count = (uint8_t)count, .need = t->live };
+	k->nfrom = k->nfills = 0;
+	k->back = NULL;
+	k->n = (uint8_t)n;
+	k->count = (uint8_t)count;
+	k->need = t->live;
+	k->final = false;
 	return k;
 }
 
@@ -215,10 +222,36 @@ static void call_handlers(struct em *e, struct tr *t, unsigned n, unsigned count
 		em_to(e->p - 4, t->j->rw + t->thunks->call);
 }
 
+/* Most failures want an entry, no more. */
+static void emit_fills(struct tr *t, const struct cold *k)
+{
+	struct em *e = &t->cold;
+	uint8_t *on[FILLS_MAX];
+
+	for (unsigned n = 0; n < k->nfills; n++) {
+		const struct fill *f = &k->fill[n];
+
+		em_here(e, f->from);
+		e8(e, 0x6a);                            /* push size ; call */
+		e8(e, f->size);
+		e8(e, 0xe8);
+		e32(e, 0);
+		if (!e->full)
+			em_to(e->p - 4, t->j->rw + t->j->fill[t->tlb_mode][f->write]);
+		uint8_t *back = em_jcc(e, 5);
+		if (!e->full)
+			em_to(back, f->back);
+		on[n] = n + 1 < k->nfills ? em_jmp(e) : NULL;
+	}
+	for (unsigned n = 0; n + 1 < k->nfills; n++)
+		em_here(e, on[n]);
+}
+
 static void cold_emit(struct tr *t, const struct cold *k)
 {
 	struct em *e = &t->cold;
 
+	emit_fills(t, k);
 	for (unsigned n = 0; n < k->nfrom; n++)
 		em_here(e, k->from[n]);
 	call_handlers(e, t, k->n, k->count, k->need);
@@ -233,7 +266,7 @@ void gen_colds(struct tr *t);
 void gen_colds(struct tr *t)
 {
 	for (unsigned n = 0; n < t->ncold; n++)
-		if (t->colds[n].nfrom)
+		if (t->colds[n].nfrom || t->colds[n].nfills)
 			cold_emit(t, &t->colds[n]);
 }
 

@@ -146,6 +146,7 @@ struct jit {
 	size_t low_size, arena_size, arena;
 	uint32_t gen;
 	uint32_t enter, leave, abandon, call_out;       /* thunks */
+	uint32_t fill[TLB_MODES][2];    /* of reads, of writes */
 	struct jit_point *points;       /* touched as they are used */
 	uint32_t npoints, points_max;
 	struct jit_page *pages[1 << JIT_PAGE_BITS];
@@ -263,12 +264,17 @@ struct tinsn {
 };
 
 #define VEC_MAX 32
+/* A TLB check that failed: entered at `from`, goes on at `back` once the entry is there. */
+#define FILLS_MAX 8
+struct fill { uint8_t *from, *back; uint8_t size; bool write; };
+
 struct cold {
-	uint8_t *from[12];
-	unsigned nfrom;
+	uint8_t *from[6];
+	unsigned nfrom, nfills;
 	uint8_t *back;
 	uint8_t n, count, need;         /* the instructions that go to their handlers; what the code behind relies on */
 	bool final;
+	struct fill fill[FILLS_MAX];
 };
 
 enum tend { END_NONE, END_OTHER, END_JMP, END_JCC };   /* what the last instruction of a part does */
@@ -290,6 +296,7 @@ struct tr {
 	struct block *b;
 	struct jit_code *k;
 	struct tlb *tlb;
+	unsigned tlb_mode;
 	struct em h, cold;
 	bool in_host, in_mem;           /* where the guest's flags are */
 	uint8_t live;                   /* JV_*: known to be the host's */

@@ -538,6 +538,8 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	t->b = b;
 	t->k = k;
 	t->tlb = j->c->tlb;
+	for (t->tlb_mode = 0; j->c->tlbs[t->tlb_mode] != t->tlb; t->tlb_mode++)
+		;
 	t->failed = false;
 	t->bits = mode & BM_CODE64 ? 64 : 32;
 	collect(t);

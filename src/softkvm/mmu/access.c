@@ -141,6 +141,23 @@ static uint32_t translate(struct cpu *c, uint64_t lin, unsigned len, enum access
 	return 0;
 }
 
+/* A hit in the given table, as tlb_hit_r/w for the current one. */
+static uint8_t *hit_in(struct tlb *t, uint64_t lin, unsigned len, bool write)
+{
+	const struct tlb_entry *e = write ? &t->w[tlb_index(lin)] : &t->r[tlb_index(lin)];
+	uint64_t in_page = lin ^ e->tag;
+
+	return in_page <= 4096 - len ? (uint8_t *)(uintptr_t)(e->host + in_page) : NULL;
+}
+
+/* One page's share, by the TLB if it has the page: 0 or a page-fault code. */
+static uint32_t part(struct cpu *c, uint64_t lin, unsigned len, enum access acc, struct walk_as as, struct part *out)
+{
+	out->host = hit_in(c->tlbs[tlb_mode_of(c, as)], lin, len, is_write(acc));
+	out->len = len;
+	return out->host ? 0 : translate(c, lin, len, acc, as, out);
+}
+
 /* Both parts of [lin, lin+len), len <= 4096; raises faults. Returns the number of parts. */
 static int split(struct cpu *c, uint64_t lin, unsigned len, enum access acc, struct walk_as as, struct part p[2])
 {
@@ -153,12 +170,12 @@ static int split(struct cpu *c, uint64_t lin, unsigned len, enum access acc, str
 		check_aligned(c, lin, len);
 	if (!cpu_long(c))
 		second = (uint32_t)second;
-	err = translate(c, lin, first, acc, as, &p[0]);
+	err = part(c, lin, first, acc, as, &p[0]);
 	if (err)
 		tlb_page_fault(c, lin, err, false);
 	if (first == len)
 		return 1;
-	err = translate(c, second, len - first, acc, as, &p[1]);
+	err = part(c, second, len - first, acc, as, &p[1]);
 	if (err)
 		tlb_page_fault(c, second, err, false);
 	return 2;
@@ -366,15 +383,6 @@ void mem_write(struct cpu *c, uint64_t lin, const void *buf, unsigned len)
 		copy_in(p, buf, len);
 	else
 		mem_write_slow(c, lin, buf, len);
-}
-
-/* A hit in the given table, as tlb_hit_r/w for the current one. */
-static uint8_t *hit_in(struct tlb *t, uint64_t lin, unsigned len, bool write)
-{
-	const struct tlb_entry *e = write ? &t->w[tlb_index(lin)] : &t->r[tlb_index(lin)];
-	uint64_t in_page = lin ^ e->tag;
-
-	return in_page <= 4096 - len ? (uint8_t *)(uintptr_t)(e->host + in_page) : NULL;
 }
 
 static void access_fast(struct cpu *c, uint64_t lin, uint8_t *buf, unsigned len, bool write, struct walk_as as)

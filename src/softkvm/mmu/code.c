@@ -20,27 +20,6 @@
 #define NEAR_MAX 256            /* stores beside code */
 
 /* -- write entries ------------------------------------------------------------------------------ */
-static _Atomic uint64_t *writers_of(struct cpu *c, uint64_t host_page)
-{
-	return &c->itlb->writers.n[(host_page >> 12) * 0x9e3779b97f4a7c15ull >> (64 - WRITER_BITS)];
-}
-
-void tlb_writer_comes(struct cpu *c, const uint8_t *host_page, uint64_t lin)
-{
-	_Atomic uint64_t *w = writers_of(c, (uintptr_t)host_page);
-	uint64_t v = atomic_load_explicit(w, memory_order_relaxed);
-
-	/* Ordered before the look at the page's version: see tlb.h. */
-	atomic_exchange(w, (uint64_t)tlb_index(lin) << 32 | ((uint32_t)v + 1));
-}
-
-void tlb_writer_gone(struct cpu *c, uint64_t host_page)
-{
-	_Atomic uint64_t *w = writers_of(c, host_page);
-
-	atomic_store_explicit(w, atomic_load_explicit(w, memory_order_relaxed) - 1, memory_order_release);
-}
-
 static bool revoke_at(struct cpu *c, unsigned mode, unsigned i, uintptr_t host)
 {
 	struct tlb_entry *e = &c->tlbs[mode]->w[i];
@@ -55,7 +34,7 @@ static bool revoke_at(struct cpu *c, unsigned mode, unsigned i, uintptr_t host)
 void tlb_revoke_write(struct cpu *c, const uint8_t *host_page)
 {
 	uintptr_t host = (uintptr_t)host_page;
-	_Atomic uint64_t *w = writers_of(c, host);
+	_Atomic uint64_t *w = tlb_writers_of(c, host);
 	uint64_t v = atomic_load(w);
 
 	for (unsigned m = 0; m < TLB_NONE; m++)         /* mostly it is where it was entered last */
@@ -71,7 +50,7 @@ void tlb_revoke_write(struct cpu *c, const uint8_t *host_page)
 
 static bool has_writers(struct cpu *c, const uint8_t *host_page)
 {
-	return (uint32_t)atomic_load(writers_of(c, (uintptr_t)host_page));
+	return (uint32_t)atomic_load(tlb_writers_of(c, (uintptr_t)host_page));
 }
 
 /* No vCPU keeps a write entry for the page, which has just become code. */

@@ -8,28 +8,11 @@
 #include "softkvm/mmu/phys.h"
 #include "softkvm/mmu/tlb.h"
 
-static struct tlb_entry *table(struct tlb *t, int write)
-{
-	return write ? t->w : t->r;
-}
-
-/* An entry goes; one of writes is taken off the books first (tlb_writers()). */
-static void drop(struct cpu *c, struct tlb_full *f, int write, unsigned i)
-{
-	struct tlb_entry *e = &table(&f->t, write)[i];
-
-	if (e->tag == tlb_empty_tag(i))
-		return;
-	e->tag = tlb_empty_tag(i);
-	if (write)
-		tlb_writer_gone(c, e->host);
-}
-
 static void table_clear(struct cpu *c, struct tlb_full *f, int write)
 {
 	for (unsigned w = 0; w < TLB_WORDS; w++) {
 		for (uint64_t m = f->filled[write][w]; m; m &= m - 1)
-			drop(c, f, write, w * 64 + (unsigned)__builtin_ctzll(m));
+			tlb_drop(c, f, write, w * 64 + (unsigned)__builtin_ctzll(m));
 		f->filled[write][w] = f->global[write][w] = 0;
 	}
 }
@@ -79,35 +62,7 @@ void mmu_select(struct cpu *c)
 
 void tlb_enter(struct cpu *c, unsigned mode, bool write, uint64_t lin, uint8_t *host, const struct walk *w)
 {
-	struct tlb_full *f = tlb_full(c->tlbs[mode]);
-	unsigned i = tlb_index(lin);
-	uint64_t page = lin & ~4095ull, bit = 1ull << (i % 64);
-
-	drop(c, f, write, i);
-	table(&f->t, write)[i] = (struct tlb_entry){ page, (uintptr_t)host };
-	f->filled[write][i / 64] |= bit;
-	if (w->global)
-		f->global[write][i / 64] |= bit;
-	else
-		f->global[write][i / 64] &= ~bit;
-	tlb_note_large(c, lin, w->leaf_size);
-	c->stats.tlb_fills++;
-}
-
-static void hash_set(uint64_t *map, uint64_t v) { map[(v >> 6) & 15] |= 1ull << (v & 63); }
-static bool hash_has(const uint64_t *map, uint64_t v) { return map[(v >> 6) & 15] >> (v & 63) & 1; }
-
-void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size)
-{
-	if (leaf_size == 4096 || leaf_size == ~0ull)
-		return;
-	if (leaf_size == BIT(30)) {
-		hash_set(c->itlb->large1g, lin >> 30);
-		return;
-	}
-	hash_set(c->itlb->large2m, lin >> 21);
-	if (leaf_size == BIT(22))
-		hash_set(c->itlb->large2m, (lin >> 21) ^ 1);
+	tlb_put(c, tlb_full(c->tlbs[mode]), write, lin, host, w->global, w->leaf_size);
 }
 
 uint8_t *tlb_phys(struct cpu *c, uint64_t gpa, bool *ro, struct slot **slot)
@@ -205,7 +160,7 @@ static void table_clear_nonglobal(struct cpu *c, struct tlb_full *f, int write)
 
 		f->filled[write][w] &= f->global[write][w];
 		for (; m; m &= m - 1)
-			drop(c, f, write, w * 64 + (unsigned)__builtin_ctzll(m));
+			tlb_drop(c, f, write, w * 64 + (unsigned)__builtin_ctzll(m));
 	}
 }
 
@@ -279,8 +234,8 @@ static void flush_2m(struct cpu *c, uint64_t lin)
 				for (uint64_t b = f->filled[w][k]; b; b &= b - 1) {
 					unsigned i = k * 64 + (unsigned)__builtin_ctzll(b);
 
-					if (!((table(&f->t, w)[i].tag ^ lin) >> 21))
-						drop(c, f, w, i);
+					if (!((tlb_table(&f->t, w)[i].tag ^ lin) >> 21))
+						tlb_drop(c, f, w, i);
 				}
 		}
 	for (unsigned i = 0; i < ITLB_ENTRIES; i++)
@@ -300,8 +255,8 @@ static void drop_page(struct cpu *c, uint64_t lin)
 
 	for (unsigned m = 0; m < TLB_NONE; m++)
 		for (int w = 0; w < 2; w++)
-			if (!((table(c->tlbs[m], w)[i].tag ^ lin) >> 12))
-				drop(c, tlb_full(c->tlbs[m]), w, i);
+			if (!((tlb_table(c->tlbs[m], w)[i].tag ^ lin) >> 12))
+				tlb_drop(c, tlb_full(c->tlbs[m]), w, i);
 }
 
 static void flush_4k(struct cpu *c, uint64_t lin)
@@ -321,9 +276,9 @@ void mmu_flush_page(struct cpu *c, uint64_t lin)
 	pwc_flush(c->itlb);
 	if (c->itlb->user_global)
 		left_forget(c->itlb, true, 0);
-	if (hash_has(c->itlb->large1g, lin >> 30)) {
+	if (tlb_hash_has(c->itlb->large1g, lin >> 30)) {
 		mmu_flush_all(c);
-	} else if (hash_has(c->itlb->large2m, lin >> 21)) {
+	} else if (tlb_hash_has(c->itlb->large2m, lin >> 21)) {
 		flush_2m(c, lin);
 		if (!cpu_long(c) && !(c->cr4 & CR4_PAE))        /* 4 MiB pages */
 			flush_2m(c, lin ^ BIT(21));

@@ -2,8 +2,11 @@
 #ifndef SOFTKVM_MMU_TLB_H
 #define SOFTKVM_MMU_TLB_H
 
+#include <stdatomic.h>
+
 #include "base/util.h"
 #include "softkvm/mmu/walk.h"
+#include "softkvm/vm.h"
 
 #define TLB_WORDS (TLB_ENTRIES / 64)
 
@@ -49,6 +52,7 @@ struct writers {
 };
 
 struct itlb {
+	uint8_t bounce[192];    /* fill.c: an operand that lies in two pages */
 	struct pwc_entry pwc[PWC_ENTRIES];
 	uint32_t pwc_gen;       /* every flush moves it, INVLPG as well, and with it go all entries */
 	struct slot *slot;      /* found last */
@@ -84,9 +88,84 @@ uint8_t *tlb_phys(struct cpu *c, uint64_t gpa, bool *ro, struct slot **slot);
 
 /* Index into cpu->tlbs for a party. */
 unsigned tlb_mode_of(const struct cpu *c, struct walk_as as);
+/* The books on who holds write entries, see struct writers. */
+static inline _Atomic uint64_t *tlb_writers_of(struct cpu *c, uint64_t host_page)
+{
+	return &c->itlb->writers.n[(host_page >> 12) * 0x9e3779b97f4a7c15ull >> (64 - WRITER_BITS)];
+}
+
+static inline void tlb_writer_comes(struct cpu *c, const uint8_t *host_page, uint64_t lin)
+{
+	_Atomic uint64_t *w = tlb_writers_of(c, (uintptr_t)host_page);
+	uint64_t v = (uint64_t)tlb_index(lin) << 32 | ((uint32_t)atomic_load_explicit(w, memory_order_relaxed) + 1);
+
+	/*
+	 * Ordered before the look at the page's version: see struct writers. A vCPU that is alone need not wait for its stores for
+	 * that; who makes another one stops it first.
+	 */
+	if (atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed) > 1)
+		atomic_exchange(w, v);
+	else
+		atomic_store_explicit(w, v, memory_order_relaxed);
+}
+
+static inline void tlb_writer_gone(struct cpu *c, uint64_t host_page)
+{
+	_Atomic uint64_t *w = tlb_writers_of(c, host_page);
+
+	atomic_store_explicit(w, atomic_load_explicit(w, memory_order_relaxed) - 1, memory_order_release);
+}
+
+static inline struct tlb_entry *tlb_table(struct tlb *t, int write) { return write ? t->w : t->r; }
+
+/* An entry goes; one of writes is taken off the books first. */
+static inline void tlb_drop(struct cpu *c, struct tlb_full *f, int write, unsigned i)
+{
+	struct tlb_entry *e = &tlb_table(&f->t, write)[i];
+
+	if (e->tag == tlb_empty_tag(i))
+		return;
+	e->tag = tlb_empty_tag(i);
+	if (write)
+		tlb_writer_gone(c, e->host);
+}
+
+static inline void tlb_hash_set(uint64_t *map, uint64_t v) { map[(v >> 6) & 15] |= 1ull << (v & 63); }
+static inline bool tlb_hash_has(const uint64_t *map, uint64_t v) { return map[(v >> 6) & 15] >> (v & 63) & 1; }
+
+/* Some entry for `lin`, of code or data, came from a page of that size. */
+static inline void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size)
+{
+	if (leaf_size == 4096 || leaf_size == ~0ull)
+		return;
+	if (leaf_size == BIT(30)) {
+		tlb_hash_set(c->itlb->large1g, lin >> 30);
+		return;
+	}
+	tlb_hash_set(c->itlb->large2m, lin >> 21);
+	if (leaf_size == BIT(22))
+		tlb_hash_set(c->itlb->large2m, (lin >> 21) ^ 1);
+}
+
+/* tlb_enter() into that table. */
+static inline void tlb_put(struct cpu *c, struct tlb_full *f, bool write, uint64_t lin, uint8_t *host, bool global, uint64_t leaf_size)
+{
+	unsigned i = tlb_index(lin);
+	uint64_t bit = 1ull << (i % 64);
+
+	tlb_drop(c, f, write, i);
+	tlb_table(&f->t, write)[i] = (struct tlb_entry){ lin & ~4095ull, (uintptr_t)host };
+	f->filled[write][i / 64] |= bit;
+	if (global)
+		f->global[write][i / 64] |= bit;
+	else
+		f->global[write][i / 64] &= ~bit;
+	tlb_note_large(c, lin, leaf_size);
+	c->stats.tlb_fills++;
+}
+
 /* Enter a translation: `host` is the page's host address. Of writes: granted and counted. */
 void tlb_enter(struct cpu *c, unsigned mode, bool write, uint64_t lin, uint8_t *host, const struct walk *w);
-void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size);
 
 /*
  * A walk ended with this fault: raises it. Entries of the page go first, as a page fault does on a processor (SDM vol. 3
@@ -95,8 +174,6 @@ void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_size);
 _Noreturn void tlb_page_fault(struct cpu *c, uint64_t lin, uint32_t err, bool fetch);
 
 /* -- code.c: who may hold write entries, and what stores do to pages with code ------------------------------------ */
-void tlb_writer_comes(struct cpu *c, const uint8_t *host_page, uint64_t lin);
-void tlb_writer_gone(struct cpu *c, uint64_t host_page);
 /* Drop every write entry of `c` that leads to this host page; `c` is parked or the caller. */
 void tlb_revoke_write(struct cpu *c, const uint8_t *host_page);
 /*

@@ -24,16 +24,7 @@ struct paging {
 	uint64_t rsvd;          /* physical-address bits that must be zero */
 };
 
-static unsigned phys_bits(const struct cpu *c)
-{
-	return c->feat && c->feat->phys_bits ? c->feat->phys_bits : 36;
-}
-
-uint64_t mmu_rsvd_mask(const struct cpu *c)
-{
-	unsigned b = phys_bits(c);
-	return b >= 52 ? 0 : (BIT(52) - 1) & ~(BIT(b) - 1);
-}
+uint64_t mmu_rsvd_mask(const struct cpu *c) { return walk_rsvd_mask(c); }
 
 static struct paging paging_mode(const struct cpu *c)
 {
@@ -97,7 +88,7 @@ static uint64_t pte_rsvd(const struct cpu *c, const struct paging *p, unsigned l
 
 	if (!p->wide) {
 		if (level == 1 && leaf && (c->cr4 & CR4_PSE))
-			r = BIT(21) | (phys_bits(c) < 40 ? (0xffull << 13) & ~((BIT(phys_bits(c) - 32) - 1) << 13) : 0);
+			r = BIT(21) | (walk_phys_bits(c) < 40 ? (0xffull << 13) & ~((BIT(walk_phys_bits(c) - 32) - 1) << 13) : 0);
 		return r;
 	}
 	r = p->rsvd;
@@ -124,29 +115,6 @@ static bool is_leaf(const struct cpu *c, const struct paging *p, unsigned level,
 	if (!(e & PTE_PS))
 		return false;
 	return p->wide ? level <= 2 : level == 1 && (c->cr4 & CR4_PSE);
-}
-
-/* Bits that all levels combine: W, U (and), NX (or); G and the key come from the leaf. */
-struct rights { bool w, u, nx; unsigned key; };
-
-static uint32_t check_rights(const struct cpu *c, const struct rights *r, enum access acc, struct walk_as as)
-{
-	bool write = acc == ACC_WRITE || acc == ACC_RMW;
-	uint32_t err = 0;
-
-	if (acc == ACC_EXEC)
-		return r->nx || (as.user && !r->u) || (!as.user && r->u && (c->cr4 & CR4_SMEP)) ? PF_P : 0;
-	if ((as.user && !r->u) || (!as.user && r->u && (c->cr4 & CR4_SMAP) && !as.ac) ||
-	    (write && !r->w && (as.user || (c->cr0 & CR0_WP))))
-		err = PF_P;
-	/* The PK flag says that the key forbids it, whatever else does (SDM vol. 3 4.7). */
-	if (r->u && (c->cr4 & CR4_PKE) && cpu_long(c)) {
-		unsigned k = (c->pkru >> (2 * r->key)) & 3;
-
-		if ((k & 1) || (write && (k & 2) && (as.user || (c->cr0 & CR0_WP))))
-			err = PF_P | PF_PK;
-	}
-	return err;
 }
 
 /* Error code of a fault with the P, RSVD, PK bits given. */
@@ -188,13 +156,13 @@ static uint64_t leaf_gpa(const struct paging *p, unsigned level, uint64_t e, uin
 
 /* Steps from the root to the leaf; `*level` is the leaf's. 0 or fault bits (PF_P, PF_RSVD). */
 static uint32_t walk_down(struct cpu *c, const struct paging *p, uint64_t lin, struct step *st,
-			  unsigned *level, unsigned *n, struct rights *r, bool *fault)
+			  unsigned *level, unsigned *n, struct walk_rights *r, bool *fault)
 {
 	uint64_t table;
 
 	*fault = true;
 	*n = 0;
-	*r = (struct rights){ .w = true, .u = true };
+	*r = (struct walk_rights){ .w = true, .u = true };
 	if (!walk_root(c, p, lin, &table))
 		return 0;
 	for (*level = p->levels - 1;; (*level)--) {
@@ -222,7 +190,7 @@ static uint32_t walk_down(struct cpu *c, const struct paging *p, uint64_t lin, s
 /* -- the page directory's entries, remembered (tlb.h) --------------------------------------------- */
 static bool pwc_usable(const struct cpu *c) { return cpu_long(c) && cpu_paging(c); }
 
-static void pwc_enter(struct cpu *c, uint64_t lin, const struct step *st, unsigned level, unsigned n, const struct rights *r)
+static void pwc_enter(struct cpu *c, uint64_t lin, const struct step *st, unsigned level, unsigned n, const struct walk_rights *r)
 {
 	struct itlb *t = c->itlb;
 	uint64_t e = st[n - 1].val, gpa;
@@ -258,13 +226,13 @@ static bool walk_remembered(struct cpu *c, uint64_t lin, enum access acc, struct
 {
 	const struct pwc_entry *e = &c->itlb->pwc[(lin >> 21) % PWC_ENTRIES];
 	bool write = acc == ACC_WRITE || acc == ACC_RMW, dirty;
-	struct rights r = { .w = e->rights & PWC_W, .u = e->rights & PWC_U, .nx = e->rights & PWC_NX, .key = e->pkey };
+	struct walk_rights r = { .w = e->rights & PWC_W, .u = e->rights & PWC_U, .nx = e->rights & PWC_NX, .key = e->pkey };
 
 	if (e->key != pwc_key(c->itlb, lin))
 		return false;
 	if (e->rights & PWC_LEAF) {
 		dirty = e->rights & PWC_DIRTY;
-		if ((write && !dirty) || check_rights(c, &r, acc, as))
+		if ((write && !dirty) || walk_check(c, &r, acc, as))
 			return false;
 		w->gpa = ((uint64_t)e->gpa_page << 12) + (lin & (BIT(21) - 1));
 		w->leaf_size = BIT(21);
@@ -281,14 +249,14 @@ static bool walk_remembered(struct cpu *c, uint64_t lin, enum access acc, struct
 		r.u &= !!(s.val & PTE_U);
 		r.nx |= p.nx && (s.val & PTE_NX);
 		r.key = (unsigned)(s.val >> 59) & 15;
-		if (check_rights(c, &r, acc, as) || !pte_set(c, &p, &s, PTE_A | (write ? PTE_D : 0)))
+		if (walk_check(c, &r, acc, as) || !pte_set(c, &p, &s, PTE_A | (write ? PTE_D : 0)))
 			return false;
 		dirty = write || (s.val & PTE_D);
 		w->gpa = (s.val & 0x000ffffffffff000ull) | (lin & 4095);
 		w->leaf_size = 4096;
 		w->global = (s.val & PTE_G) && (c->cr4 & CR4_PGE);
 	}
-	w->writable = dirty && !check_rights(c, &r, ACC_WRITE, as);
+	w->writable = dirty && !walk_check(c, &r, ACC_WRITE, as);
 	w->user = r.u;
 	return true;
 }
@@ -305,7 +273,7 @@ uint32_t mmu_walk(struct cpu *c, uint64_t lin, enum access acc, struct walk_as a
 		return 0;
 	struct paging p = paging_mode(c);
 	struct step st[MAX_LEVELS];
-	struct rights r;
+	struct walk_rights r;
 	unsigned level, n;
 	bool fault;
 
@@ -313,7 +281,7 @@ again:;
 	uint32_t err = walk_down(c, &p, lin, st, &level, &n, &r, &fault);
 	if (fault)
 		return fault_code(c, err, acc, as);
-	err = check_rights(c, &r, acc, as);
+	err = walk_check(c, &r, acc, as);
 	if (err)
 		return fault_code(c, err, acc, as);
 	for (unsigned i = 0; i < n; i++) {
@@ -325,7 +293,7 @@ again:;
 	if (pwc_usable(c))
 		pwc_enter(c, lin, st, level, n, &r);
 	w->gpa = leaf_gpa(&p, level, st[n - 1].val, lin, &w->leaf_size);
-	w->writable = (write || (st[n - 1].val & PTE_D)) && !check_rights(c, &r, ACC_WRITE, as);
+	w->writable = (write || (st[n - 1].val & PTE_D)) && !walk_check(c, &r, ACC_WRITE, as);
 	w->user = r.u;
 	w->global = (st[n - 1].val & PTE_G) && (c->cr4 & CR4_PGE);
 	return 0;
@@ -344,7 +312,7 @@ bool mmu_translate(struct cpu *c, uint64_t lin, uint64_t *gpa, bool *writable, b
 		return false;
 	struct paging p = paging_mode(c);
 	struct step st[MAX_LEVELS];
-	struct rights r;
+	struct walk_rights r;
 	unsigned level, n;
 	bool fault;
 

@@ -187,6 +187,96 @@ static void test_reserved_and_keys(void **state)
 	assert_int_equal(t.error, PF_P | PF_PK | PF_U);
 }
 
+/* -- fills of translated code ------------------------------------------------------------------- */
+static uint64_t rng = 88172645463325252ull;
+
+static uint64_t below(uint64_t n)
+{
+	rng ^= rng << 13;
+	rng ^= rng >> 7;
+	rng ^= rng << 17;
+	return (rng * 0x2545f4914f6cdd1dull >> 16) % n;
+}
+
+static uint64_t maybe(uint64_t bit, unsigned of) { return below(of) ? bit : 0; }
+
+static uint64_t some_leaf(void)
+{
+	return maybe(PTE_P, 16) | maybe(PTE_W, 4) | maybe(PTE_U, 4) | maybe(PTE_A, 4) | maybe(PTE_D, 4) | (below(8) ? 0 : PTE_NX) |
+	       (below(4) ? 0 : PTE_G) | (below(32) ? 0 : BIT(41)) | (below(3) ? 0 : below(16) << 59);
+}
+
+/* Three pages, or a large one that holds them; some way that rights, A and D may be. */
+static void some_mapping(void)
+{
+	map(PTE_P | maybe(PTE_W, 6) | maybe(PTE_U, 6) | (below(6) ? 0 : PTE_NX), 0);
+	for (unsigned n = 0; n < 3; n++)
+		entry(0)[n] = (DATA + (n ^ 1) * 0x3000) | some_leaf();
+	if (!below(3))
+		*entry(1) = 0x400000 | (some_leaf() & ~BIT(41)) | PTE_PS;
+}
+
+static void some_cpu(struct cpu *c)
+{
+	c->cr0 = CR0_PE | CR0_PG | maybe(CR0_WP, 3);
+	c->cr4 = CR4_PAE | maybe(CR4_SMAP, 2) | maybe(CR4_PKE, 3) | maybe(CR4_PGE, 2);
+	c->efer = EFER_LMA | EFER_LME | maybe(EFER_NXE, 4);
+	c->pkru = (uint32_t)below(4) << 2 * below(16);
+	c->cpl = below(2) ? 3 : 0;
+	c->eflags = maybe(FL_AC, 2);
+	mmu_flush_all(c);
+	mmu_select(c);
+}
+
+/* What a fill gives is what the slow path gives, and where that faults there is none. */
+static unsigned fill_once(bool write)
+{
+	uint64_t size = 1 + below(64), off = below(3) ? below(8192) : 4096 - below(64), lin = LIN + off, gpa;
+	bool crosses = (lin & 4095) + size > 4096, w, u;
+	struct cpu *c = &t.cpu;
+	uint8_t buf[64], *p;
+
+	p = write ? mmu_fill_w(c, lin, size) : mmu_fill_r(c, lin, size);
+	if (!p)
+		return 0;
+	assert_false(crosses && write);
+	for (unsigned n = 0; n < size; n++) {
+		assert_true(mmu_translate(c, lin + n, &gpa, &w, &u));
+		if (crosses)
+			assert_int_equal(p[n], t.ram[gpa]);
+		else
+			assert_ptr_equal(p + n, t.ram + gpa);
+	}
+	assert_int_equal((uintptr_t)p & 63, lin & 63);
+	assert_true((*entry(1) & PTE_PS ? *entry(1) : entry(0)[(lin - LIN) >> 12]) & PTE_A);
+	assert_true(!write || (*entry(1) & PTE_PS ? *entry(1) : entry(0)[(lin - LIN) >> 12]) & PTE_D);
+	mmu_drop_data(c);
+	memcpy(buf, p, size);
+	assert_true(try_access(write ? ACC_WRITE : ACC_READ, lin, buf, (unsigned)size));
+	return crosses ? 2 : 1;
+}
+
+static void test_fill(void **state)
+{
+	unsigned got[2][3] = { { 0 } };
+	uint64_t v = 0;
+
+	for (unsigned n = 0; n < RAM_SIZE - DATA; n++)
+		t.ram[DATA + n] = (uint8_t)(n * 7 + n / 251);
+	for (unsigned n = 0; n < 100000; n++) {
+		bool write = below(2);
+
+		some_mapping();
+		some_cpu(&t.cpu);
+		/* what lies near by was touched, perhaps the page itself too; the page directory's entry is known then */
+		try_access(below(2) ? ACC_WRITE : ACC_READ, LIN + 4096 * below(3) + 128, &v, 8);
+		got[write][fill_once(write)]++;
+	}
+	assert_in_range(got[0][0], 10000, 40000);
+	assert_in_range(got[1][0], 10000, 45000);
+	assert_true(got[0][1] > 2000 && got[0][2] > 1000 && got[1][1] > 1000);
+}
+
 static void test_crossing(void **state)
 {
 	uint8_t in[16], out[16] = { 0 };
@@ -209,27 +299,37 @@ static void test_crossing(void **state)
 
 /*
  * An entry lost its write permission without a flush: a store may go by the old one until some access has met the new one
- * (one that crosses into the next page always walks). After that #PF no store may pass.
+ * (the user's, who has no entry in the TLB). After that #PF no store may pass.
  */
+static void user_writes(uint64_t lin, uint64_t faults_at)
+{
+	uint64_t two[2] = { 2, 3 };
+
+	t.cpu.cpl = 3;
+	mmu_select(&t.cpu);
+	assert_false(try_access(ACC_WRITE, lin, two, 16));
+	assert_int_equal(t.addr, faults_at);
+	t.cpu.cpl = 0;
+	mmu_select(&t.cpu);
+}
+
 static void test_fault_drops_entry(void **state)
 {
-	uint64_t v = 1, two[2] = { 2, 3 };
+	uint64_t v = 1;
 
 	map(PTE_P | PTE_W | PTE_U, PTE_P | PTE_W | PTE_U);
 	entry(0)[1] = (DATA + 4096) | PTE_P | PTE_W | PTE_U;
 	assert_true(try_access(ACC_WRITE, LIN + 4088, &v, 8));
 	assert_true(try_access(ACC_WRITE, LIN + 4096, &v, 8));
 	*entry(0) &= ~(uint64_t)PTE_W;
-	assert_false(try_access(ACC_WRITE, LIN + 4088, two, 16));
-	assert_int_equal(t.addr, LIN + 4088);
+	user_writes(LIN + 4088, LIN + 4088);
 	assert_false(try_access(ACC_WRITE, LIN + 4088, &v, 8));
 	assert_int_equal(ram_ld64(t.ram + DATA + 4088), 1);
 	/* And the other page's. */
 	*entry(0) |= PTE_W;
 	entry(0)[1] &= ~(uint64_t)PTE_W;
 	assert_true(try_access(ACC_WRITE, LIN + 4096, &v, 8));
-	assert_false(try_access(ACC_WRITE, LIN + 4088, two, 16));
-	assert_int_equal(t.addr, LIN + 4096);
+	user_writes(LIN + 4088, LIN + 4096);
 	assert_false(try_access(ACC_WRITE, LIN + 4096, &v, 8));
 	/* Code: gone by one rule, gone by all. */
 	entry(0)[1] |= PTE_W;
@@ -635,7 +735,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
-		T(test_permissions), T(test_reserved_and_keys), T(test_crossing), T(test_fault_drops_entry), T(test_hostile_addresses),
+		T(test_permissions), T(test_reserved_and_keys), T(test_fill), T(test_crossing), T(test_fault_drops_entry), T(test_hostile_addresses),
 		T(test_dirty_log), T(test_code_versions), T(test_code_and_data), T(test_flush_and_code), T(test_pcids), T(test_remembered_directories), T(test_slot_rules), T(test_mmio),
 	};
 	return cmocka_run_group_tests_name("mmu", tests, NULL, NULL);

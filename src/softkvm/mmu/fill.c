@@ -1,0 +1,118 @@
+/*
+ * TLB fills for translated code, which has the guest's vector state in the host's registers: compiled to leave those alone, and
+ * without sanitizers, whose run time does not. So nothing of other files is called but fault_copy_bytes().
+ *
+ * Only what needs no more than an entry is done here: the page directory's entry is remembered (tlb.h), the page table's has
+ * its A bit (writes: and D), access is allowed, the page is RAM of the slot that was used last, and for writes it is marked in the
+ * dirty log and granted. Everything else is the slow path's (access.c), which makes it so; it is also what this is checked against.
+ */
+#include <stdatomic.h>
+
+#include "softkvm/fault.h"
+#include "softkvm/mmu/phys.h"
+#include "softkvm/mmu/tlb.h"
+
+/* What the page tables say of a linear page. */
+struct leaf { uint64_t gpa, size; bool global; };
+
+static bool small_page(const struct cpu *c, const struct pwc_entry *e, uint64_t lin, bool write, struct walk_as as, struct leaf *l)
+{
+	struct walk_rights r = { .w = e->rights & PWC_W, .u = e->rights & PWC_U, .nx = e->rights & PWC_NX };
+	uint64_t need = PTE_P | PTE_A | (write ? PTE_D : 0), pte;
+
+	/* The client may have unmapped its memory. */
+	if (fault_copy_bytes(&pte, e->host + (lin >> 12 & 511) * 8, 8) || (pte & need) != need || (pte & walk_rsvd_mask(c)) ||
+	    (!(c->efer & EFER_NXE) && (pte & PTE_NX)))
+		return false;
+	r.w &= !!(pte & PTE_W);
+	r.u &= !!(pte & PTE_U);
+	r.key = (unsigned)(pte >> 59) & 15;
+	*l = (struct leaf){ pte & 0x000ffffffffff000ull, 4096, (pte & PTE_G) && (c->cr4 & CR4_PGE) };
+	return !walk_check(c, &r, write ? ACC_WRITE : ACC_READ, as);
+}
+
+static bool large_page(const struct cpu *c, const struct pwc_entry *e, uint64_t lin, bool write, struct walk_as as, struct leaf *l)
+{
+	struct walk_rights r = { .w = e->rights & PWC_W, .u = e->rights & PWC_U, .nx = e->rights & PWC_NX, .key = e->pkey };
+
+	*l = (struct leaf){ ((uint64_t)e->gpa_page << 12) + (lin & (BIT(21) - 4096)), BIT(21), e->rights & PWC_GLOBAL };
+	return (!write || (e->rights & PWC_DIRTY)) && !walk_check(c, &r, write ? ACC_WRITE : ACC_READ, as);
+}
+
+/* The slot's page may be written without a word to anybody. Counts us as a writer. */
+static bool grant(struct cpu *c, const struct slot *s, uint64_t page, const uint8_t *host, uint64_t lin)
+{
+	if ((s->flags & KVM_MEM_READONLY) ||
+	    (s->dirty && !(atomic_load_explicit(&s->dirty[page / 64], memory_order_relaxed) >> (page & 63) & 1)))
+		return false;
+	tlb_writer_comes(c, host, lin);
+	if (atomic_load(&s->ver[page]) & VER_GRANTED)
+		return true;
+	tlb_writer_gone(c, (uintptr_t)host);
+	return false;
+}
+
+/* The host's page for the one at `lin`, which the TLB has then; NULL. */
+static uint8_t *page_at(struct cpu *c, uint64_t lin, bool write)
+{
+	const struct tlb_entry *t = &tlb_table(c->tlb, write)[tlb_index(lin)];
+	struct walk_as as = { .user = c->cpl == 3, .ac = c->eflags & FL_AC };
+	const struct pwc_entry *e = &c->itlb->pwc[(lin >> 21) % PWC_ENTRIES];
+	const struct slot *s = c->itlb->slot;
+	struct leaf l;
+	uint8_t *host;
+
+	if (!((lin ^ t->tag) >> 12))
+		return (uint8_t *)(uintptr_t)t->host;
+	if (e->key != pwc_key(c->itlb, lin) || !cpu_canonical(c, lin) || !s)
+		return NULL;
+	if (!(e->rights & PWC_LEAF ? large_page : small_page)(c, e, lin, write, as, &l) || l.gpa - s->gpa >= s->size)
+		return NULL;
+	host = s->host + (l.gpa - s->gpa);
+	if (write) {
+		if (!grant(c, s, (l.gpa - s->gpa) >> 12, host, lin))
+			return NULL;
+		tlb_put(c, tlb_full(c->tlb), true, lin, host, l.global, l.size);
+	}
+	tlb_put(c, tlb_full(c->tlb), false, lin, host, l.global, l.size);
+	return host;
+}
+
+/* Not for lockstep, nor where accesses are looked at one by one. */
+static bool may(const struct cpu *c)
+{
+	return cpu_long(c) && cpu_paging(c) && !c->watch && !c->data_bp && c->tlb != c->tlbs[TLB_NONE];
+}
+
+uint8_t *mmu_fill_w(struct cpu *c, uint64_t lin, uint64_t size)
+{
+	uint8_t *p = may(c) && (lin & 4095) + size <= 4096 ? page_at(c, lin, true) : NULL;
+
+	return p ? p + (lin & 4095) : NULL;
+}
+
+/* Of two pages. */
+static uint8_t *copy(struct cpu *c, uint64_t lin, uint64_t size)
+{
+	uint64_t first = 4096 - (lin & 4095), second = lin + first;
+	uint8_t *to = (uint8_t *)ALIGN_UP((uintptr_t)c->itlb->bounce, 64) + (lin & 63);
+	const uint8_t *a, *b;
+
+	if (size > 64 || (c->code_bits != 64 && second >> 32))
+		return NULL;
+	a = page_at(c, lin, false);
+	b = a ? page_at(c, second, false) : NULL;
+	return b && !fault_copy_bytes(to, a + (lin & 4095), first) && !fault_copy_bytes(to + first, b, size - first) ? to : NULL;
+}
+
+uint8_t *mmu_fill_r(struct cpu *c, uint64_t lin, uint64_t size)
+{
+	uint8_t *p;
+
+	if (!may(c))
+		return NULL;
+	if ((lin & 4095) + size > 4096)
+		return copy(c, lin, size);
+	p = page_at(c, lin, false);
+	return p ? p + (lin & 4095) : NULL;
+}
