@@ -16,6 +16,7 @@ struct check {
 	struct qbuild w;
 	unsigned fix;
 	bool rebuild;
+	bool fix_flags;         /* COPIED: on demand, or with leaks when the counts are known to be right */
 	uint64_t ref_errors;    /* corruptions that a new refcount structure does away with */
 	uint64_t next_host;     /* for fragmentation */
 };
@@ -55,6 +56,10 @@ static void count_entry(struct check *k, const struct qentry *e, uint64_t guest,
 		k->c->fragmented += active; /* as QEMU counts */
 		count(k, off, len, "compressed cluster");
 		return;
+	}
+	if (e->raw & ~(uint64_t)(OFFSET_MASK | OFLAG_COPIED | (q->h.version >= 3 && q->nsub == 1 ? OFLAG_ZERO : 0))) {
+		say(k, "ERROR found l2 entry with reserved bits set: %llx", (unsigned long long)e->raw);
+		k->c->corruptions++;
 	}
 	if (e->alloc & e->zero || (e->alloc && !off && q->data == q->leaf)) {
 		say(k, "ERROR: wrong subcluster bits at guest offset 0x%llx", (unsigned long long)guest);
@@ -221,10 +226,16 @@ static int compare(struct check *k)
 			k->c->errors++;
 			return -EIO;
 		}
-		if (stored || counted)
+		if (counted || (stored && c < known))
 			end = c + 1;
 		if (stored == counted)
 			continue;
+		/* A count for what the file does not reach occupies nothing: no finding, as in QEMU, but gone after a repair. */
+		if (!counted && c >= known) {
+			if (k->fix & CHECK_FIX_LEAKS && !k->rebuild && stored <= INT32_MAX)
+				q_ref_add(q, c << q->h.cluster_bits, 1, -(int)stored);
+			continue;
+		}
 		bool leak = stored > counted, fix = k->fix & (leak ? CHECK_FIX_LEAKS : CHECK_FIX_ERRORS) && !k->rebuild;
 		say(k, "%s cluster %llu refcount=%llu reference=%llu", fix ? "Repairing" : leak ? "Leaked" : "ERROR",
 		    (unsigned long long)c, (unsigned long long)stored, (unsigned long long)counted);
@@ -259,7 +270,7 @@ static void check_flag(struct check *k, uint64_t *entry, uint64_t off, const cha
 	int want = should_be_copied(k, off);
 	if (want < 0 || want == !!(*entry & OFLAG_COPIED))
 		return;
-	bool fix = k->fix & CHECK_FIX_ERRORS;
+	bool fix = k->fix_flags;
 	say(k, "%s OFLAG_COPIED %s: entry=%llx", fix ? "Repairing" : "ERROR", what, (unsigned long long)*entry);
 	if (fix) {
 		*entry ^= OFLAG_COPIED;
@@ -375,6 +386,7 @@ int qcow2_check(struct block *b, unsigned fix, struct image_check *c, struct err
 	if (!r)
 		compare(&k);
 	/* A snapshot's tables have no flags to check. */
+	k.fix_flags = fix & CHECK_FIX_ERRORS || (fix & CHECK_FIX_LEAKS && !c->corruptions && !c->errors && !c->leaks);
 	if (!r)
 		check_flags(&k);
 	if (!r)

@@ -234,3 +234,27 @@ uint8_t *fault_crash(struct block *b, uint64_t n, unsigned *seed, uint64_t *len)
 	free(order);
 	return buf;
 }
+
+static void guest_done(struct block_req *r)
+{
+	(*(unsigned *)(uintptr_t)r->priv[0])++;
+}
+
+void guest_requests(struct block *b, unsigned seed, unsigned n)
+{
+	static uint8_t buf[65536 + 512];
+	uint64_t sectors = block_length(b) / 512;
+	unsigned done = 0;
+	memset(buf, (int)seed, sizeof buf);
+	for (unsigned i = 0; i < n; i++) {
+		uint64_t len = 512 * (1 + (uint64_t)rand_r(&seed) % 128), cut = 512 + (unsigned)rand_r(&seed) % 3 * 256;
+		uint64_t at = ((uint64_t)rand_r(&seed) << 31 | (unsigned)rand_r(&seed)) % (sectors + 2) * 512;
+		struct iovec v[2] = { { buf, MIN(len, cut) }, { buf + cut, len - MIN(len, cut) } };
+		struct block_req r = { .op = (enum block_op)(rand_r(&seed) % (BLOCK_ZERO + 1)), .off = rand_r(&seed) % 3 ? at % (4 << 20) : at, .len = len, .iov = v,
+				       .iovcnt = v[1].iov_len ? 2 : 1, .done = guest_done, .flags = (unsigned)rand_r(&seed) & (BLOCK_REQ_FUA | BLOCK_REQ_MAY_UNMAP | BLOCK_REQ_INLINE) };
+		r.priv[0] = (uintptr_t)&done;
+		block_submit(b, &r);
+	}
+	if (done != n)
+		abort(); /* without workers each is answered before it returns */
+}

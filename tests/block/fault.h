@@ -25,4 +25,7 @@ uint64_t fault_flushed(struct block *b);
  */
 uint8_t *fault_crash(struct block *b, uint64_t n, unsigned *seed, uint64_t *len);
 
+/* What a guest does: `n` random requests of all kinds to a block without workers; aborts when one is not answered once. */
+void guest_requests(struct block *b, unsigned seed, unsigned n);
+
 #endif

@@ -1,5 +1,5 @@
 /*
- * Hostile VDI, VHD, VHDX and VMDK images: open, info, map, reads. Nothing may crash, hang or take memory without bound.
+ * Hostile VDI, VHD, VHDX and VMDK images: open, info, map, reads, a guest's requests. Nothing may crash, hang or take memory without bound.
  * LLVMFuzzerTestOneInput() takes a format's number and a whole image; main() makes a small good image of each kind, reads
  * it, and then mutates it (with checksums put right again, so that what lies behind them is reached).
  *
@@ -49,6 +49,7 @@ static void look(struct block *b)
 	}
 	if (len > sizeof buf)
 		image_read(b, len - sizeof buf, buf, sizeof buf);
+	guest_requests(b, (unsigned)len, 16);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

@@ -1,5 +1,5 @@
 /*
- * Hostile qcow2 images: open, info, map, check with and without repair, reads, writes, snapshots. Nothing may crash, hang
+ * Hostile qcow2 images: open, info, map, check with and without repair, reads, writes, a guest's requests, snapshots. Nothing may crash, hang
  * or take memory without bound. LLVMFuzzerTestOneInput() takes a whole image; main() mutates good ones.
  *
  * usage: fuzz-qcow2 [RUNS [SEED [IMAGE]]]; 16 with the seed and image that VERBOSE=1 printed repeats one case first
@@ -62,6 +62,7 @@ static void change(const uint8_t *data, size_t size)
 		image_zero(b, 0, 200000 / 512 * 512, true);
 		image_discard(b, 262144, 262144);
 	}
+	guest_requests(b, (unsigned)size, 24);
 	image_flush(b);
 	image_snapshot_create(b, "x", NULL);
 	image_write(b, 0, buf, MIN(len, 4096u));
