@@ -219,6 +219,8 @@ int img_bench(int argc, char **argv)
 	if (ring && (iothread_create(&io, &err) || workers_create(&o.workers, iothread_loop(io), CACHED_THREADS, &err)))
 		return img_fail("%s", err.msg);
 	o.loop = io ? iothread_loop(io) : NULL;
+	if (!ring && depth > 1 && (block_name_is_protocol(argv[optind]) || img_image_opts()) && workers_create(&o.workers, NULL, CACHED_THREADS, &err))
+		return img_fail("%s", err.msg);
 	k.b = img_open(argv[optind], &o);
 	int r = !k.b;
 	if (k.b && range_bad(k.off, k.size, block_length(k.b)))
@@ -228,6 +230,8 @@ int img_bench(int argc, char **argv)
 	/* Past the page cache the depth is what the device shall see; with it more threads than processors only wait for each other. */
 	bool direct = cache == CACHE_NONE || cache == CACHE_DIRECTSYNC;
 	unsigned want = (unsigned)MIN(depth, direct ? BENCH_THREADS : (int64_t)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)CACHED_THREADS));
+	/* A server's answers come to whoever asks through the queue, from one thread that reads them. */
+	ring |= o.workers && k.b && block_is_remote(k.b) && !strcmp(image_format(k.b), "raw");
 	double begin = seconds();
 	int e = r ? 0 : ring ? run_ring(&k, (unsigned)MIN(depth, (int64_t)RING_DEPTH)) : run_threads(&k, want);
 	if (e)
