@@ -23,6 +23,7 @@ static const struct device_class *const classes[] = {
 	&isa_serial_class,
 	&isa_debug_exit_class,
 	&isa_debugcon_class,
+	&pc_testdev_class,
 };
 
 const struct device_class *device_class_at(unsigned i)

@@ -9,6 +9,7 @@
 #include <cmocka.h>
 
 #include "dev/acpi_pm.h"
+#include "dev/dev.h"
 #include "dev/misc.h"
 #include "dev/rtc.h"
 #include "dev/uart.h"
@@ -193,10 +194,41 @@ static void ports(void **st)
 	fix_done(&f);
 }
 
+static void testdev(void **st)
+{
+	const uint64_t word = 0x1122334455667788;
+	struct device *d;
+	uint64_t v = 0;
+	struct fix f;
+
+	fix_init(&f);
+	assert_int_equal(device_alloc(&d, &pc_testdev_class, &f.env, NULL, NULL), 0);
+	assert_int_equal(device_create(d, NULL), 0);
+	out(&f, 0xe0, 0x44332211, 4);
+	out(&f, 0xe1, 0xbbaa, 2);
+	assert_int_equal(in(&f, 0xe0, 4), 0x44bbaa11);
+	assert_int_equal(in(&f, 0xe9, 2), 0xbbaa);
+	out(&f, 0xe8, 0x04030201, 4);
+	assert_int_equal(in(&f, 0xe2, 1), 3);
+	out(&f, 0xe4, 0x1000, 4);               /* no memory here: nothing to flush */
+	out(&f, 0x200e, 1, 1);
+	assert_int_equal(f.level[14], 1);
+	out(&f, 0x200e, 0, 1);
+	assert_int_equal(f.level[14], 0);
+	assert_int_equal(f.rises[14], 1);
+	assert_true(io_write(f.env.mmio, 0xff00fff8, &word, 8));
+	assert_true(io_read(f.env.mmio, 0xff00fffb, &v, 2));
+	assert_int_equal(v, 0x4455);
+	device_free(d);
+	assert_false(io_read(f.env.mmio, 0xff000000, &v, 1));
+	assert_int_equal(in(&f, 0xe0, 1), 0xff);
+	fix_done(&f);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = { cmocka_unit_test(uart), cmocka_unit_test(rtc), cmocka_unit_test(pm),
-					    cmocka_unit_test(ports) };
+					    cmocka_unit_test(ports), cmocka_unit_test(testdev) };
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

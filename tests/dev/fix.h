@@ -25,11 +25,13 @@ static inline void fix_init(struct fix *f)
 {
 	*f = (struct fix){ .env = { .isa_irq = fix_irq, .request = fix_request, .opaque = f } };
 	io_space_create(&f->env.ports, "ports", 0x10000, NULL);
+	io_space_create(&f->env.mmio, "mmio", UINT64_MAX, NULL);
 	f->env.clock = clock_stepped_create();
 }
 static inline void fix_done(struct fix *f)
 {
 	clock_stepped_destroy(f->env.clock);
+	io_space_destroy(f->env.mmio);
 	io_space_destroy(f->env.ports);
 }
 static inline uint32_t in(struct fix *f, uint16_t p, unsigned n)

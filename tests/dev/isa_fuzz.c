@@ -7,7 +7,8 @@
 #include "dev/dev.h"
 #include "fix.h"
 
-static const struct device_class *const classes[] = { &isa_serial_class, &isa_debugcon_class, &isa_debug_exit_class };
+static const struct device_class *const classes[] = { &isa_serial_class, &isa_debugcon_class, &isa_debug_exit_class,
+						      &pc_testdev_class };
 
 struct chardev { struct chr_client cl; size_t room; };
 
@@ -29,8 +30,8 @@ static void *find_chr(void *opaque, enum prop_type type, const char *id, struct 
 
 static void step(struct fix *f, struct device **d, struct chardev *c, const uint8_t *p)
 {
-	static const uint16_t base[] = { 0x3f8, 0x3f8, 0xe9, 0x501 };
-	uint16_t port = base[p[1] & 3] + (p[1] & 2 ? p[2] & 1 : p[2] & 7);
+	static const uint16_t base[] = { 0x3f8, 0x3f8, 0xe9, 0x501, 0x3f8, 0x3f8, 0xe0, 0x2000 };
+	uint16_t port = base[p[1] & 7] + ((p[1] & 7) == 7 ? p[2] & 31 : (p[1] & 7) == 6 ? p[2] & 15 : p[1] & 2 ? p[2] & 1 : p[2] & 7);
 	uint8_t buf[64] = { 0 };
 
 	c += p[3] >> 7; /* the serial port's back end or the debug console's */
@@ -52,6 +53,10 @@ static void step(struct fix *f, struct device **d, struct chardev *c, const uint
 		if (p[1] < 8)
 			d[0]->cls->reset(d[0]);
 		break;
+	case 7:
+		io_write(f->env.mmio, 0xff000000 + ld_le16(p + 1), p, 1u << (p[3] & 3));
+		io_read(f->env.mmio, 0xff000000 + ld_le16(p + 4), buf, 1u << (p[6] & 3));
+		/* fall through */
 	default:
 		clock_step(f->env.clock, ld_le32(p + 4) & 0xffffff);
 	}

@@ -76,8 +76,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	struct pci_bus *b;
 
 	fix_init(&c.f);
-	if (io_space_create(&c.f.env.mmio, "mmio", UINT64_MAX, NULL))
-		abort();
 	cfg.ports = c.f.env.ports;
 	cfg.mmio = c.f.env.mmio;
 	if (pci_bus_create(&b, &cfg, NULL))
@@ -90,7 +88,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	q35_destroy(c.q);
 	pc_ports_destroy(c.pp);
 	pci_bus_destroy(b);
-	io_space_destroy(c.f.env.mmio);
 	fix_done(&c.f);
 	return 0;
 }
