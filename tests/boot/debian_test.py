@@ -60,7 +60,7 @@ def power_off(guest):
 def lockstep(start, whole=False):
     """Translator and interpreter side by side from the first instruction: no difference on the way."""
     guest = start("run", "--kernel", f"{GUEST}/vmlinuz", "--initrd", f"{GUEST}/initramfs", "--append", "console=ttyS0 earlyprintk=ttyS0",
-                  "--memory", "512M", "--accel", "soft,mode=lockstep", timeout=900)
+                  "--memory", "512M", "--accel", "soft,mode=lockstep", timeout=7200 if whole else 900)
     if whole:
         shell(guest)
         power_off(guest)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The Debian root disk that `./bootstrap run` boots: systemd, network, packages, and real work in it.
 
-`root_disk_test.py LODGE [TEST...]`: systemd (in CI), compiler, python, tools (long runs; they install packages in the guest). Needs build/guest/debian.img (tools/debian-disk), skipped without it. Nothing is written to that disk."""
+`root_disk_test.py LODGE [TEST...]`: systemd (in CI), compiler, python, tools, debuggers (long runs; they install packages in the guest). Needs build/guest/debian.img (tools/debian-disk), skipped without it. Nothing is written to that disk."""
 import base64
 import hashlib
 import os
@@ -164,6 +164,21 @@ def tools(start):
     power_off(guest)
 
 
+def debuggers(start):
+    """gdb's breakpoints, watchpoints (debug registers) and single steps, strace and valgrind on a threaded program, 64-bit and 32-bit."""
+    guest = start(*args(memory="2G"), timeout=LONG)
+    shell(guest)
+    install(guest, "gcc", "gcc-multilib", "libc6-dev", "gdb", "strace", "valgrind")
+    here = os.path.dirname(os.path.abspath(__file__))
+    guest.run("cd /tmp")
+    for name in ("debugged.c", "debuggers.sh"):
+        with open(os.path.join(here, name), encoding="utf-8") as f:
+            put(guest, name, f.read())
+    guest.run("bash debuggers.sh")
+    guest.run("! dmesg | grep -iE 'traps:|segfault|general protection'")
+    power_off(guest)
+
+
 def seq_data():
     return "".join(f"{i}\n" for i in range(1, 200001)).encode()
 
@@ -181,7 +196,7 @@ def sqlite_here(sql):
     return out
 
 
-TESTS = [systemd, compiler, python, tools]
+TESTS = [systemd, compiler, python, tools, debuggers]
 
 if __name__ == "__main__":
     if not os.path.exists(DISK):
