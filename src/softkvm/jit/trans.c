@@ -205,7 +205,7 @@ static struct block *candidate(struct tr *t, uint64_t rip)
 	struct block *b = e->blk;
 
 	if (((rip ^ t->k->rip) >> 12) || e->rip != rip || !b || b->gpa != h->gpa + (rip - t->k->rip) || b->mode != h->mode ||
-	    b->host != h->host + (rip - t->k->rip) || b->ver != h->ver || b->ver_value != h->ver_value || b->cross ||
+	    b->host != h->host + (int64_t)(rip - t->k->rip) || b->ver != h->ver || b->ver_value != h->ver_value || b->cross ||
 	    b == t->c->blocks->scratch || (t->j->threshold && (b->code_gen != t->j->gen || (!b->code && b->runs * 4 < t->j->threshold))) ||
 	    t->n + b->n > REGION_INSNS || t->nparts == REGION_PARTS || tr_part(t, rip) >= 0)
 		return NULL;
