@@ -62,7 +62,7 @@ static unsigned soft_counters(struct kvm_file *vcpu, struct kvm_counter *out, un
 		{ "slow_stores", s.slow_stores }, { "exits", s.exits }, { "interrupts", s.interrupts },
 		{ "exceptions", s.exceptions }, { "code_invalidations", s.code_invalidations }, { "halts", s.halts },
 		{ "translations", s.translations }, { "translated_instructions", s.translated_insns }, { "translated_bytes", s.translated_bytes },
-		{ "code_bytes_used", s.code_used }, { "code_flushes", s.code_flushes }, { "links", s.links },
+		{ "code_bytes_used", s.code_used }, { "code_flushes", s.code_flushes }, { "block_collections", s.block_collections }, { "links", s.links },
 		{ "code_entries", s.code_entries }, { "handler_calls", s.handler_calls }, { "left_for_loop", s.left_for_loop },
 		{ "left_by_jump", s.left_by_jump }, { "left_by_budget", s.left_by_budget }, { "host_faults", s.host_faults },
 		{ "exits_io", s.exit_io }, { "exits_mmio", s.exit_mmio }, { "exits_hlt", s.exit_hlt }, { "exits_signal", s.exit_signal },

@@ -95,7 +95,7 @@ struct softkvm_stats {
 	uint64_t insns, blocks_decoded, blocks_run, tlb_fills, tlb_flushes, slow_loads, slow_stores,
 		 exits, interrupts, exceptions, code_invalidations, halts;
 	/* The translator: regions, their instructions and host bytes; how often all was thrown away; bytes in use now. */
-	uint64_t translations, translated_insns, translated_bytes, code_flushes, code_used,
+	uint64_t translations, translated_insns, translated_bytes, code_flushes, block_collections, code_used,
 		 code_entries,          /* times the loop entered translated code */
 		 links,                 /* direct jumps tied to each other */
 		 handler_calls,         /* instructions that translated code gave to the interpreter's handlers: its slow paths */

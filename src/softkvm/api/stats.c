@@ -18,7 +18,7 @@ static const struct stat_def vcpu_stats[] = {
 	CUM("instructions", insns), CUM("blocks_decoded", blocks_decoded), CUM("blocks_run", blocks_run), CUM("tlb_fills", tlb_fills),
 	CUM("tlb_flush", tlb_flushes), CUM("slow_loads", slow_loads), CUM("slow_stores", slow_stores),
 	CUM("code_invalidations", code_invalidations), CUM("translations", translations), CUM("translated_bytes", translated_bytes),
-	CUM("code_flushes", code_flushes), CUM("handler_calls", handler_calls), CUM("io_exits", exit_io), CUM("mmio_exits", exit_mmio),
+	CUM("code_flushes", code_flushes), CUM("block_collections", block_collections), CUM("handler_calls", handler_calls), CUM("io_exits", exit_io), CUM("mmio_exits", exit_mmio),
 	CUM("signal_exits", exit_signal), CUM("irq_window_exits", exit_irq_window),
 };
 static const struct stat_def vm_stats[] = {

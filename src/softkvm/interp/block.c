@@ -350,11 +350,19 @@ static unsigned hash_index(const struct block_cache *bc, uint64_t gpa, uint32_t 
 	return (unsigned)(h >> (64 - bc->hash_bits));
 }
 
+void block_hash_add(struct block_cache *bc, struct block *b)
+{
+	struct block **head = &bc->hash[hash_index(bc, b->gpa, b->mode)];
+
+	b->hash_next = *head;
+	*head = b;
+}
+
 /* This vCPU's share. */
 static size_t arena_limit(const struct cpu *c)
 {
 	unsigned n = c->vm ? MAX(atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed), 1u) : 1;
-	uint64_t first = MAX(BLOCK_ARENA_TOTAL / n, BLOCK_ARENA_MIN);
+	uint64_t first = c->jit ? MAX(BLOCK_ARENA_TOTAL_JIT / n, BLOCK_ARENA_MIN_JIT) : MAX(BLOCK_ARENA_TOTAL / n, BLOCK_ARENA_MIN);
 
 	return (size_t)MIN(MAX(first, MIN(first << c->blocks->grown, grown_total(c) / n)), c->blocks->size);
 }
@@ -406,7 +414,7 @@ static struct block *block_alloc(struct cpu *c, size_t need)
 	struct block *b;
 
 	need = ALIGN_UP(need, BLOCK_ALIGN);
-	if (bc->used + need > arena_limit(c) && (!arena_grow(c) || bc->used + need > arena_limit(c)))
+	if (bc->used + need > arena_limit(c) && (!arena_grow(c) || bc->used + need > arena_limit(c)) && !block_collect(c, arena_limit(c)))
 		block_flush(c);
 	b = (struct block *)(bc->arena + bc->used);
 	bc->used += need;
@@ -418,8 +426,7 @@ static size_t built_size(const struct build *s)
 {
 	bool end = !(s->insn[s->n - 1].flags & IF_BRANCH);
 
-	return s->cross ? block_size(s->n, s->bytes) :
-			  sizeof(struct block) + (s->n + end) * sizeof(struct insn) + s->bytes;
+	return sizeof(struct block) + (s->n + end) * sizeof(struct insn) + s->bytes + (s->cross ? 8 + sizeof(struct block_cross) : 0);
 }
 
 static void finish_insns(struct block *b, const struct build *s)
@@ -439,7 +446,6 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 		s->insn[s->n - 1].flags |= IF_END;
 	struct block_cache *bc = c->blocks;
 	struct block *b = s->keep ? block_alloc(c, built_size(s)) : bc->scratch;
-	unsigned h;
 
 	memset(b, 0, sizeof *b);
 	b->n = (uint8_t)s->n;
@@ -453,9 +459,7 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 	b->ver_value = s->cross || !s->keep ? 1 : s->ver[0];
 	finish_insns(b, s);
 	if (s->keep) {
-		h = hash_index(bc, s->gpa, s->mode);
-		b->hash_next = bc->hash[h];
-		bc->hash[h] = b;
+		block_hash_add(bc, b);
 		watch_block(c, b, &s->page[0]);
 	}
 	c->stats.blocks_decoded++;

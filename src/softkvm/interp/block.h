@@ -10,7 +10,7 @@
  * changes it. A block whose page changed is compared with the bytes it was made from and either revived or
  * thrown away. For clients that do not announce their writes, mmu/watch.c compares pages and changes their versions. An instruction that crosses a page end is a block of its own and has two of everything.
  *
- * Memory. A bounded arena per vCPU, filled front to back and thrown away as a whole when full. What a VM's arenas
+ * Memory. A bounded arena per vCPU, filled front to back; when it is full, what was not translated is thrown away (collect.c). What a VM's arenas
  * may hold together is bounded as well, so that a machine of four CPUs takes no more memory than one of one. A guest
  * that fills its arena again and again with little done in between has more code in use than fits: where a translator
  * works, the arena then grows instead, up to a part of the memory meant for translations.
@@ -28,8 +28,11 @@
 #define BLOCK_MAX_BYTES 512
 #define BLOCK_ARENA_TOTAL (14u << 20)
 #define BLOCK_ARENA_MIN (1u << 20)
+/* The same where a translator takes over what runs often. */
+#define BLOCK_ARENA_TOTAL_JIT (7u << 20)
+#define BLOCK_ARENA_MIN_JIT (7u << 19)
 #define BLOCK_ALIGN 32u
-#define BLOCK_GROW 150000               /* decoded in all, before which no arena grows */
+#define BLOCK_GROW 200000               /* decoded in all, before which no arena grows */
 #define BLOCK_BUSY 8192                 /* instructions for each decoded block, below which an arena grows */
 
 /* Mode bits of a block: part of its key and of code_stamp. */
@@ -61,6 +64,7 @@ struct block {
 	uint16_t bytes;
 	uint64_t gpa;
 	uint32_t mode;
+	bool kept, hashed;              /* collect.c */
 	_Atomic uint64_t *lines;        /* of its (first) page: mmu_code_lines() */
 	struct block_link link[2];      /* fall-through or not taken; taken */
 	struct block *hash_next;
@@ -88,6 +92,14 @@ static inline const uint8_t *block_copy(const struct block *b)
 static inline struct block_cross *block_cross(const struct block *b)
 {
 	return (struct block_cross *)(((uintptr_t)block_copy(b) + b->bytes + 7) & ~(uintptr_t)7);
+}
+
+/* What it takes in the arena. */
+static inline size_t block_bytes(const struct block *b)
+{
+	const uint8_t *end = block_copy(b) + b->bytes;
+
+	return ALIGN_UP((size_t)(end - (const uint8_t *)b) + (b->cross ? 8 + sizeof(struct block_cross) : 0), BLOCK_ALIGN);
 }
 
 struct block_fast { uint64_t rip, stamp; struct block *blk; };
@@ -119,17 +131,6 @@ struct block_cache {
 	uint64_t random[32];
 };
 
-/* A kept block by a number, good as long as the block is. */
-static inline uint32_t block_number(const struct block_cache *bc, const struct block *b)
-{
-	return (uint32_t)((size_t)((const uint8_t *)b - bc->arena) / BLOCK_ALIGN);
-}
-
-static inline struct block *block_numbered(const struct block_cache *bc, uint32_t n)
-{
-	return (struct block *)(bc->arena + (size_t)n * BLOCK_ALIGN);
-}
-
 static inline unsigned block_fast_index(uint64_t rip)
 {
 	return (unsigned)(rip ^ rip >> BLOCK_FAST_BITS) & ((1u << BLOCK_FAST_BITS) - 1);
@@ -156,6 +157,9 @@ uint32_t block_mode(const struct cpu *c, bool one);
 struct block *block_get(struct cpu *c, uint32_t mode);
 /* Forget everything. Never while a block runs. */
 void block_flush(struct cpu *c);
+/* collect.c: forget what is not translated. False: nothing was forgotten, as too much would be left, or there is no translator. */
+bool block_collect(struct cpu *c, size_t limit);
+void block_hash_add(struct block_cache *bc, struct block *b);
 /* No instruction runs: cpu_cur_rip() is cpu->rip. Before guest memory is read between instructions. */
 void block_no_insn(struct cpu *c);
 /* Do not follow links made before this point: all, or those at CPL 3 (`user`), or those below. */

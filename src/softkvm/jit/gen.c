@@ -200,6 +200,15 @@ struct cold *cold_new(struct tr *t, unsigned n, unsigned count)
 	return k;
 }
 
+static uint8_t part_of_block(const struct tr *t, const struct block *b)
+{
+	unsigned p = 0;
+
+	while (t->part[p].b != b)
+		p++;
+	return (uint8_t)p;
+}
+
 /* EFLAGS are the guest's afterwards, and so is aflags. */
 static void call_handlers(struct em *e, struct tr *t, unsigned n, unsigned count, uint8_t need)
 {
@@ -211,7 +220,7 @@ static void call_handlers(struct em *e, struct tr *t, unsigned n, unsigned count
 		return;
 	}
 	*s = (struct jit_site){
-		.code = (uint32_t)(uintptr_t)t->k, .block = block_number(t->c->blocks, ti->b), .bytes = ti->b->bytes, .n = ti->b->n,
+		.code = (uint32_t)(uintptr_t)t->k, .part = part_of_block(t, ti->b), .bytes = ti->b->bytes, .n = ti->b->n,
 		.delta = (int16_t)(ti->rip - ti->in->off - t->k->rip),  /* both in one page */
 		.first = (uint8_t)(ti->in - ti->b->insn), .count = (uint8_t)count, .need = need,
 	};

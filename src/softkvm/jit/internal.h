@@ -67,10 +67,10 @@ struct jit_map_thunks { uint32_t gen, call, live; };
  */
 struct jit_site {
 	uint32_t code;                  /* struct jit_code, in low memory */
-	uint32_t block;                 /* block_number() */
 	int16_t delta;                  /* of the block's first byte from the translation's */
 	uint16_t bytes;                 /* the block's, and its instructions */
 	uint8_t n;
+	uint8_t part;                   /* which of the translation's */
 	uint8_t first, count;           /* which */
 	uint8_t need;                   /* JV_* that the code behind it relies on */
 };
@@ -95,6 +95,7 @@ struct jit_code {
 	struct jit_link *links, *in;
 	unsigned nparts;
 	bool looked;                    /* at code beyond its blocks (flags_dead_at()) */
+	struct jit_code *next;          /* of all: struct jit, `codes` */
 	struct jit_page *page;          /* if that moves, `rip` was the address when it was made */
 	struct jit_code *page_next;
 	struct block *part[REGION_PARTS];       /* [0] is b; there is memory for nparts of them */
@@ -150,6 +151,7 @@ struct jit {
 	struct jit_point *points;       /* touched as they are used */
 	uint32_t npoints, points_max;
 	struct jit_page *pages[1 << JIT_PAGE_BITS];
+	struct jit_code *codes;         /* all that may be entered */
 	uint64_t moves;                 /* of pages, ever */
 	bool alone;                     /* the instruction at alone_rip is to be interpreted: translated, it met a fault */
 	uint64_t alone_rip;
@@ -238,6 +240,8 @@ void points_unmap(struct jit *j);
 /* page.c. The new translation `k` belongs to a page, which is at k->rip now. jit_page_add(): it is complete. */
 void jit_page_join(struct jit *j, struct jit_code *k);
 void jit_page_add(struct jit_code *k);
+/* Nobody can come to it any more: replaced, and its page has another version since, as its entry will find. */
+bool code_gone(const struct jit_code *k);
 /* The page is where `rip` is from now on. Never while its code runs. */
 void jit_page_move(struct jit *j, struct jit_page *p, uint64_t rip);
 

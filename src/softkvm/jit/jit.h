@@ -43,6 +43,13 @@ void jit_cpu_free(struct cpu *c);
 enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode);
 /* The block cache was emptied: forget all translations. Never while translated code runs. */
 void jit_flush(struct cpu *c);
+/*
+ * Blocks are about to move (interp/collect.c). jit_blocks_begin(): forget translations that nobody can come to; false: there are none that could be
+ * kept. jit_blocks_visit(): replace each block of each translation by what `visit` makes of it, which may be asked for one more than once.
+ * Never while translated code runs.
+ */
+bool jit_blocks_begin(struct cpu *c);
+void jit_blocks_visit(struct cpu *c, struct block *(*visit)(struct block *b));
 /* The block's page was written but its bytes stand: ver_value is new. */
 void jit_revived(struct cpu *c, struct block *b);
 

@@ -64,8 +64,7 @@ static void code_moves(struct jit *j, struct jit_code *k)
 	k->stamp = 0;
 }
 
-/* What nobody can come to any more: replaced, and of a version that has passed. */
-static bool gone(const struct jit_code *k)
+bool code_gone(const struct jit_code *k)
 {
 	return k->b->code != k && k->ver_value != atomic_load_explicit(block_page(k->b).ver, memory_order_relaxed);
 }
@@ -76,7 +75,7 @@ void jit_page_move(struct jit *j, struct jit_page *p, uint64_t rip)
 		return;
 	for (struct jit_code **at = &p->codes, *k; (k = *at);) {
 		code_moves(j, k);
-		if (gone(k)) {
+		if (code_gone(k)) {
 			*at = k->page_next;
 			jit_cut_incoming(j, k);
 		} else {

@@ -96,6 +96,7 @@ void jit_flush(struct cpu *c)
 	j->arena = 0;
 	j->npoints = 0;
 	j->stale = NULL;
+	j->codes = NULL;
 	j->gen++;
 	memset(j->low->ind, 0, sizeof j->low->ind);
 	j->low->ind[0].rip = IND_EMPTY0;
@@ -274,7 +275,7 @@ uint64_t jit_call_insn(struct jit_site *s)
 	live_settle(c);
 	c->gpr[R_BLK] = jit_code_rip(k) + (uint64_t)(int64_t)s->delta;
 	c->rip = c->gpr[R_BLK] + s->bytes;
-	c->blk = block_numbered(c->blocks, s->block);
+	c->blk = k->part[s->part];
 	c->block_end = NULL;
 	memcpy(i, &c->blk->insn[s->first], s->count * sizeof *i);
 	*end = (struct insn){ .fn = op_stop, .off = (uint16_t)(end[-1].off + end[-1].len), .base = R_ZERO, .index = R_ZERO };

@@ -149,6 +149,26 @@ static void test_limits(void **st)
 	guest_destroy(&g);
 }
 
+/* 60,000 functions that run once fill the arena of decoded blocks several times: the loop that makes them stays translated. */
+static void test_kept(void **st)
+{
+	struct softkvm_stats early, late;
+	struct guest g;
+
+	setenv("LODGE_SOFT_MODE", "translate", 1);
+	start(&g, 1, 0);
+	setenv("LODGE_SOFT_MODE", "translate-at-once", 1);
+	guest_long64(&g, 0, CODE);
+	early = run(&g, 0, 100);
+	run(&g, 0, ROUNDS);
+	late = run(&g, 0, ROUNDS);
+	print_message("%llu collections, %llu translations\n", (unsigned long long)late.block_collections, (unsigned long long)late.translations);
+	assert_true(early.translations > 0 && early.block_collections == 0);
+	assert_true(late.block_collections >= 2 && late.code_flushes == early.code_flushes);
+	assert_true(late.translations < early.translations + 20);
+	guest_destroy(&g);
+}
+
 /* -- samples and perf map -------------------------------------------------------------------------------- */
 GUEST_ASM(spin, 64, "mov $20000000, %ecx; 1: dec %rcx; jnz 1b; out %al, $0x80; hlt");
 
@@ -192,6 +212,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_w_xor_x), cmocka_unit_test(test_bound), cmocka_unit_test(test_more_vcpus), cmocka_unit_test(test_limits),
+		cmocka_unit_test(test_kept),
 		cmocka_unit_test(test_profile),
 	};
 
