@@ -342,7 +342,8 @@ bool event_deliver(struct cpu *c)
 	jmp_buf saved;
 	int r;
 
-	if (c->ev.type == EV_EXC) {     /* a fault overtakes traps its instruction had recorded */
+	/* A fault overtakes traps its instruction had recorded, INT1 those that a MOV SS before it had held back. */
+	if (c->ev.type == EV_EXC || c->ev.type == EV_PRIV_SOFT_EXC) {
 		c->trap_db = false;
 		c->trap_dr6 = 0;
 	}

@@ -119,7 +119,7 @@ insn_family sys_decode_far, sys_decode_seg, sys_decode_flags, sys_decode_io, sys
 
 /* deliver.c: DR6 as a #DB leaves it. */
 #define DR6_FIXED 0xffff0ff0u
-#define DR6_TRAPS 0xe00fu
+#define DR6_TRAPS 0xfu          /* what a #DB sets anew; BD, BS and BT only ever gain, software clears them */
 void event_db_payload(struct cpu *c, uint64_t payload);
 
 #endif

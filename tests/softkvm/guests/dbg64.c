@@ -10,6 +10,7 @@ SNIP(d_int, "pushfq; orl $0x100, (%rsp); popfq\n.globl d_int_at\nd_int_at: int $
 SNIP(d_fault, "pushfq; orl $0x100, (%rsp); popfq\n.globl d_fault_at\nd_fault_at: mov (%rdi), %al");
 SNIP(d_off, "pushfq; pushfq; orl $0x100, (%rsp); popfq; popfq\n.globl d_off_at\nd_off_at: nop");
 SNIP(d_jmp, "pushfq; orl $0x100, (%rsp); popfq; jmp 1f; ud2; 1:\n.globl d_jmp_at\nd_jmp_at: nop");
+SNIP(d_ice, "mov %ss, %eax; pushfq; orl $0x100, (%rsp); popfq; mov %eax, %ss; .byte 0xf1\n.globl d_ice_at\nd_ice_at: nop");
 SNIP(w1, "movb $1, (%rdi)\n.globl w1_at\nw1_at: nop");
 SNIP(w8, "movq $1, (%rdi)\n.globl w8_at\nw8_at: nop");
 SNIP(r1, "mov (%rdi), %al\n.globl r1_at\nr1_at: nop");
@@ -27,7 +28,8 @@ SNIP(inp4, "mov %edi, %edx; in %dx, %eax\n.globl inp4_at\ninp4_at: nop");
 SNIP(insr, "mov $0x5050, %edx; mov $4, %ecx\n.globl insr_i\ninsr_i: rep insb\n.globl insr_at\ninsr_at: nop");
 SNIP(outsr, "mov %rdi, %rsi; mov $0x5050, %edx; mov $4, %ecx\n.globl outsr_i\noutsr_i: rep outsb; mov %ecx, %eax");
 extern u8 insr_i[], insr_at[], outsr_i[];
-extern u8 d_rep_at[], d_ss_at[], d_int_at[], d_fault_at[], d_off_at[], d_jmp_at[], w1_at[], w8_at[], r1_at[], r8_at[], inc1_at[], sse_at[],
+extern u8 d_rep_at[], d_ss_at[], d_int_at[], d_fault_at[], d_off_at[], d_jmp_at[], d_ice_at[];
+extern u8 w1_at[], w8_at[], r1_at[], r8_at[], inc1_at[], sse_at[],
 	psh_at[], reps_i[], reps_at[], ex_at[], ex_at2[], rf_at[], rf_at2[], inp_at[], inp4_at[];
 
 /* A #DB after (or at) `at` with these bits of DR6. */
@@ -59,6 +61,7 @@ static void steps(void)
 	DBG(d_jmp, 0, d_jmp_at, BS);
 	DBG(d_off, 0, d_off_at, BS);            /* the POPF that clears TF still traps */
 	CHECK(!(last.flags & 0x100));
+	DBG(d_ice, 0, d_ice_at, 0);             /* INT1 alone: the step that MOV SS held back is gone */
 	EQ(try_call(d_int, 0, 0), 0x30);
 	EQ(last.ip, (ul)d_int_at + 2);
 	CHECK(last.flags & 0x100);
@@ -123,6 +126,12 @@ static void data(void)
 	WRDR(6, 0xffff0ff0);
 	EQ(try_call(r1, 0x40000000, 0), PF);
 	EQ(RDDR(6), 0xffff0ff0);
+	off();
+	/* the processor clears what matched before, and leaves the rest of DR6 to software */
+	bp(2, c + 8, 1, 1);
+	WRDR(6, 0xffff6ff0 | 1);
+	EQ(try_call(w1, c + 8, 0), DB);
+	EQ(RDDR(6), 0xffff6ff0 | 4);
 	off();
 	/* the global bit alone enables too; DR7's reserved bits */
 	WRDR(0, c + 8);
