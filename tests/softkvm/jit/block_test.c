@@ -396,7 +396,7 @@ static void random_state(void)
 	start.rflags = rnd() & 0x8d5;
 	start.mxcsr = below(8) ? 0x1f80 : 0x1fa0;
 	for (unsigned n = 0; n < sizeof start.zmm / 8; n++)
-		st_le64(start.zmm[0] + 8 * n, below(2) ? rnd() : 0x3ff0000000000000 + (rnd() & 0xfffff00000000));
+		st_le64((uint8_t *)start.zmm + 8 * n, below(2) ? rnd() : 0x3ff0000000000000 + (rnd() & 0xfffff00000000));
 	memset(start.fx, 0, sizeof start.fx);
 	st_le16(start.fx, (uint16_t)(0x40 | (below(8) ? 0x3f : below(64)) | below(16) << 8));
 	st_le16(start.fx + 2, (uint16_t)(below(8) << 11 | (below(4) ? 0 : below(16) << 8)));
