@@ -240,6 +240,8 @@ void points_unmap(struct jit *j);
 /* page.c. The new translation `k` belongs to a page, which is at k->rip now. jit_page_add(): it is complete. */
 void jit_page_join(struct jit *j, struct jit_code *k);
 void jit_page_add(struct jit_code *k);
+/* Jumps between it and other pages, and lookups that lead to it, have to ask anew. */
+void code_moves(struct jit *j, struct jit_code *k);
 /* Nobody can come to it any more: replaced, and its page has another version since, as its entry will find. */
 bool code_gone(const struct jit_code *k);
 /* The page is where `rip` is from now on. Never while its code runs. */

@@ -49,7 +49,7 @@ void jit_page_add(struct jit_code *k)
 	k->page->codes = k;
 }
 
-static void code_moves(struct jit *j, struct jit_code *k)
+void code_moves(struct jit *j, struct jit_code *k)
 {
 	uint64_t rip = jit_code_rip(k);
 	struct jit_ind *i = &j->low->ind[rip & ((1u << JIT_IND_BITS) - 1)];

@@ -213,9 +213,11 @@ static void resolve(struct jit *j, struct jit_link *l, struct jit_code *to)
 	if (!l->near) {
 		l->page = (uint32_t)(uintptr_t)to->page;
 		link_to(j, l, to);
+	} else if (from->page != to->page) {
+		return;         /* one of them moves, and is here by chance */
 	} else if (to->b->cross) {
 		link_to(j, l, to);
-	} else if (from->page == to->page && from->b->ver == to->b->ver && from->b->ver_value == to->b->ver_value &&
+	} else if (from->b->ver == to->b->ver && from->b->ver_value == to->b->ver_value &&
 		   atomic_load_explicit(from->b->ver, memory_order_acquire) == to->b->ver_value && code_of(j, from->b) == from) {
 		link_to(j, l, to);
 	}
