@@ -104,6 +104,7 @@ struct mmio_log {
 	uint16_t n;             /* entries with a result (reads) or posted (writes) */
 	uint16_t replay;        /* next entry to be consumed by the running attempt */
 	bool waiting;           /* the last exit was a read whose data is to be taken from kvm_run */
+	bool of_event;          /* the accesses are those of the delivery of cpu->ev, no instruction's */
 	uint16_t next_write;    /* posted writes already handed to user space */
 };
 

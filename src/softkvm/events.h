@@ -10,7 +10,8 @@
 /*
  * Deliver cpu->ev. Faults met on the way are turned into the right second event (contributory table,
  * #DF), a triple fault into RUN_EXIT with KVM_EXIT_SHUTDOWN: then returns false. Called with RIP
- * settled (cpu->rip is what must be pushed; software events: already behind the instruction).
+ * settled (cpu->rip is what must be pushed; software events: already behind the instruction). False too when
+ * an access to MMIO must be handed to user space: cpu->ev stays valid if the delivery starts over after it.
  */
 bool event_deliver(struct cpu *c);
 

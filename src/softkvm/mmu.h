@@ -141,7 +141,7 @@ uint64_t mmu_rsvd_mask(const struct cpu *c);
  * RUN_EXIT. A string instruction stops iterating when mmio_pending() after an iteration.
  */
 bool mmio_commit(struct cpu *c);
-static inline void mmio_reset(struct cpu *c) { c->mmio.n = c->mmio.replay = 0; c->mmio.waiting = false; }
+static inline void mmio_reset(struct cpu *c) { c->mmio.n = c->mmio.replay = 0; c->mmio.waiting = c->mmio.of_event = false; }
 static inline bool mmio_pending(const struct cpu *c) { return c->mmio.n != 0; }
 /* On entry to KVM_RUN: take the result of the MMIO exit from kvm_run. True when another posted write must
  * be handed out first (kvm_run is filled in). */

@@ -380,7 +380,10 @@ static enum run_result resume(struct cpu *c, enum unwind why)
 	}
 }
 
-/* First thing on entry: an instruction whose MMIO read was answered is finished before anything else may happen. */
+/*
+ * First thing on entry: an instruction whose MMIO read was answered is finished before anything else may happen. An event whose
+ * delivery reads MMIO goes on at the boundary, which finds it in cpu->ev, unless user space has taken it away.
+ */
 static enum run_result engine_start(struct cpu *c)
 {
 	c->blocks->want = NULL;
@@ -388,7 +391,9 @@ static enum run_result engine_start(struct cpu *c)
 	c->code_stamp = CODE_STAMP_NONE;
 	c->gpr[R_ZERO] = 0;
 	c->budget = c->blocks->budget_start = BUDGET;
-	if (mmio_pending(c) && !c->halted) {
+	if (c->mmio.of_event && !c->ev.valid)
+		mmio_reset(c);
+	if (mmio_pending(c) && !c->halted && !c->mmio.of_event) {
 		client_may_have_written(c);
 		serve_requests(c, atomic_fetch_and(&c->requests, ~(uint32_t)(REQ_TLB | REQ_BLOCKS)) & (REQ_TLB | REQ_BLOCKS));
 		enum run_result r = run_one(c);

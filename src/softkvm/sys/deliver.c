@@ -303,7 +303,7 @@ static void delivered(struct cpu *c, const struct event *e)
 	event_update_one_insn(c);
 }
 
-/* 1: delivered; 0: leave, kvm_run is filled in; -1: triple fault. */
+/* 1: delivered; 0: leave, kvm_run is filled in (the event is delivered, unless cpu->ev is still valid); -1: triple fault. */
 static int deliver_all(struct cpu *c)
 {
 	for (;;) {
@@ -315,19 +315,22 @@ static int deliver_all(struct cpu *c)
 		apply_payload(c, &e);
 		c->ev = e;
 		c->task_switched = false;
+		c->mmio.of_event = true;
 		why = deliver_try(c, &e);
 		if (why == UNWIND_RETRY) {
+			c->mmio.replay = 0;
 			c->ev = e;
 			continue;
 		}
 		if (!why || why == UNWIND_LEAVE) {
 			delivered(c, &e);
-			return 1;
+			return !mmio_commit(c); /* a stack in MMIO space: the frame is on its way */
 		}
 		if (why != UNWIND_EVENT) {      /* tables in MMIO space: the exit comes first, then all over again */
 			c->ev = e;
 			return 0;
 		}
+		mmio_reset(c);                  /* nothing of it has happened */
 		if (!c->task_switched && e.insn_len && e.type != EV_EXC)
 			c->rip -= e.insn_len;   /* the fault is the INT instruction's */
 		if (!combine(c, &e))

@@ -279,6 +279,22 @@ static void op_far_mem(struct cpu *c, const struct insn *i)
 	far_branch(c, sel, off, i->aux, i->dst);
 }
 
+/*
+ * With REX.W on AMD processors, which have no 64-bit offset here and ignore it. But nothing loads a far pointer from a device:
+ * KVM emulates that, and its emulator is Intel's.
+ */
+static void op_far_mem_rexw(struct cpu *c, const struct insn *i)
+{
+	uint64_t lin = insn_lin(c, i, 6, ACC_READ), off = mem_ld32(c, lin);
+	unsigned size = 4;
+
+	if (mmio_pending(c)) {
+		off |= (uint64_t)mem_ld32(c, lin + 4) << 32;
+		size = 8;
+	}
+	far_branch(c, mem_ld16(c, lin + size), off, size, i->dst);
+}
+
 static void op_far_ret(struct cpu *c, const struct insn *i) { far_ret(c, i->aux, (unsigned)i->imm); }
 static void op_iret(struct cpu *c, const struct insn *i) { far_iret(c, i->aux); }
 
@@ -291,11 +307,8 @@ static bool decode_far_branch(struct insn *i, const struct decoded *d)
 		i->imm = d->op[0].ptr.offset | (uint64_t)d->op[0].ptr.segment << 32;
 		return true;
 	}
-	/* AMD processors have no 64-bit offset here: REX.W is ignored. */
-	if (i->aux == 8 && d->cpu->feat && d->cpu->feat->amd)
-		i->aux = 4;
 	insn_set_mem(i, d, &d->op[0]);
-	i->fn = op_far_mem;
+	i->fn = i->aux == 8 && d->cpu->feat && d->cpu->feat->amd ? op_far_mem_rexw : op_far_mem;
 	return true;
 }
 
