@@ -15,6 +15,7 @@ import bad_input
 LODGE = sys.argv[1]
 KERNELS = [k for k in sys.argv[2:] if os.path.exists(k)]
 SOON = 60       # seconds; a hundred times what it takes
+signal.signal(signal.SIGHUP, signal.SIG_DFL)      # nohup(1) would have it ignored from the start
 failures = 0
 
 

@@ -175,6 +175,12 @@ static void wait_for(struct rng *r)
 	CHECK(read(any(r), &byte, 0) <= 0);
 }
 
+#ifdef __SANITIZE_ADDRESS__
+enum { CHILD_WORKS = 0 };       /* gcc 12's AddressSanitizer forks with its allocator's locks as other threads hold them */
+#else
+enum { CHILD_WORKS = 1 };
+#endif
+
 /* The child finds its VMs dead, makes one of its own or runs another program. */
 static void child(struct rng *r)
 {
@@ -183,6 +189,8 @@ static void child(struct rng *r)
 
 	if (!p) {
 		alarm(60);
+		if (!CHILD_WORKS)
+			execl("/bin/true", "true", NULL);
 		for (int i = 0; i < 20; i++)
 			ioctl(any(r), KVM_GET_API_VERSION, 0);
 		ioctl(any(r), KVM_RUN, 0);
