@@ -61,21 +61,30 @@ static struct kvm_run *volatile target;
 static void set_exit(int s) { if (target) target->immediate_exit = 1; }
 static void nothing(int s) { }
 
+struct kick { pthread_t vcpu; atomic_bool left; };
+
+/* Again and again: on a busy host the first may come before KVM_RUN was called, and be lost. */
 static void *kick(void *opaque)
 {
-	usleep(20000);
-	pthread_kill(*(pthread_t *)opaque, SIGUSR1);
+	struct kick *k = opaque;
+
+	do {
+		usleep(20000);
+		pthread_kill(k->vcpu, SIGUSR1);
+	} while (!atomic_load(&k->left));
 	return NULL;
 }
 
 static void leave(struct guest *g, void (*handler)(int))
 {
 	struct sigaction sa = { .sa_handler = handler };
-	pthread_t self = pthread_self(), t;
+	struct kick k = { .vcpu = pthread_self() };
+	pthread_t t;
 
 	sigaction(SIGUSR1, &sa, NULL);
-	pthread_create(&t, NULL, kick, &self);
+	pthread_create(&t, NULL, kick, &k);
 	assert_int_equal(guest_run(g, 0), -EINTR);
+	atomic_store(&k.left, true);
 	pthread_join(t, NULL);
 	g->run[0]->immediate_exit = 0;
 }
@@ -95,7 +104,7 @@ GUEST_ASM(busy_div, 64, "mov $3, %ecx; 1: mov $2, %edx; mov $-1, %rax; div %rcx;
 GUEST_ASM(busy_fsin, 64, "fninit; fldpi; 1: fsin; fld1; fpatan; jmp 1b");
 GUEST_ASM(busy_fsin_row, 64, "fninit; fldpi; 1: .rept 40; fsin; fcos; fptan; fstp %st; .endr; jmp 1b");
 
-struct kicker { clockid_t clock; struct timespec at; struct kvm_run *run; pthread_t vcpu; bool signal; };
+struct kicker { clockid_t clock; struct timespec at; struct kvm_run *run; pthread_t vcpu; bool signal; atomic_bool left; };
 
 /* The time that the vCPU's thread has used is what counts: this host may be busy. */
 static void *exit_soon(void *opaque)
@@ -104,10 +113,13 @@ static void *exit_soon(void *opaque)
 
 	usleep(3000);
 	clock_gettime(k->clock, &k->at);
-	if (k->signal)
-		pthread_kill(k->vcpu, SIGUSR1);
-	else
+	if (!k->signal)
 		__atomic_store_n(&k->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+	/* On a busy host the first may come before KVM_RUN was called, and be lost. */
+	while (k->signal && !atomic_load(&k->left)) {
+		pthread_kill(k->vcpu, SIGUSR1);
+		usleep(2000);
+	}
 	return NULL;
 }
 
@@ -121,6 +133,7 @@ static int64_t exit_latency(struct guest *g, bool by_signal)
 	pthread_create(&t, NULL, exit_soon, &k);
 	assert_int_equal(guest_run(g, 0), -EINTR);
 	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
+	atomic_store(&k.left, true);
 	pthread_join(t, NULL);
 	g->run[0]->immediate_exit = 0;
 	return (end.tv_sec - k.at.tv_sec) * 1000000000LL + end.tv_nsec - k.at.tv_nsec;
