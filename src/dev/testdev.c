@@ -33,24 +33,23 @@ struct testdev {
 	uint8_t mem[IOMEM_SIZE];
 };
 
-static uint64_t latch_read(void *opaque, uint64_t off, unsigned size)
+/* The latch and the I/O memory: bytes that keep what was written, `opaque` is the first. */
+static uint64_t store_read(void *opaque, uint64_t off, unsigned size)
 {
-	const struct testdev *t = opaque;
 	uint64_t val = 0;
 
-	memcpy(&val, t->data + off, size);
+	memcpy(&val, (const uint8_t *)opaque + off, size);
 	return val;
 }
 
-static void latch_write(void *opaque, uint64_t off, uint64_t val, unsigned size)
+static void store_write(void *opaque, uint64_t off, uint64_t val, unsigned size)
 {
-	struct testdev *t = opaque;
-
-	memcpy(t->data + off, &val, size);
+	memcpy((uint8_t *)opaque + off, &val, size);
 }
 
-static const struct io_ops latch_ops = { latch_read, latch_write, 1, 4 };
-static const struct io_ops bytes_ops = { latch_read, latch_write, 1, 1 };
+static const struct io_ops latch_ops = { store_read, store_write, 1, 4 };
+static const struct io_ops bytes_ops = { store_read, store_write, 1, 1 };
+static const struct io_ops iomem_ops = { store_read, store_write, 0, 0 };
 
 static uint64_t nothing_read(void *opaque, uint64_t off, unsigned size)
 {
@@ -81,24 +80,6 @@ static void lines_write(void *opaque, uint64_t off, uint64_t val, unsigned size)
 
 static const struct io_ops lines_ops = { nothing_read, lines_write, 1, 1 };
 
-static uint64_t iomem_read(void *opaque, uint64_t off, unsigned size)
-{
-	const struct testdev *t = opaque;
-	uint64_t val = 0;
-
-	memcpy(&val, t->mem + off, size);
-	return val;
-}
-
-static void iomem_write(void *opaque, uint64_t off, uint64_t val, unsigned size)
-{
-	struct testdev *t = opaque;
-
-	memcpy(t->mem + off, &val, size);
-}
-
-static const struct io_ops iomem_ops = { iomem_read, iomem_write, 0, 0 };
-
 static void testdev_unmap(struct testdev *t)
 {
 	struct io_space *ports = t->dev.env->ports;
@@ -111,9 +92,9 @@ static void testdev_unmap(struct testdev *t)
 	pthread_mutex_destroy(&t->lock);
 }
 
-static struct io_window window(struct testdev *t, const char *name, const struct io_ops *ops, uint64_t size)
+static struct io_window window(struct testdev *t, const char *name, const struct io_ops *ops, void *opaque, uint64_t size)
 {
-	return (struct io_window){ .name = name, .ops = ops, .opaque = t, .lock = &t->lock, .size = size };
+	return (struct io_window){ .name = name, .ops = ops, .opaque = opaque, .lock = &t->lock, .size = size };
 }
 
 static int testdev_create(struct device *d, struct err *err)
@@ -123,12 +104,12 @@ static int testdev_create(struct device *d, struct err *err)
 	int r;
 
 	pthread_mutex_init(&t->lock, NULL);
-	t->latch = window(t, "pc-testdev-latch", &latch_ops, 4);
-	t->flush = window(t, "pc-testdev-flush", &flush_ops, 4);
-	t->bytes = window(t, "pc-testdev-bytes", &bytes_ops, 4);
+	t->latch = window(t, "pc-testdev-latch", &latch_ops, t->data, sizeof t->data);
+	t->flush = window(t, "pc-testdev-flush", &flush_ops, t, 4);
+	t->bytes = window(t, "pc-testdev-bytes", &bytes_ops, t->data, sizeof t->data);
 	t->bytes.priority = -1;         /* a debug console keeps its port 0xe9 */
-	t->lines = window(t, "pc-testdev-lines", &lines_ops, LINES);
-	t->iomem = window(t, "pc-testdev-iomem", &iomem_ops, IOMEM_SIZE);
+	t->lines = window(t, "pc-testdev-lines", &lines_ops, t, LINES);
+	t->iomem = window(t, "pc-testdev-iomem", &iomem_ops, t->mem, sizeof t->mem);
 	r = io_map(ports, &t->latch, LATCH_PORT, err);
 	r = r ? r : io_map(ports, &t->flush, FLUSH_PORT, err);
 	r = r ? r : io_map(ports, &t->bytes, BYTES_PORT, err);

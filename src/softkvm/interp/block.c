@@ -362,7 +362,10 @@ void block_hash_add(struct block_cache *bc, struct block *b)
 static size_t arena_limit(const struct cpu *c)
 {
 	unsigned n = c->vm ? MAX(atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed), 1u) : 1;
-	uint64_t first = c->jit ? MAX(BLOCK_ARENA_TOTAL_JIT / n, BLOCK_ARENA_MIN_JIT) : MAX(BLOCK_ARENA_TOTAL / n, BLOCK_ARENA_MIN);
+	uint64_t first = MAX(BLOCK_ARENA_TOTAL / n, BLOCK_ARENA_MIN);
+
+	if (c->jit)
+		first = MIN(first, BLOCK_ARENA_JIT);
 
 	return (size_t)MIN(MAX(first, MIN(first << c->blocks->grown, grown_total(c) / n)), c->blocks->size);
 }

@@ -28,9 +28,7 @@
 #define BLOCK_MAX_BYTES 512
 #define BLOCK_ARENA_TOTAL (14u << 20)
 #define BLOCK_ARENA_MIN (1u << 20)
-/* The same where a translator takes over what runs often. */
-#define BLOCK_ARENA_TOTAL_JIT (7u << 20)
-#define BLOCK_ARENA_MIN_JIT (7u << 19)
+#define BLOCK_ARENA_JIT (7u << 20)      /* enough for one vCPU where a translator takes over what runs often */
 #define BLOCK_ALIGN 32u
 #define BLOCK_GROW 200000               /* decoded in all, before which no arena grows */
 #define BLOCK_BUSY 8192                 /* instructions for each decoded block, below which an arena grows */
