@@ -164,7 +164,8 @@ static int vcpu_sleep(struct vcpu *v, uint64_t deadline)
 		r = r < 0 ? -errno : p[1].fd >= 0 && p[1].revents && signal_pending(v) ? -EINTR : 0;
 	}
 	atomic_store(&v->sleeping, false);
-	while (read(v->wake_fd, &drain, sizeof drain) < 0 && errno == EINTR)
+	/* A wake-up that comes from here on ends the next sleep early, which then takes it away. */
+	while (p[0].revents && read(v->wake_fd, &drain, sizeof drain) < 0 && errno == EINTR)
 		;
 	return r == -EINTR ? r : 0;
 }

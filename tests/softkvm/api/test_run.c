@@ -282,7 +282,7 @@ static void mwait_waits(void **state)
 	print_message("MWAIT for 600 ms: %.2f ms of a CPU, %u times round\n", ms, *(uint32_t *)(g.mem + 0x21000));
 	assert_true(*(uint32_t *)(g.mem + 0x21000) < 30);
 #if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-	assert_true(ms < 600 * 0.02);
+	assert_true(ms < 600 * 0.1);                    /* 1 to 2 % is usual; system calls are slow on some hosts */
 #endif
 	guest_destroy(&g);
 
