@@ -27,7 +27,7 @@ bool event_boundary(struct cpu *c);
  * requests (REQ_EVENT, REQ_TIMER, REQ_DEBUG), trap_db, or a valid cpu->ev: event_boundary(). When one_insn was set at
  * an instruction's start the loop fills in cpu->step and calls event_insn_done() after it completed (not after a fault
  * or software interrupt; after UNWIND_LEAVE and UNWIND_EXIT_NEXT too): it ages shadow and RF, records the single-step
- * trap if cpu->step.tf still says so (SYSCALL overwrites it), and recomputes one_insn. Instruction breakpoints are the
+ * trap if cpu->step.tf still says so (SYSCALL and SYSRET overwrite it), and recomputes one_insn. Instruction breakpoints are the
  * loop's. After event_boundary() returned true the loop looks at cpu->halted and the MP state.
  */
 void event_insn_done(struct cpu *c);

@@ -18,6 +18,17 @@ struct cpu_features {
 	uint32_t kvm_features;          /* leaf 0x40000001 EAX */
 	bool amd;                       /* vendor string: SYSCALL/SYSENTER and a few others differ */
 };
+/*
+ * Is this canonical for a register that holds an address: MSRs, the bases of GDT, IDT, LDT, TSS, FS and GS, INVPCID's operand? They have
+ * the width of the processor, which may be more than what CR4.LA57 lets be used (SDM vol. 1 3.3.7.1).
+ */
+static inline bool cpuid_canonical(const struct cpu *c, uint64_t a)
+{
+	unsigned sh = c->feat && c->feat->lin_bits > 48 ? 7 : 16;
+
+	return (uint64_t)((int64_t)(a << sh) >> sh) == a;
+}
+
 int cpuid_supported(struct kvm_cpuid_entry2 *e, unsigned max, bool emulated);   /* number, or -E2BIG */
 int cpuid_set(struct cpu *c, const struct kvm_cpuid_entry2 *e, unsigned n);
 /* What CPUID returns for this leaf now (OSXSAVE, APIC id, XSAVE sizes and so on filled in). */

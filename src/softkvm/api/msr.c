@@ -28,13 +28,6 @@ bool msr_filtered(const struct cpu *c, uint32_t msr, bool write)
 	return f->deny;
 }
 
-static bool canonical(const struct cpu *c, uint64_t v)
-{
-	unsigned sh = c->feat->lin_bits > 48 ? 7 : 16;
-
-	return (uint64_t)((int64_t)(v << sh) >> sh) == v;
-}
-
 /* Plain storage, nothing to check and always there. */
 static uint64_t *plain(struct cpu *c, uint32_t msr)
 {
@@ -301,7 +294,7 @@ static int write_address(struct cpu *c, uint32_t msr, uint64_t *p, uint64_t v)
 {
 	if ((msr == MSR_SYSENTER_ESP || msr == MSR_SYSENTER_EIP) && c->feat->amd)
 		v = (uint32_t)v | (v >> 32 ? v : 0);
-	if (!canonical(c, v))
+	if (!cpuid_canonical(c, v))
 		return MSR_FAULT;
 	*p = v;
 	if (msr == MSR_FS_BASE || msr == MSR_GS_BASE)

@@ -24,7 +24,7 @@ static void op_load_table(struct cpu *c, const struct insn *i)
 	need_cpl0(c);
 	mem_read(c, insn_lin(c, i, n, ACC_READ), b, n);
 	base = ld_le64(b + 2);
-	if (c->flat && !cpu_canonical(c, base))
+	if (c->flat && !cpuid_canonical(c, base))
 		cpu_gp(c, 0);
 	if (!c->flat && i->aux == 2)
 		base &= 0xffffff;
@@ -74,7 +74,7 @@ static void fetch_system(struct cpu *c, uint16_t sel, unsigned t16, unsigned t32
 	if (!cpu_long(c))
 		return;
 	desc_fetch_hi(c, d, EXC_GP);
-	if ((d->hi >> 40 & 31) || !cpu_canonical(c, desc_base64(d)))
+	if ((d->hi >> 40 & 31) || !cpuid_canonical(c, desc_base64(d)))
 		cpu_gp(c, sel_err(sel));
 }
 

@@ -34,7 +34,7 @@ static void op_invpcid(struct cpu *c, const struct insn *i)
 	mem_read(c, insn_lin(c, i, 16, ACC_READ), d, 16);
 	if (type > 3 || (type < 2 && ((d[0] >> 12) || (!(c->cr4 & CR4_PCIDE) && d[0]))))
 		cpu_gp(c, 0);
-	if (type == 0 && !cpu_canonical(c, d[1]))
+	if (type == 0 && !cpuid_canonical(c, d[1]))
 		cpu_gp(c, 0);
 	if (type == 0 && d[0] == (c->cr4 & CR4_PCIDE ? c->cr3 & 0xfff : 0))
 		mmu_flush_page(c, d[1]);

@@ -91,6 +91,18 @@ static void need_syscall(struct cpu *c)
 		cpu_ud(c);
 }
 
+/* Both trap by the TF that they leave behind, not by the one that they find: a debugger's step goes on all the same. */
+static void step_by_new_tf(struct cpu *c)
+{
+	bool tf = (c->eflags & FL_TF) || (c->dbg.enabled && c->dbg.step);
+
+	c->step.tf = tf;
+	if (tf) {
+		c->trap_db = true;
+		c->trap_dr6 |= 1 << 14;
+	}
+}
+
 static void op_syscall(struct cpu *c, const struct insn *i)
 {
 	uint16_t cs = (uint16_t)(c->msr.star >> 32) & 0xfffc;
@@ -110,7 +122,7 @@ static void op_syscall(struct cpu *c, const struct insn *i)
 	seg_flat(&c->seg[SEG_SS], (uint16_t)(cs + 8), false, 0, false);
 	cpu_set_rflags(c, fl);
 	cpu_update_mode(c);
-	c->step.tf = fl & FL_TF;        /* whether this step traps is for the new TF to say */
+	step_by_new_tf(c);
 }
 
 static void op_sysret(struct cpu *c, const struct insn *i)
@@ -132,6 +144,7 @@ static void op_sysret(struct cpu *c, const struct insn *i)
 	c->rip = rip;
 	cpu_set_rflags(c, fl);
 	cpu_update_mode(c);
+	step_by_new_tf(c);
 }
 
 /* -- SYSENTER, SYSEXIT ------------------------------------------------------------------------ */

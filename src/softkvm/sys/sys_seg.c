@@ -99,7 +99,7 @@ static void op_wrbase(struct cpu *c, const struct insn *i)
 	uint64_t v = i->aux == 4 ? REG32(c, i->src) : REG64(c, i->src);
 
 	need_fsgsbase(c);
-	if (!cpu_canonical(c, v))
+	if (!cpuid_canonical(c, v))
 		cpu_gp(c, 0);
 	c->seg[i->dst].base = v;
 }

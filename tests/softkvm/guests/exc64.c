@@ -180,7 +180,7 @@ static void fpu(void)
 static void segments(void)
 {
 	static struct { u32 off; u16 sel; } __attribute__((packed)) far32 = { 0x5000, 0 };
-	static struct { u16 limit; u64 base; } __attribute__((packed)) gd = { 0xff, 0x800000000000ull };
+	static struct { u16 limit; u64 base; } __attribute__((packed)) gd = { 0xff, 1ull << 59 };       /* not canonical in 57 bits either */
 
 	/* More descriptors: the table is followed by the TSS at 0x1200. */
 	struct { u16 limit; u64 base; } __attribute__((packed)) r = { 0xff, 0x1000 };
@@ -189,7 +189,7 @@ static void segments(void)
 	GDT[12] = 0x00cf91000000ffff;           /* 60: read-only data */
 	GDT[13] = 0x00cf99000000ffff;           /* 68: execute-only code, 32-bit */
 	GDT[14] = 0x0000020000000000; GDT[15] = 0;      /* 70: LDT, not present */
-	GDT[16] = 0x0000820000000fff; GDT[17] = 0x800000;       /* 80: LDT with a non-canonical base */
+	GDT[16] = 0x0000820000000fff; GDT[17] = 0x8000000;      /* 80: LDT with a non-canonical base */
 	GDT[18] = 0x0000890000000067; GDT[19] = 0x1f0000000000; /* 90: TSS whose upper half has type bits */
 	GDT[20] = 0x00ef9b000000ffff;           /* a0: code with L and D */
 	GDT[21] = 0x00affb000000ffff;           /* a8: user code */
@@ -288,7 +288,7 @@ static void system(void)
 	WRCR(4, cr4 & ~(ul)CR4_FSGSBASE);
 	EXC(wrfs, 0, 0, UD, 0);
 	WRCR(4, cr4 | CR4_FSGSBASE);
-	EXC(wrfs, 0x800000000000, 0, GP, 0);
+	EXC(wrfs, 1ul << 59, 0, GP, 0);
 	WRCR(4, cr4);
 	EQ(try_call(icebp, 0, 0), DB); EQ(last.ip, (ul)icebp + 1);
 	EQ(try_call(popf_tf, 0, 0), DB); EQ(last.ip, (ul)tf_at); CHECK(RDDR(6) & 1 << 14); CHECK(last.flags & 0x100);

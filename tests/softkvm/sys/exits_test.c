@@ -476,18 +476,26 @@ GUEST_ASM(far_w, 64,
 	"far_called: mov (%rsp), %rax; out %al, $0x71; mov 8(%rsp), %rax; out %eax, $0x73; rex64 lret");
 extern const uint8_t far_jumped[], far_called[];
 
-static void set_vendor(struct guest *g, const char *name)
+/* Another vendor's name, if any, and a processor with or without addresses of 57 bits. */
+static void set_cpuid(struct guest *g, const char *name, bool la57)
 {
 	struct kvm_cpuid2 *c = calloc(1, sizeof *c + 128 * sizeof c->entries[0]);
 
 	c->nent = 128;
 	assert_int_equal(gioctl(&g->sys, KVM_GET_SUPPORTED_CPUID, c, NULL), 0);
-	for (unsigned i = 0; i < c->nent; i++)
-		if (!(c->entries[i].function & 0x7fffffff)) {
-			memcpy(&c->entries[i].ebx, name, 4);
-			memcpy(&c->entries[i].edx, name + 4, 4);
-			memcpy(&c->entries[i].ecx, name + 8, 4);
+	for (unsigned i = 0; i < c->nent; i++) {
+		struct kvm_cpuid_entry2 *e = &c->entries[i];
+
+		if (name && !(e->function & 0x7fffffff)) {
+			memcpy(&e->ebx, name, 4);
+			memcpy(&e->edx, name + 4, 4);
+			memcpy(&e->ecx, name + 8, 4);
 		}
+		if (e->function == 7 && !e->index)
+			e->ecx = (e->ecx & ~(1u << 16)) | (uint32_t)la57 << 16;
+		if (e->function == 0x80000008)
+			e->eax = (e->eax & ~0xff00u) | (la57 ? 57 : 48) << 8;
+	}
 	assert_int_equal(gioctl(&g->vcpu[0], KVM_SET_CPUID2, c, NULL), 0);
 	free(c);
 }
@@ -500,7 +508,7 @@ static void far_rexw(bool intel, bool device)
 	struct guest g;
 
 	start64(&g, far_w, far_w_end);
-	set_vendor(&g, intel ? "GenuineIntel" : "AuthenticAMD");
+	set_cpuid(&g, intel ? "GenuineIntel" : "AuthenticAMD", false);
 	p = device ? dev : g.mem + 0x30000;
 	memcpy(p, &jump, 8);
 	memcpy(p + 10, &call, 8);
@@ -526,6 +534,88 @@ static void test_far_rexw(void **state)
 		far_rexw(k & 1, k & 2);
 }
 
+/* -- TF and SYSCALL, SYSRET ---------------------------------------------------------------------- */
+/* SYSRET traps by the TF it loads, before the next instruction; SYSCALL by what the mask leaves of it. */
+GUEST_ASM(tf_code, 64,
+	"xor %r13d, %r13d; mov $0xc0000081, %ecx; xor %eax, %eax; mov $0x00180018, %edx; wrmsr\n"
+	"inc %ecx; lea tf_target(%rip), %rax; xor %edx, %edx; wrmsr; mov $0xc0000084, %ecx; mov $0x100, %eax; wrmsr\n"
+	"lea 1f(%rip), %rcx; mov %rcx, %r14; lea 2f(%rip), %r15; mov $0x102, %r11d; sysretq; 1: ud2\n"
+	"2: lea 3f(%rip), %rcx; mov $2, %r11d; sysretq; 3: pushq $0x102; popfq; syscall\n"
+	".globl tf_target, tf_step\n"
+	"tf_target: mov %r11d, %eax; out %eax, $0x70; hlt; tf_step: syscall; hlt");
+extern const uint8_t tf_target[], tf_step[];
+
+static void test_syscall_tf(void **state)
+{
+	struct kvm_regs r;
+	struct guest g;
+
+	start64(&g, tf_code, tf_code_end);
+	expect_out(&g, 0x80, 1);
+	expect_out(&g, 0x86, 0);
+	expect_out(&g, 0x88, 0x2b);
+	for (int k = 0; k < 4; k++)     /* flags, DR6, SS, stack */
+		assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+	expect_out(&g, 0x70, 0x102);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_HLT);
+	/* A debugger steps over it, whatever the mask says. */
+	guest_get_regs(&g, 0, &r);
+	r.rip = 0x10000 + (uint64_t)(tf_step - tf_code);
+	guest_set_regs(&g, 0, &r);
+	guest_debug(&g, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP, 0, 0);
+	expect_debug(&g, 0x10000 + (uint64_t)(tf_target - tf_code), 1);
+	guest_destroy(&g);
+}
+
+/* -- addresses of 57 bits ------------------------------------------------------------------------- */
+/* What registers take is for the processor's width to say, not for CR4.LA57. */
+GUEST_ASM(wide, 64,
+	"lgdt (%rdi); out %al, $0x70; .org wide + 16; lidt (%rdi); out %al, $0x70; .org wide + 32; mov $0x30, %eax; ltr %ax; out %al, $0x70\n"
+	".org wide + 48; mov $0x30, %eax; lldt %ax; out %al, $0x70; .org wide + 64; xor %eax, %eax; invpcid (%rsi), %rax; out %al, $0x70\n"
+	".org wide + 80; mov %cr4, %rax; or $0x10000, %eax; mov %rax, %cr4; mov 2(%rdi), %rax; wrfsbase %rax; out %al, $0x70");
+
+static void wide_one(unsigned n, bool la57, uint64_t addr, bool ok)
+{
+	struct { uint64_t pcid, addr; } inv = { .addr = addr };
+	uint64_t desc[2] = { 0x67 | (addr & 0xffffff) << 16 | (n == 3 ? 0x82ull : 0x89ull) << 40 | (addr >> 24 & 0xff) << 56, addr >> 32 };
+	uint64_t base[6];
+	struct kvm_sregs s;
+	struct kvm_regs r;
+	struct guest g;
+
+	start64(&g, wide, wide_end);
+	set_cpuid(&g, NULL, la57);
+	memcpy(g.mem + 0x1030, desc, 16);
+	g.mem[0x30000] = g.mem[0x30001] = 0x7f;
+	memcpy(g.mem + 0x30002, &addr, 8);
+	memcpy(g.mem + 0x30010, &inv, 16);
+	guest_get_regs(&g, 0, &r);
+	r.rip = 0x10000 + 16 * n;
+	r.rdi = 0x30000;
+	r.rsi = 0x30010;
+	guest_set_regs(&g, 0, &r);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+	assert_int_equal(g.run[0]->io.port, ok ? 0x70 : 0x80);
+	if (!ok)
+		assert_int_equal(*io_data(&g), 13);
+	guest_get_sregs(&g, 0, &s);
+	base[0] = s.gdt.base, base[1] = s.idt.base, base[2] = s.tr.base, base[3] = s.ldt.base, base[5] = s.fs.base;
+	if (n != 4)
+		assert_int_equal(base[n] == addr, ok);
+	guest_destroy(&g);
+}
+
+static void test_wide(void **state)
+{
+	for (unsigned n = 0; n < 6; n++)
+		for (int la57 = 0; la57 < 2; la57++) {
+			wide_one(n, la57, 0xffffaaaaaaaaa000, true);
+			wide_one(n, la57, 0xffaaaaaaaaaaa000, la57);
+			wide_one(n, la57, 0x0055555555555000, la57);
+			wide_one(n, la57, 0xfaaaaaaaaaaaa000, false);
+		}
+}
+
 int main(void)
 {
 	const struct CMUnitTest t[] = {
@@ -533,6 +623,7 @@ int main(void)
 		cmocka_unit_test(test_window), cmocka_unit_test(test_nmi), cmocka_unit_test(test_inject),
 		cmocka_unit_test(test_emulation_failure), cmocka_unit_test(test_saved_events), cmocka_unit_test(test_rep_interrupted),
 		cmocka_unit_test(test_device_stack), cmocka_unit_test(test_device_idt), cmocka_unit_test(test_far_rexw),
+		cmocka_unit_test(test_syscall_tf), cmocka_unit_test(test_wide),
 	};
 
 	return cmocka_run_group_tests(t, NULL, NULL);
