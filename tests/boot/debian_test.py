@@ -212,6 +212,10 @@ def kernel_backports(start):
     other_kernel(start, "backports")
 
 
+def kernel_testing(start):
+    other_kernel(start, "testing")
+
+
 def kernel_32bit(start, flavour):
     """Debian's 32-bit kernel with 32-bit programs, started by QEMU (`lodge run` boots 64-bit kernels): legacy paging, two CPUs."""
     folder = f"{GUEST}/{flavour}"
@@ -241,5 +245,6 @@ def kernel_i686_pae(start):
 
 
 if __name__ == "__main__":
-    vm.main([one_cpu, four_cpus, killed_after_sync, program_32bit, kernel_generic, kernel_backports, kernel_i686, kernel_i686_pae, lockstep] +
+    vm.main([one_cpu, four_cpus, killed_after_sync, program_32bit, kernel_generic, kernel_backports, kernel_testing, kernel_i686,
+             kernel_i686_pae, lockstep] +
             [t for t in (lockstep_whole, sixteen_cpus, sixty_four_cpus) if t.__name__ in sys.argv])
