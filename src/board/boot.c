@@ -143,7 +143,8 @@ int boot_load(struct boot *b, struct boot_entry *e, struct err *err)
 	int r;
 
 	memset(e, 0, sizeof(*e));
-	r = load_format(b, e, err);
+	r = boot_write_bios(b, err);
+	r = r ? r : load_format(b, e, err);
 	file_drop(&b->kernel);
 	for (unsigned i = 0; i < b->nmodules; i++)
 		file_drop(&b->modules[i].file);

@@ -5,9 +5,11 @@
  * untrusted: every offset and length is checked, and each kind of damage is one clear error.
  *
  * Low memory as the loaders use it:
+ *   0x00000 real-mode vectors and BIOS data area (boot_bios.c)
  *   0x00500 GDT          0x06000 PVH start info    0x07000 boot_params   0x08000 setup_data
  *   0x09000 page tables (6 pages)                  0x20000 command line (64 KiB)
- *   0xe0000 ACPI tables  0xf0000 SMBIOS (both in the area where a PC's BIOS is)
+ *   0x9fc00 extended BIOS data area
+ *   0xe0000 ACPI tables  0xf0000 SMBIOS            0xfff53 what answers BIOS calls (in the area where a PC's BIOS is)
  */
 #ifndef BOARD_BOOT_H
 #define BOARD_BOOT_H
@@ -30,6 +32,7 @@
 #define BOOT_LOW_END    0x9fc00         /* end of conventional memory */
 #define BOOT_ACPI       0xe0000
 #define BOOT_SMBIOS     0xf0000
+#define BOOT_BIOS_STUB  0xfff53         /* an IRET has always been there */
 #define BOOT_KERNEL     0x100000
 
 struct boot_file {
@@ -88,6 +91,8 @@ int boot_write(struct boot *b, uint64_t gpa, const void *data, uint64_t len, con
 /* initrd below `max` (inclusive) and above `min`; fills address and size, both 0 without an initrd. */
 int boot_place_initrd(struct boot *b, uint64_t min, uint64_t max, uint64_t *gpa, uint64_t *size, struct err *err);
 int boot_write_cmdline(struct boot *b, size_t max, struct err *err);
+/* For all protocols; nothing on a machine with less than 1 MiB. */
+int boot_write_bios(struct boot *b, struct err *err);
 int boot_write_page_tables(struct boot *b, struct err *err);
 /* Zero page for the 64-bit protocol; `hdr`: setup header bytes from 0x1f1, NULL: none. */
 int boot_write_params(struct boot *b, const uint8_t *hdr, size_t hdr_len, uint64_t initrd, uint64_t initrd_size,

@@ -77,6 +77,15 @@ static u32 find_table(u32 rsdt, const char *sig)
 	return 0;
 }
 
+/* What real-mode code looks for: base memory, the extended BIOS data area, vectors to code that ends with IRET. */
+static void check_bios_area(void)
+{
+	u32 int15 = rd32(0x15 * 4), code = (int15 >> 16 << 4) + (int15 & 0xffff);
+
+	CHECK(15, (rd32(0x413) & 0xffff) == 639 && (rd32(0x40e) & 0xffff) == 0x9fc0 && *(volatile u8 *)0x9fc00 == 1);
+	CHECK(16, code >= 0xf0000 && code < 0x100000 && *(volatile u8 *)code == 0x55 && *(volatile u8 *)(code + 8) == 0xcf);
+}
+
 static void check_acpi(void)
 {
 	u32 rsdp = 0, rsdt, t;
@@ -246,6 +255,7 @@ void guest_main(u32 magic, u32 info)
 	}
 	if (!has(cmd, "full"))
 		guest_exit(0x21);
+	check_bios_area();
 	check_acpi();
 	check_pci();
 	check_rtc();
