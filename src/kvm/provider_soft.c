@@ -60,7 +60,7 @@ static unsigned soft_counters(struct kvm_file *vcpu, struct kvm_counter *out, un
 		{ "instructions", s.insns }, { "blocks_decoded", s.blocks_decoded }, { "block_lookups", s.blocks_run },
 		{ "tlb_fills", s.tlb_fills }, { "tlb_flushes", s.tlb_flushes }, { "slow_loads", s.slow_loads },
 		{ "slow_stores", s.slow_stores }, { "exits", s.exits }, { "interrupts", s.interrupts },
-		{ "exceptions", s.exceptions }, { "code_invalidations", s.code_invalidations }, { "halts", s.halts },
+		{ "exceptions", s.exceptions }, { "code_invalidations", s.code_invalidations }, { "blocks_patched", s.blocks_patched }, { "halts", s.halts },
 		{ "translations", s.translations }, { "translated_instructions", s.translated_insns }, { "translated_bytes", s.translated_bytes },
 		{ "code_bytes_used", s.code_used }, { "code_flushes", s.code_flushes }, { "block_collections", s.block_collections }, { "links", s.links },
 		{ "code_entries", s.code_entries }, { "handler_calls", s.handler_calls }, { "left_for_loop", s.left_for_loop },

@@ -29,6 +29,8 @@ enum {
 	IF_A16 = 1 << 8,        /* address size 16 */
 	IF_O16 = 1 << 9,        /* operand size 16 (0x66 or 16-bit code) */
 	IF_RIPREL = 1 << 10,
+	IF_NEW_IMM = 1 << 14,   /* its immediate was written after the block was decoded: patch.c */
+	IF_NEW_DISP = 1 << 15,  /* the same of its displacement */
 	IF_ONCE = 1 << 13,      /* acts on more than the vCPU and its memory, or reads clocks or chance: lockstep does not repeat it */
 	IF_NOT_LAST = 1 << 12,  /* block.c adds IF_END where no other instruction follows in the block */
 	IF_BRANCH = 1 << 11,    /* with IF_END: the handler never goes on to what lies behind it in the block */

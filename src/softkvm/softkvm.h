@@ -93,7 +93,7 @@ void softkvm_vcpu_prepare(struct softkvm_file *vcpu);
 /* Counters of one vCPU for `info jit`, the benchmark and tests; relaxed reads. */
 struct softkvm_stats {
 	uint64_t insns, blocks_decoded, blocks_run, tlb_fills, tlb_flushes, slow_loads, slow_stores,
-		 exits, interrupts, exceptions, code_invalidations, halts;
+		 exits, interrupts, exceptions, code_invalidations, blocks_patched, halts;
 	/* The translator: regions, their instructions and host bytes; how often all was thrown away; bytes in use now. */
 	uint64_t translations, translated_insns, translated_bytes, code_flushes, block_collections, code_used,
 		 code_entries,          /* times the loop entered translated code */

@@ -110,6 +110,7 @@ void block_flush(struct cpu *c)
 	struct block_cache *bc = c->blocks;
 
 	memset(bc->fast, 0, sizeof bc->fast);
+	memset(bc->fields, 0, sizeof bc->fields);
 	memset(bc->hash, 0, sizeof *bc->hash << bc->hash_bits);
 	bc->used = 0;
 	bc->want = NULL;
@@ -204,7 +205,7 @@ static bool revive(struct cpu *c, struct block *b)
 	if (x)
 		mmu_code_lines(c, &x->second, 0, b->bytes - (4096 - (b->gpa & 4095)));
 	cpu_charge(c, DECODE_COST);
-	if (!same_bytes(b)) {
+	if (!same_bytes(b) && !block_patch(c, b)) {
 		c->stats.code_invalidations++;
 		return false;
 	}

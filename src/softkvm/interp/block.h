@@ -63,6 +63,7 @@ struct block {
 	uint64_t gpa;
 	uint32_t mode;
 	bool kept, hashed;              /* collect.c */
+	uint8_t patched;                /* immediates and displacements that changed since: patch.c */
 	_Atomic uint64_t *lines;        /* of its (first) page: mmu_code_lines() */
 	struct block_link link[2];      /* fall-through or not taken; taken */
 	struct block *hash_next;
@@ -102,6 +103,9 @@ static inline size_t block_bytes(const struct block *b)
 
 struct block_fast { uint64_t rip, stamp; struct block *blk; };
 
+/* Where an instruction in the arena, of those that were patched, has an immediate that may be anything: patch.c. */
+struct block_field { const struct insn *insn; uint8_t at, len; };
+
 #define CODE_STAMP_NONE 1      /* no block or link ever has this */
 
 #define BLOCK_FAST_BITS 14
@@ -120,6 +124,7 @@ struct block_cache {
 	struct { uint32_t fetch_gen, gen; } known[8];   /* at CPL 3: values of fetch_gen that may come back */
 	unsigned next_known;
 	struct block_link *want;        /* link to be filled by the next lookup */
+	struct block_field fields[64];
 	struct block *scratch;          /* for blocks that cannot be kept */
 	struct jit_link *jit_want;      /* translated code's jump that the next lookup resolves */
 	int32_t budget_start;           /* to count instructions */
@@ -158,6 +163,11 @@ void block_flush(struct cpu *c);
 /* collect.c: forget what is not translated. False: nothing was forgotten, as too much would be left, or there is no translator. */
 bool block_collect(struct cpu *c, size_t limit);
 void block_hash_add(struct block_cache *bc, struct block *b);
+/*
+ * patch.c: its bytes have changed (which is noticed from here on). Take over immediates and displacements; false: it is other code. What
+ * was translated from it finds its instructions changed: jit_revived().
+ */
+bool block_patch(struct cpu *c, struct block *b);
 /* No instruction runs: cpu_cur_rip() is cpu->rip. Before guest memory is read between instructions. */
 void block_no_insn(struct cpu *c);
 /* Do not follow links made before this point: all, or those at CPL 3 (`user`), or those below. */

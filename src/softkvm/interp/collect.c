@@ -93,6 +93,7 @@ bool block_collect(struct cpu *c, size_t limit)
 	move(bc);
 	bc->used = used;
 	memset(bc->fast, 0, sizeof bc->fast);
+	memset(bc->fields, 0, sizeof bc->fields);
 	bc->want = NULL;
 	c->code_stamp = CODE_STAMP_NONE;
 	c->stats.block_collections++;

@@ -200,7 +200,7 @@ struct cold *cold_new(struct tr *t, unsigned n, unsigned count)
 	return k;
 }
 
-static uint8_t part_of_block(const struct tr *t, const struct block *b)
+uint8_t tr_part_of(const struct tr *t, const struct block *b)
 {
 	unsigned p = 0;
 
@@ -220,7 +220,7 @@ static void call_handlers(struct em *e, struct tr *t, unsigned n, unsigned count
 		return;
 	}
 	*s = (struct jit_site){
-		.code = (uint32_t)(uintptr_t)t->k, .part = part_of_block(t, ti->b), .bytes = ti->b->bytes, .n = ti->b->n,
+		.code = (uint32_t)(uintptr_t)t->k, .part = tr_part_of(t, ti->b), .bytes = ti->b->bytes, .n = ti->b->n,
 		.delta = (int16_t)(ti->rip - ti->in->off - t->k->rip),  /* both in one page */
 		.first = (uint8_t)(ti->in - ti->b->insn), .count = (uint8_t)count, .need = need,
 	};

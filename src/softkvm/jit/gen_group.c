@@ -23,7 +23,7 @@ static bool may_join(const struct tr *t, const struct tinsn *i)
 {
 	const ZydisDecodedOperand *m;
 
-	if (i->by_handler || (i->in->flags & IF_END) || !int_row(i))
+	if (i->by_handler || (i->in->flags & (IF_END | IF_NEW_IMM)) || !int_row(i))
 		return false;
 	m = mem_of(i);
 	return !m || (m->encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM && m->mem.type == ZYDIS_MEMOP_TYPE_MEM && m->size >= 8 &&

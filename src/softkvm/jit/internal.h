@@ -94,11 +94,29 @@ struct jit_code {
 	uint32_t entry_same, body_same; /* the same for those who come with this map */
 	struct jit_link *links, *in;
 	unsigned nparts;
-	bool looked;                    /* at code beyond its blocks (flags_dead_at()) */
+	struct jit_patch *patches;      /* gen_patch.c: immediates that it reads from memory */
+	unsigned patched;               /* patch_count() when it was made */
+	struct jit_look *looks;         /* at code beyond its blocks (flags_dead_at()) */
 	struct jit_code *next;          /* of all: struct jit, `codes` */
 	struct jit_page *page;          /* if that moves, `rip` was the address when it was made */
 	struct jit_code *page_next;
 	struct block *part[REGION_PARTS];       /* [0] is b; there is memory for nparts of them */
+};
+
+/* In low memory: translated code reads `value`, which is that of an instruction of a part. */
+struct jit_patch {
+	uint64_t value;
+	uint32_t next;                  /* address, 0: the last */
+	uint8_t part, insn;
+};
+
+/* Bytes of the translation's page, and which of them matter. */
+struct jit_look {
+	uint64_t mask;
+	uint32_t next;
+	uint16_t off;
+	uint16_t len;
+	uint8_t bytes[];
 };
 
 /* Where it is now. */
@@ -287,6 +305,8 @@ enum tend { END_NONE, END_OTHER, END_JMP, END_JCC };   /* what the last instruct
 
 #define FIXUPS_MAX 64
 #define SEEN_MAX 32
+#define SEEN_INSNS 4            /* 60 bytes: a mask has 64 bits */
+struct ahead { uint64_t rip, mask; bool dead; uint8_t len; uint8_t bytes[SEEN_INSNS * 15]; };
 struct part {
 	struct block *b;
 	uint64_t rip;
@@ -308,7 +328,7 @@ struct tr {
 	uint8_t live;                   /* JV_*: known to be the host's */
 	struct decoded d;
 	ZydisDecoder decoder;           /* for all of the region */
-	struct { uint64_t rip; bool dead; } seen[SEEN_MAX];     /* flags_dead_at() said so */
+	struct ahead seen[SEEN_MAX];     /* flags_dead_at() said so, and by which bytes */
 	unsigned nseen;
 	bool failed;
 	uint8_t bits;                   /* 64, or 32: the natural width of operands, addresses and the stack */
@@ -351,6 +371,7 @@ unsigned gen_get(struct tr *t, unsigned guest, unsigned scratch);       /* host 
 void gen_rip(struct em *e, struct tr *t, bool w, unsigned reg, uint64_t rip);   /* reg = that address in the guest's code; w: all of it */
 void gen_put(struct tr *t, unsigned guest, unsigned host);
 void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l);
+uint8_t tr_part_of(const struct tr *t, const struct block *b);
 /* The region's part at `rip`, -1. */
 int tr_part(const struct tr *t, uint64_t rip);
 /* From behind instruction n on at rip; flags are saved if they matter there. `next`: nothing is emitted if it comes next anyway. */
@@ -385,6 +406,13 @@ bool gen_gather(struct tr *t, unsigned n);
 bool gen_x87(struct tr *t, unsigned n);
 /* Instruction n needs these JV_* bits: looks unless they are known. Destroys flags; on failure to `k`. */
 void gen_live(struct tr *t, struct cold *k, unsigned bit);
+
+/* gen_patch.c */
+bool gen_patched(struct tr *t, unsigned n);             /* gen_int() for an instruction with IF_NEW_IMM */
+unsigned patch_count(const struct jit_code *k);         /* of its blocks: another number than before, and it lacks some */
+void patch_values(const struct jit_code *k);            /* from the blocks to what the code reads */
+void looks_keep(struct tr *t);
+bool looks_same(struct cpu *c, const struct jit_code *k);
 
 /* gen_group.c */
 struct row { int64_t low, high; bool write; };

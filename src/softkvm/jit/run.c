@@ -168,7 +168,7 @@ static bool parts_same(struct cpu *c, const struct jit_code *k)
 		if (p->ver_value == k->b->ver_value)
 			continue;
 		mmu_code_lines(c, &page, p->gpa & 4095, p->bytes);
-		if (!ram_same(p->host, block_copy(p), p->bytes))
+		if (!ram_same(p->host, block_copy(p), p->bytes) && !block_patch(c, k->part[n]))
 			return false;
 	}
 	return true;
@@ -196,10 +196,11 @@ void jit_revived(struct cpu *c, struct block *b)
 			link_forget(l);
 		link_cut(j, l);
 	}
-	if (k->looked || !parts_same(c, k)) {
+	if (!looks_same(c, k) || !parts_same(c, k) || patch_count(k) != k->patched) {
 		b->code = NULL;
 		return;
 	}
+	patch_values(k);
 	code_valid(k, 0);
 }
 

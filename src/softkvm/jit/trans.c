@@ -44,20 +44,31 @@ void tinsn_flags(struct tinsn *i)
 	/* Branches look at flags even where they leave: their own business. */
 }
 
-static bool look_ahead(struct tr *t, uint64_t rip)
+/* Of an instruction's bytes, those that say what it does to flags: its values do not, but for counts. */
+static uint64_t flag_bytes(const ZydisDecodedInstruction *z)
+{
+	uint64_t m = BIT(z->length) - 1;
+
+	if (z->raw.disp.size)
+		m &= ~((BIT(z->raw.disp.size / 8) - 1) << z->raw.disp.offset);
+	if (z->raw.imm[0].size && z->meta.category != ZYDIS_CATEGORY_SHIFT)
+		m &= BIT(z->raw.imm[0].offset) - 1;
+	return m;
+}
+
+static bool look_ahead(struct tr *t, struct ahead *s)
 {
 	static const uint16_t all = JIT_ALL_FLAGS;
-	const struct code_page page_of = block_page(t->b);
-	const uint8_t *page = page_of.host;
+	const struct code_page page = block_page(t->b);
+	unsigned off = s->rip & 4095, have = MIN((unsigned)sizeof s->bytes, 4096 - off), at = 0;
 	uint16_t left = all;
 	struct tinsn i;
 
 	/* What is looked at here is not part of the block: a store to it must count as one to the block. */
-	mmu_code_lines(t->c, &page_of, rip & 4095, MIN(4 * 15, 4096 - (unsigned)(rip & 4095)));
-	for (unsigned n = 0; n < 4; n++) {
-		unsigned off = rip & 4095, avail = 4096 - off;
-
-		if (ZYAN_FAILED(decode_zydis(&t->decoder, t->c, page + off, MIN(avail, 15u), &i.z, i.op)))
+	mmu_code_lines(t->c, &page, off, have);
+	ram_copy(s->bytes, page.host + off, have);
+	for (unsigned n = 0; n < SEEN_INSNS; n++) {
+		if (ZYAN_FAILED(decode_zydis(&t->decoder, t->c, s->bytes + at, MIN(have - at, 15u), &i.z, i.op)))
 			return false;
 		switch (i.z.meta.category) {
 		case ZYDIS_CATEGORY_BINARY: case ZYDIS_CATEGORY_LOGICAL: case ZYDIS_CATEGORY_DATAXFER: case ZYDIS_CATEGORY_SHIFT:
@@ -71,11 +82,13 @@ static bool look_ahead(struct tr *t, uint64_t rip)
 		if (i.tested & left)
 			return false;
 		left &= (uint16_t)~i.killed;
+		s->mask |= flag_bytes(&i.z) << at;
+		at += i.z.length;
+		s->len = (uint8_t)at;
 		if (!left)
-			return t->k->looked = true;
-		if (off + i.z.length >= 4096)
+			return true;
+		if (off + at >= 4096)
 			return false;
-		rip += i.z.length;
 	}
 	return false;
 }
@@ -83,19 +96,19 @@ static bool look_ahead(struct tr *t, uint64_t rip)
 /* Nobody looks at the flags that hold when the code at `rip`, in the same page, is reached. Asked for the same places again and again. */
 bool flags_dead_at(struct tr *t, uint64_t rip)
 {
-	bool dead;
+	struct ahead *s = &t->seen[t->nseen];
 
 	if ((rip ^ t->k->rip) >> 12)
 		return false;
 	for (unsigned n = 0; n < t->nseen; n++)
 		if (t->seen[n].rip == rip)
 			return t->seen[n].dead;
-	dead = look_ahead(t, rip);
-	if (t->nseen < SEEN_MAX) {
-		t->seen[t->nseen].rip = rip;
-		t->seen[t->nseen++].dead = dead;
-	}
-	return dead;
+	if (t->nseen == SEEN_MAX)
+		return false;
+	t->nseen++;
+	s->rip = rip;
+	s->mask = 0;
+	return s->dead = look_ahead(t, s);
 }
 
 /* Flags that matter behind the last instruction of a part. */
@@ -181,7 +194,8 @@ static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 		i->in = in;
 		i->b = b;
 		i->rip = rip + in->off;
-		i->by_handler = in->fn == op_ud || in->fn == op_fetch_gp || (in->flags & IF_ONCE) ||
+		i->by_handler = in->fn == op_ud || in->fn == op_fetch_gp || (in->flags & IF_ONCE) || (in->flags & IF_NEW_DISP) ||
+				(in->flags & (IF_NEW_IMM | IF_END)) == (IF_NEW_IMM | IF_END) ||
 				ZYAN_FAILED(decode_zydis(&t->decoder, t->c, block_copy(b) + in->off, in->len, &i->z, i->op)) ||
 				i->z.length != in->len;
 		if (i->by_handler) {
@@ -197,6 +211,17 @@ static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 	}
 }
 
+/* As valid as the region's first block. Where the page was written, and code of it stands, its blocks are compared when they are come to. */
+static bool valid(struct tr *t, struct block *b)
+{
+	struct code_page page = block_page(b);
+
+	if (b->ver_value == t->b->ver_value)
+		return true;
+	mmu_code_lines(t->c, &page, b->gpa & 4095, b->bytes);
+	return ram_same(b->host, block_copy(b), b->bytes) || block_patch(t->c, b);
+}
+
 /* The decoded block at `rip` if it may join: executed a few times, in the page, as valid as the first. */
 static struct block *candidate(struct tr *t, uint64_t rip)
 {
@@ -205,9 +230,9 @@ static struct block *candidate(struct tr *t, uint64_t rip)
 	struct block *b = e->blk;
 
 	if (((rip ^ t->k->rip) >> 12) || e->rip != rip || !b || b->gpa != h->gpa + (rip - t->k->rip) || b->mode != h->mode ||
-	    b->host != h->host + (int64_t)(rip - t->k->rip) || b->ver != h->ver || b->ver_value != h->ver_value || b->cross ||
+	    b->host != h->host + (int64_t)(rip - t->k->rip) || b->ver != h->ver || b->cross ||
 	    b == t->c->blocks->scratch || (t->j->threshold && (b->code_gen != t->j->gen || (!b->code && b->runs * 4 < t->j->threshold))) ||
-	    t->n + b->n > REGION_INSNS || t->nparts == REGION_PARTS || tr_part(t, rip) >= 0)
+	    t->n + b->n > REGION_INSNS || t->nparts == REGION_PARTS || tr_part(t, rip) >= 0 || !valid(t, b))
 		return NULL;
 	return b;
 }
@@ -280,6 +305,8 @@ static bool gen_one(struct tr *t, unsigned n)
 {
 	if (t->t[n].by_handler)
 		return false;
+	if (t->t[n].in->flags & IF_NEW_IMM)
+		return gen_patched(t, n);
 	return gen_int(t, n) || gen_vec(t, n) || gen_gather(t, n) || gen_x87(t, n) || gen_branch(t, n);
 }
 
@@ -295,6 +322,7 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 	t->row = false;
 	t->rsp_off = 0;
 	t->k->links = NULL;
+	t->k->patches = NULL;
 	for (unsigned p = 0; p < t->nparts; p++)
 		t->part[p].at = NULL;
 }
@@ -562,6 +590,8 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 		return NULL;
 	}
 	points_keep(t);
+	looks_keep(t);
+	k->patched = patch_count(k);
 	note(t, h.p);
 	em_align(&t->h);
 	j->hot = (size_t)(t->h.p - j->rw);

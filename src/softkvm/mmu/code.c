@@ -2,8 +2,8 @@
  * Code and stores: page versions, lines of 64 bytes, and who holds write entries.
  *
  * Of a page with VER_CODE no vCPU has a write entry, so every store to it comes by tlb_grant_write(). It changes the
- * version only where it touches a line that something was decoded from (slot->lines): data beside code costs a slow
- * store, no more. Which lines count is said before the bytes are read, or the bytes are compared afterwards
+ * version only where it touches a line that something was decoded from (slot->lines): data beside code costs a look
+ * at the bits (translated code: fill.c), no more. Which lines count is said before the bytes are read, or the bytes are compared afterwards
  * (mmu_code_lines()). A page that is written again and again without being executed is granted, its code forgotten.
  *
  * Two vCPUs. One decodes or compares: it takes the version, sets the lines' bits, then compares the bytes. One stores: it
@@ -17,7 +17,6 @@
 #include "softkvm/mmu/tlb.h"
 
 #define HITS_MAX 3              /* stores over code before the page is granted */
-#define NEAR_MAX 256            /* stores beside code */
 
 /* -- write entries ------------------------------------------------------------------------------ */
 static bool revoke_at(struct cpu *c, unsigned mode, unsigned i, uintptr_t host)
@@ -93,7 +92,8 @@ static uint32_t after_store(struct cpu *c, struct slot *s, uint64_t page, uint32
 			return ver_granted(ver_next(v));
 		return ver_next(v) | VER_CODE;
 	}
-	return ++t->smc_near > NEAR_MAX ? ver_granted(ver_next(v)) : v;
+	t->smc_near += CODE_NEAR_SLOW;
+	return t->smc_near > CODE_NEAR_MAX ? ver_granted(ver_next(v)) : v;
 }
 
 bool tlb_grant_write(struct cpu *c, struct slot *s, uint64_t gpa, unsigned len, bool counted)

@@ -39,40 +39,87 @@ static bool large_page(const struct cpu *c, const struct pwc_entry *e, uint64_t 
 	return (!write || (e->rights & PWC_DIRTY)) && !walk_check(c, &r, write ? ACC_WRITE : ACC_READ, as);
 }
 
-/* The slot's page may be written without a word to anybody. Counts us as a writer. */
-static bool grant(struct cpu *c, const struct slot *s, uint64_t page, const uint8_t *host, uint64_t lin)
+/* The slot's page may be written as far as slot and dirty log go. */
+static bool logged(const struct slot *s, uint64_t page)
 {
-	if ((s->flags & KVM_MEM_READONLY) ||
-	    (s->dirty && !(atomic_load_explicit(&s->dirty[page / 64], memory_order_relaxed) >> (page & 63) & 1)))
+	return !(s->flags & KVM_MEM_READONLY) &&
+	       (!s->dirty || (atomic_load_explicit(&s->dirty[page / 64], memory_order_relaxed) >> (page & 63) & 1));
+}
+
+/*
+ * A store to a page with code that touches none of its lines needs nothing but that look, as tlb_grant_write() takes it (code.c). The flag is
+ * lowered when the loop or a handler is next come to.
+ */
+static bool beside_code(struct cpu *c, const struct slot *s, uint64_t page, uint64_t lin, uint64_t size)
+{
+	struct itlb *t = c->itlb;
+	uint32_t v;
+
+	if (atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed) > 1)
+		atomic_exchange(&c->code_store, true);
+	v = atomic_load(&s->ver[page]);
+	if (!(v & VER_CODE) || (atomic_load(&s->lines[page]) & page_lines(lin & 4095, (unsigned)size)))
 		return false;
+	if (t->smc_ver != &s->ver[page]) {
+		t->smc_ver = &s->ver[page];
+		t->smc_hits = t->smc_near = 0;
+	}
+	return ++t->smc_near <= CODE_NEAR_MAX;
+}
+
+/* An entry for such a page: what is walked for once. */
+static uint8_t *known(struct cpu *c, const struct tlb_entry *t, uint64_t lin, uint64_t size)
+{
+	const struct slot *s = c->itlb->slot;
+	uint8_t *host = (uint8_t *)(uintptr_t)t->host;
+	uint64_t at;
+
+	if (t->tag != tlb_near_tag(lin) || !tlb_near_may(lin) || !s)
+		return NULL;
+	at = (uint64_t)((uintptr_t)host - (uintptr_t)s->host);
+	return at < s->size && logged(s, at >> 12) && beside_code(c, s, at >> 12, lin, size) ? host : NULL;
+}
+
+/* Counts us as a writer if there will be an entry, which gets this tag. */
+static bool grant(struct cpu *c, const struct slot *s, uint64_t page, const uint8_t *host, uint64_t lin, uint64_t size, uint64_t *tag)
+{
 	tlb_writer_comes(c, host, lin);
+	*tag = lin & ~4095ull;
 	if (atomic_load(&s->ver[page]) & VER_GRANTED)
+		return true;
+	*tag = tlb_near_tag(lin);
+	if (tlb_near_may(lin) && beside_code(c, s, page, lin, size))
 		return true;
 	tlb_writer_gone(c, (uintptr_t)host);
 	return false;
 }
 
-/* The host's page for the one at `lin`, which the TLB has then; NULL. */
-static uint8_t *page_at(struct cpu *c, uint64_t lin, bool write)
+/* The host's page for the one at `lin`, which the TLB has then; NULL. `size` bytes there are going to be accessed. */
+static uint8_t *page_at(struct cpu *c, uint64_t lin, uint64_t size, bool write)
 {
 	const struct tlb_entry *t = &tlb_table(c->tlb, write)[tlb_index(lin)];
 	struct walk_as as = { .user = c->cpl == 3, .ac = c->eflags & FL_AC };
 	const struct pwc_entry *e = &c->itlb->pwc[(lin >> 21) % PWC_ENTRIES];
 	const struct slot *s = c->itlb->slot;
+	uint64_t tag;
 	struct leaf l;
 	uint8_t *host;
 
 	if (!((lin ^ t->tag) >> 12))
 		return (uint8_t *)(uintptr_t)t->host;
+	if (write && (host = known(c, t, lin, size)))
+		return host;
 	if (e->key != pwc_key(c->itlb, lin) || !cpu_canonical(c, lin) || !s)
 		return NULL;
 	if (!(e->rights & PWC_LEAF ? large_page : small_page)(c, e, lin, write, as, &l) || l.gpa - s->gpa >= s->size)
 		return NULL;
 	host = s->host + (l.gpa - s->gpa);
 	if (write) {
-		if (!grant(c, s, (l.gpa - s->gpa) >> 12, host, lin))
+		uint64_t page = (l.gpa - s->gpa) >> 12;
+
+		if (!logged(s, page) || !grant(c, s, page, host, lin, size, &tag))
 			return NULL;
-		tlb_put(c, tlb_full(c->tlb), true, lin, host, l.global, l.size);
+		tlb_put_tag(c, tlb_full(c->tlb), true, lin, tag, host, l.global, l.size);
 	}
 	tlb_put(c, tlb_full(c->tlb), false, lin, host, l.global, l.size);
 	return host;
@@ -86,7 +133,7 @@ static bool may(const struct cpu *c)
 
 uint8_t *mmu_fill_w(struct cpu *c, uint64_t lin, uint64_t size)
 {
-	uint8_t *p = may(c) && (lin & 4095) + size <= 4096 ? page_at(c, lin, true) : NULL;
+	uint8_t *p = may(c) && (lin & 4095) + size <= 4096 ? page_at(c, lin, size, true) : NULL;
 
 	return p ? p + (lin & 4095) : NULL;
 }
@@ -100,8 +147,8 @@ static uint8_t *copy(struct cpu *c, uint64_t lin, uint64_t size)
 
 	if (size > 64 || (c->code_bits != 64 && second >> 32))
 		return NULL;
-	a = page_at(c, lin, false);
-	b = a ? page_at(c, second, false) : NULL;
+	a = page_at(c, lin, first, false);
+	b = a ? page_at(c, second, size - first, false) : NULL;
 	return b && !fault_copy_bytes(to, a + (lin & 4095), first) && !fault_copy_bytes(to + first, b, size - first) ? to : NULL;
 }
 
@@ -113,6 +160,6 @@ uint8_t *mmu_fill_r(struct cpu *c, uint64_t lin, uint64_t size)
 		return NULL;
 	if ((lin & 4095) + size > 4096)
 		return copy(c, lin, size);
-	p = page_at(c, lin, false);
+	p = page_at(c, lin, size, false);
 	return p ? p + (lin & 4095) : NULL;
 }

@@ -255,7 +255,7 @@ static void drop_page(struct cpu *c, uint64_t lin)
 
 	for (unsigned m = 0; m < TLB_NONE; m++)
 		for (int w = 0; w < 2; w++)
-			if (!((tlb_table(c->tlbs[m], w)[i].tag ^ lin) >> 12))
+			if (tlb_is_for(&tlb_table(c->tlbs[m], w)[i], lin))
 				tlb_drop(c, tlb_full(c->tlbs[m]), w, i);
 }
 

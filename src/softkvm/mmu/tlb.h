@@ -59,7 +59,7 @@ struct itlb {
 	struct writers writers;
 	/* Stores to pages with code since one was last decoded or compared: which page, how many. */
 	const _Atomic uint32_t *smc_ver;
-	unsigned smc_hits, smc_near;
+	unsigned smc_hits, smc_near;            /* smc_near: as CODE_NEAR_* weigh them */
 	struct itlb_entry e[ITLB_ENTRIES];
 	uint64_t filled[ITLB_ENTRIES / 64];
 	/*
@@ -118,6 +118,16 @@ static inline void tlb_writer_gone(struct cpu *c, uint64_t host_page)
 
 static inline struct tlb_entry *tlb_table(struct tlb *t, int write) { return write ? t->w : t->r; }
 
+/*
+ * The tag of a write entry for a page with code: page tables, slot and dirty log allow the store, but which lines it touches is to be looked
+ * at each time (fill.c). No address is ever compared with it successfully, as all that are looked up in this place differ from it in
+ * bit 12. Such an entry is on the books like others. Pages 0 and 1 get none: those would be empty entries' tags.
+ */
+static inline uint64_t tlb_near_tag(uint64_t lin) { return (lin & ~4095ull) ^ 4096; }
+static inline bool tlb_near_may(uint64_t lin) { return lin >= 8192; }
+/* An entry at lin's place is for its page, of whichever kind. */
+static inline bool tlb_is_for(const struct tlb_entry *e, uint64_t lin) { return !((e->tag ^ lin) >> 13); }
+
 /* An entry goes; one of writes is taken off the books first. */
 static inline void tlb_drop(struct cpu *c, struct tlb_full *f, int write, unsigned i)
 {
@@ -148,13 +158,14 @@ static inline void tlb_note_large(struct cpu *c, uint64_t lin, uint64_t leaf_siz
 }
 
 /* tlb_enter() into that table. */
-static inline void tlb_put(struct cpu *c, struct tlb_full *f, bool write, uint64_t lin, uint8_t *host, bool global, uint64_t leaf_size)
+static inline void tlb_put_tag(struct cpu *c, struct tlb_full *f, bool write, uint64_t lin, uint64_t tag, uint8_t *host, bool global,
+			       uint64_t leaf_size)
 {
 	unsigned i = tlb_index(lin);
 	uint64_t bit = 1ull << (i % 64);
 
 	tlb_drop(c, f, write, i);
-	tlb_table(&f->t, write)[i] = (struct tlb_entry){ lin & ~4095ull, (uintptr_t)host };
+	tlb_table(&f->t, write)[i] = (struct tlb_entry){ tag, (uintptr_t)host };
 	f->filled[write][i / 64] |= bit;
 	if (global)
 		f->global[write][i / 64] |= bit;
@@ -162,6 +173,11 @@ static inline void tlb_put(struct cpu *c, struct tlb_full *f, bool write, uint64
 		f->global[write][i / 64] &= ~bit;
 	tlb_note_large(c, lin, leaf_size);
 	c->stats.tlb_fills++;
+}
+
+static inline void tlb_put(struct cpu *c, struct tlb_full *f, bool write, uint64_t lin, uint8_t *host, bool global, uint64_t leaf_size)
+{
+	tlb_put_tag(c, f, write, lin, lin & ~4095ull, host, global, leaf_size);
 }
 
 /* Enter a translation: `host` is the page's host address. Of writes: granted and counted. */
@@ -172,6 +188,13 @@ void tlb_enter(struct cpu *c, unsigned mode, bool write, uint64_t lin, uint8_t *
  * 4.10.4.1), those of code where it was a fetch.
  */
 _Noreturn void tlb_page_fault(struct cpu *c, uint64_t lin, uint32_t err, bool fetch);
+
+/*
+ * Stores beside a page's code, since it was last decoded from or compared, before it is data again. A page that is still in use costs a
+ * comparison then, so cheap ones are allowed more often.
+ */
+#define CODE_NEAR_MAX 4096
+#define CODE_NEAR_SLOW 16
 
 /* -- code.c: who may hold write entries, and what stores do to pages with code ------------------------------------ */
 /* Drop every write entry of `c` that leads to this host page; `c` is parked or the caller. */

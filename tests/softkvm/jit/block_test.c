@@ -9,6 +9,9 @@
  *
  * With --moved the code is mapped at four addresses and runs at one after the other: its translations go along (jit/page.c).
  *
+ * With --patched immediates and displacements change between runs (interp/patch.c, jit/gen_patch.c); what that gives is compared with the
+ * same bytes decoded anew.
+ *
  * Flags that an instruction leaves undefined are compared only behind one that defines them.
  */
 #include <getopt.h>
@@ -53,6 +56,7 @@ struct result {
 static ZydisDecoder dec, host_dec;
 static bool narrow;             /* 32-bit code */
 static bool moved;              /* at another address now and then */
+static bool patched;            /* other values now and then */
 static unsigned count_seg;      /* where its counter is: flat */
 
 /* -- instructions ---------------------------------------------------------------------------------- */
@@ -219,6 +223,22 @@ static void put_row(struct code *c)
 	}
 }
 
+/* What patching is for: arithmetic, tests and moves with an immediate, on registers and memory. But for moves, they define all flags. */
+static void put_immediate(struct code *c)
+{
+	static const struct { uint8_t op, imm, kinds; } forms[] = { { 0x80, 1, 8 }, { 0x81, 4, 8 }, { 0x83, 1, 8 }, { 0xc6, 1, 1 }, { 0xc7, 4, 1 },
+								    { 0xf6, 1, 1 }, { 0xf7, 4, 1 } };
+	unsigned f = below(ARRAY_SIZE(forms)), rm = "\0\1\2\3\5\6\7"[below(7)];
+	bool mem = below(2);
+	uint8_t b[4] = { (uint8_t)(0x40 | below(2) << 3 | below(2)), forms[f].op, (uint8_t)((mem ? 0x40 : 0xc0) | below(forms[f].kinds) << 3 | rm),
+			 (uint8_t)below(128) };
+	uint32_t v = (uint32_t)rnd();
+
+	c->at[c->count++] = c->n;
+	put(c, b + narrow, 3u + mem - narrow);
+	put(c, &v, forms[f].imm);
+}
+
 /* xor edx, edx ; div by memory. Flags are undefined then. */
 static void put_div(struct code *c, uint16_t *bad)
 {
@@ -323,6 +343,8 @@ static void make(struct code *c, bool vec, unsigned at)
 			put_stack(c);
 		if (!bad && below(6) == 0)
 			put_row(c);
+		if (patched && !bad && below(2) && c->count < BODY * 2 - 1)
+			put_immediate(c);
 		if (below(16) == 0)
 			put_div(c, &bad);
 		if (below(12) == 0 && c->count < BODY * 2 - 1)
@@ -597,6 +619,76 @@ static bool agree(unsigned loops, struct counts *n)
 	return !differ(&interpreted, &translated, false);
 }
 
+/* -- patches --------------------------------------------------------------------------------------- */
+#define PATCHES 5
+
+static struct { struct code code; struct result got; } runs[PATCHES];
+
+/* New values for some instructions, but for branches and code addresses. */
+static void patch(struct code *c)
+{
+	for (unsigned k = 0; k < c->count; k++) {
+		uint8_t *b = c->b + c->at[k];
+		ZydisDecodedInstruction z;
+		ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
+
+		if (below(2) || ZYAN_FAILED(ZydisDecoderDecodeFull(&dec, b, 15, &z, op)) || z.raw.imm[0].is_relative ||
+		    (z.raw.imm[0].value.u >= H_CODE - 4096 && z.raw.imm[0].value.u < H_CODE + 8192))
+			continue;
+		for (unsigned n = 0; n < 2; n++)
+			for (unsigned i = 0; i < z.raw.imm[n].size / 8; i++)
+				b[z.raw.imm[n].offset + i] = (uint8_t)rnd();
+		if (z.raw.disp.size == 8 || z.raw.disp.size == 32)
+			b[z.raw.disp.offset] ^= below(3) ? 0 : (uint8_t)below(64);
+	}
+}
+
+static bool patched_agree(unsigned loops, struct counts *n)
+{
+	struct code first = code;
+	bool ok = true;
+
+	for (unsigned k = 0; k < PATCHES; k++) {
+		patch(&code);
+		runs[k].code = code;
+		h.cpu.jit->off = below(4) == 0;
+		run(&runs[k].got, loops);
+	}
+	h.cpu.jit->off = true;
+	for (unsigned k = 0; ok && k < PATCHES; k++) {
+		code = runs[k].code;
+		block_flush(&h.cpu);
+		run(&interpreted, loops);
+		translated = runs[k].got;
+		n->endless += interpreted.endless;
+		ok = interpreted.endless || translated.endless || !differ(&interpreted, &translated, false);
+	}
+	h.cpu.jit->off = false;
+	if (ok)
+		code = first;
+	return ok;
+}
+
+/* What operands may have reached that nothing restores: then once more, with all of it restored. */
+static bool try_patched(unsigned loops, struct counts *n)
+{
+	uint64_t was = rng;
+	struct code first = code;
+	bool ok;
+
+	if (patched_agree(loops, n))
+		return true;
+	rng = was;
+	code = first;
+	block_flush(&h.cpu);
+	all_clear = true;
+	for (unsigned k = 0; k < 20; k++)
+		run(&translated, loops);
+	ok = patched_agree(loops, n);
+	all_clear = false;
+	return ok;
+}
+
 static bool one(unsigned seed, bool vec, struct counts *n)
 {
 	struct jit *jit = h.cpu.jit;
@@ -636,7 +728,11 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 		jit->off = false;
 		ok = agree(loops, n);
 	}
-	if (ok && below(2)) {
+	if (ok && patched && !try_patched(loops, n)) {
+		what = ", patched";
+		ok = false;
+	}
+	if (ok && !patched && below(2)) {
 		uint64_t before = h.cpu.stats.host_faults;
 
 		break_code(jit);
@@ -659,7 +755,8 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 
 int main(int argc, char **argv)
 {
-	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { "32", 0, 0, 'n' }, { "moved", 0, 0, 'm' }, { 0 } };
+	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { "32", 0, 0, 'n' }, { "moved", 0, 0, 'm' },
+		{ "patched", 0, 0, 'p' }, { 0 } };
 	struct counts count = { 0 };
 	unsigned cases = 10000, seed = 1, bad = 0;
 	bool vec = false;
@@ -672,6 +769,7 @@ int main(int argc, char **argv)
 		case 'v': vec = true; break;
 		case 'n': narrow = true; break;
 		case 'm': moved = true; break;
+		case 'p': patched = true; break;
 		default: return 2;
 		}
 	}
@@ -696,7 +794,11 @@ int main(int argc, char **argv)
 		printf("code hardly moved\n");
 		bad++;
 	}
-	if (cases >= 1000 && (count.trapped < cases / 20 || count.endless > cases / 100)) {
+	if (patched && h.cpu.stats.blocks_patched < cases) {
+		printf("no more than %" PRIu64 " blocks were patched\n", h.cpu.stats.blocks_patched);
+		bad++;
+	}
+	if (cases >= 1000 && ((!patched && count.trapped < cases / 20) || count.endless > cases / 100)) {
 		printf("too few met traps or ended\n");
 		bad++;
 	}

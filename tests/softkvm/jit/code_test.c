@@ -14,8 +14,13 @@
 #define BUF 0x200000u
 #define ROUNDS 30000u
 
-/* Makes mov eax, r8d ; add ebx, eax ; ret at ever new addresses, and calls it: rbx is the sum of 1 to r9 in the end. */
-GUEST_ASM(fresh, 64, "4: xor %ebx, %ebx; mov %r9, %r8; 2: mov $0x200000, %edi; 1: movb $0xb8, (%rdi); mov %r8d, 1(%rdi); movl $0xc3c301, 5(%rdi);"
+/*
+ * Makes mov eax, r8d ; add ebx, eax ; ret at ever new addresses, and calls it: rbx is the sum of 1 to r9 in the end. With another register each
+ * time it runs, for what differs in values only is not made anew.
+ */
+GUEST_ASM(fresh, 64, "4: xor %ebx, %ebx; inc %r10d; lea (,%r10,4), %ecx; and $12, %ecx; mov $0x6210, %r11d; shr %cl, %r11d; and $7, %r11d;"
+	  "mov %r9, %r8; 2: mov $0x200000, %edi; 1: lea 0xb8(%r11), %eax; mov %al, (%rdi); mov %r8d, 1(%rdi);"
+	  "mov %r11d, %eax; shl $11, %eax; add $0xc3c301, %eax; mov %eax, 5(%rdi);"
 	  "call *%rdi; add $64, %rdi; dec %r8; jz 3f; cmp $0x3f0000, %rdi; jb 1b; jmp 2b; 3: out %al, $0x80; jmp 4b");
 
 static void start(struct guest *g, unsigned vcpus, uint64_t bytes)

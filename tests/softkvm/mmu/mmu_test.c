@@ -277,6 +277,65 @@ static void test_fill(void **state)
 	assert_true(got[0][1] > 2000 && got[0][2] > 1000 && got[1][1] > 1000);
 }
 
+/* Stores beside a page's code need no slow path; those to it, and whatever page tables or the dirty log forbid by now, do. */
+static void test_fill_beside_code(void **state)
+{
+	struct cpu *c = &t.cpu;
+	struct slot *s;
+	uint8_t *data = phys_ptr(&t.vm, DATA, NULL, NULL, &s);
+	struct code_page p = { .gpa = DATA, .host = data, .ver = &s->ver[DATA >> 12], .lines = &s->lines[DATA >> 12] };
+	uint64_t v = 7;
+	uint32_t ver;
+
+	map(PTE_P | PTE_W, PTE_P | PTE_W);
+	assert_true(try_access(ACC_WRITE, LIN, &v, 8));
+	assert_non_null(tlb_hit_w(c, LIN, 8));
+	ver = mmu_code_mark(c, &p);
+	mmu_code_lines(c, &p, 128, 64);
+	for (unsigned n = 0; n < 2; n++) {      /* by a walk, and by the entry that it left */
+		assert_ptr_equal(mmu_fill_w(c, LIN + 120, 8), data + 120);
+		assert_ptr_equal(mmu_fill_w(c, LIN + 192, 64), data + 192);
+		assert_null(mmu_fill_w(c, LIN + 121, 8));
+		assert_null(mmu_fill_w(c, LIN + 191, 1));
+		assert_null(tlb_hit_w(c, LIN + 512, 8));
+		assert_null(tlb_hit_w(c, LIN + 4096, 8));
+	}
+	assert_int_equal(atomic_load(p.ver), ver);
+	assert_false(atomic_load(&c->code_store));
+	atomic_store(&t.vm.ncpus, 2);           /* somebody may have to wait for it */
+	assert_non_null(mmu_fill_w(c, LIN + 1024, 8));
+	assert_true(atomic_load(&c->code_store));
+	atomic_store(&t.vm.ncpus, 1);
+	assert_true(try_access(ACC_WRITE, LIN + 140, &v, 8));
+	assert_int_not_equal(atomic_load(p.ver), ver);
+	ver = mmu_code_mark(c, &p);
+	/* It is data if nothing else happens to it for long. */
+	unsigned n = 0;
+	while (mmu_fill_w(c, LIN + 8 * (n % 16), 8))
+		assert_true(++n < 100000);
+	assert_in_range(n, 256, 100000);
+	assert_int_equal(atomic_load(p.ver), ver);
+	assert_true(try_access(ACC_WRITE, LIN, &v, 8));
+	assert_int_not_equal(atomic_load(p.ver), ver);
+	assert_non_null(tlb_hit_w(c, LIN, 8));
+	/* The entry lives and dies as others. */
+	mmu_code_mark(c, &p);
+	mmu_code_lines(c, &p, 128, 64);
+	assert_non_null(mmu_fill_w(c, LIN, 8));
+	*entry(0) &= ~(uint64_t)PTE_W;
+	mmu_flush_page(c, LIN);
+	try_access(ACC_READ, LIN, &v, 8);
+	assert_null(mmu_fill_w(c, LIN, 8));
+	*entry(0) |= PTE_W;
+	mmu_flush_page(c, LIN);
+	try_access(ACC_READ, LIN, &v, 8);
+	assert_non_null(mmu_fill_w(c, LIN, 8));
+	*entry(0) &= ~(uint64_t)PTE_W;
+	mmu_flush_all(c);
+	try_access(ACC_READ, LIN, &v, 8);
+	assert_null(mmu_fill_w(c, LIN, 8));
+}
+
 static void test_crossing(void **state)
 {
 	uint8_t in[16], out[16] = { 0 };
@@ -735,7 +794,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
-		T(test_permissions), T(test_reserved_and_keys), T(test_fill), T(test_crossing), T(test_fault_drops_entry), T(test_hostile_addresses),
+		T(test_permissions), T(test_reserved_and_keys), T(test_fill), T(test_fill_beside_code), T(test_crossing), T(test_fault_drops_entry), T(test_hostile_addresses),
 		T(test_dirty_log), T(test_code_versions), T(test_code_and_data), T(test_flush_and_code), T(test_pcids), T(test_remembered_directories), T(test_slot_rules), T(test_mmio),
 	};
 	return cmocka_run_group_tests_name("mmu", tests, NULL, NULL);
