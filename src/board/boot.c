@@ -101,6 +101,8 @@ int boot_open(struct boot *b, const char *kernel, const char *initrd, const char
 	r = boot_file_open(&b->kernel, kernel, err);
 	if (r)
 		return r;
+	if (b->kernel.len > 2 && b->kernel.data[0] == 0x1f && b->kernel.data[1] == 0x8b)
+		return err_set(err, -ENOEXEC, "%s: compressed; unpack it with zcat first", kernel);
 	if (!boot_is_multiboot(&b->kernel) && !boot_is_bzimage(&b->kernel) && !boot_is_elf(&b->kernel))
 		return err_set(err, -ENOEXEC, "%s: not a Linux bzImage, an ELF or a multiboot kernel%s", kernel,
 			       b->kernel.len < 0x264 ? " (truncated?)" : "");

@@ -1,7 +1,7 @@
 /*
- * Linux/x86 boot protocol, 64-bit entry (Documentation/x86/boot.rst): the setup code is not run; its
- * header goes into boot_params, the rest of the file to 1 MiB, and the vCPU starts in long mode at
- * offset 0x200 of it.
+ * Linux/x86 boot protocol (Documentation/x86/boot.rst): the setup code is not run; its header goes into
+ * boot_params, the rest of the file to 1 MiB, and the vCPU starts in long mode at offset 0x200 of it, or
+ * in protected mode at its start where the kernel is a 32-bit one.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -31,9 +31,15 @@ static int write_seed(struct boot *b, struct err *err)
 	return boot_write(b, BOOT_SETUP_DATA, &d, sizeof(d), "setup_data", err);
 }
 
-static int write_gdt(struct boot *b, struct err *err)
+static bool enters_64bit(const struct setup_header *h)
 {
-	static const uint64_t gdt[5] = { 0, 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00008b0000000067 };
+	return h->version >= 0x020c && (h->xloadflags & XLF_KERNEL_64);
+}
+
+static int write_gdt(struct boot *b, bool long_mode, struct err *err)
+{
+	uint64_t code = long_mode ? 0x00af9b000000ffff : 0x00cf9b000000ffff;
+	uint64_t gdt[5] = { 0, 0, code, 0x00cf93000000ffff, 0x00008b0000000067 };
 
 	return boot_write(b, BOOT_GDT, gdt, sizeof(gdt), "GDT", err);
 }
@@ -53,6 +59,7 @@ int boot_write_params(struct boot *b, const uint8_t *hdr, size_t hdr_len, uint64
 		bp->hdr.header = 0x53726448;
 		bp->hdr.version = 0x020f;
 		bp->hdr.kernel_alignment = 0x200000;
+		bp->hdr.xloadflags = XLF_KERNEL_64;
 	}
 	bp->hdr.type_of_loader = 0xff;
 	bp->hdr.loadflags |= LOADED_HIGH;
@@ -70,7 +77,7 @@ int boot_write_params(struct boot *b, const uint8_t *hdr, size_t hdr_len, uint64
 		bp->e820_table[i] = (struct boot_e820_entry){ b->map[i].base, b->map[i].size, b->map[i].type };
 	bp->e820_entries = b->nmap;
 	if (!r)
-		r = write_gdt(b, err);
+		r = write_gdt(b, enters_64bit(&bp->hdr), err);
 	if (!r)
 		r = boot_write(b, BOOT_PARAMS, bp, sizeof(*bp), "boot_params", err);
 	free(bp);
@@ -80,13 +87,11 @@ int boot_write_params(struct boot *b, const uint8_t *hdr, size_t hdr_len, uint64
 static int check_header(const struct boot_file *k, const struct setup_header *h, size_t *setup_len, struct err *err)
 {
 	*setup_len = (1 + (h->setup_sects ? h->setup_sects : 4)) * 512;
-	if (h->version < 0x0206)
-		return err_set(err, -ENOEXEC, "%s: boot protocol %u.%02u is too old, 2.06 is needed", k->path,
+	if (h->version < 0x020a)        /* pref_address and init_size */
+		return err_set(err, -ENOEXEC, "%s: boot protocol %u.%02u is too old, 2.10 is needed", k->path,
 			       h->version >> 8, h->version & 0xff);
 	if (!(h->loadflags & LOADED_HIGH))
 		return err_set(err, -ENOEXEC, "%s: a zImage; only bzImage kernels boot", k->path);
-	if (h->version < 0x020c || !(h->xloadflags & XLF_KERNEL_64))
-		return err_set(err, -ENOEXEC, "%s: a 32-bit kernel, which has no 64-bit entry point", k->path);
 	if (*setup_len >= k->len || k->len - *setup_len < 0x400 ||
 	    (uint64_t)h->syssize * 16 > ALIGN_UP(k->len - *setup_len, 16))
 		return err_set(err, -ENOEXEC, "%s: truncated: the header announces %llu bytes, the file has %zu", k->path,
@@ -121,6 +126,10 @@ int boot_load_bzimage(struct boot *b, struct boot_entry *e, struct err *err)
 		r = boot_write_page_tables(b, err);
 	if (!r)
 		r = boot_write_params(b, (const uint8_t *)&h, MIN(hdr_len, sizeof(h)), initrd, initrd_size, err);
-	*e = (struct boot_entry){ .mode = BOOT_MODE_LONG, .rip = BOOT_KERNEL + 0x200, .rsi = BOOT_PARAMS };
+	*e = (struct boot_entry){ .mode = BOOT_MODE_PROT32, .rip = BOOT_KERNEL, .rsi = BOOT_PARAMS };
+	if (enters_64bit(&h)) {
+		e->mode = BOOT_MODE_LONG;
+		e->rip += 0x200;
+	}
 	return r;
 }
