@@ -123,7 +123,7 @@ static int json_flatten(struct keyvals *l, const char *prefix, json_t *v)
 	case JSON_FALSE:
 		return add(l, strdup(prefix), strdup(json_is_true(v) ? "on" : "off"));
 	default:
-		return 0; /* null: not given */
+		return add(l, strdup(prefix), strdup("")); /* null, which is not the same as not given: a node's "backing": null */
 	}
 }
 

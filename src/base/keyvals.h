@@ -3,7 +3,7 @@
  *
  * A doubled comma is a comma. A first word without '=' is the value of the option's implied key; a
  * later word without '=' switches that key on ("nokey" switches "key" off). JSON objects are
- * flattened: {"file": {"driver": "x"}} is file.driver=x.
+ * flattened: {"file": {"driver": "x"}} is file.driver=x; null is an empty value.
  */
 #ifndef BASE_KEYVALS_H
 #define BASE_KEYVALS_H

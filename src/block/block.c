@@ -47,7 +47,7 @@ void block_free(struct block *b)
 {
 	if (!b)
 		return;
-	if (b->drv)
+	if (b->drv && b->drv->close)
 		b->drv->close(b);
 	block_free(b->backing);
 	block_free(b->child);
@@ -120,7 +120,10 @@ static int open_resolved(struct block **out, const struct block_opts *o, struct 
 
 	if (!r)
 		r = choose_format(leaf, o, &format, err);
-	if (!r && strcmp(format, "raw")) {
+	if (!r)
+		r = block_format_check(o, leaf->file, format, err);
+	bool window = !r && !strcmp(format, "raw") && o->fmt.raw_only;
+	if (!r && (window || strcmp(format, "raw"))) {
 		b = block_new(o, l, w);
 		if (b) {
 			b->child = leaf;
@@ -130,7 +133,7 @@ static int open_resolved(struct block **out, const struct block_opts *o, struct 
 				free(b->file);
 				b->file = name ? name : strdup("nbd");
 			}
-			r = strcmp(format, "qcow2") ? foreign_open(b, format, o, depth, err) : qcow2_open(b, o, depth, err);
+			r = window ? window_open(b, o, err) : strcmp(format, "qcow2") ? foreign_open(b, format, o, depth, err) : qcow2_open(b, o, depth, err);
 		} else {
 			r = err_set(err, -ENOMEM, "%s: out of memory", o->file);
 			b = leaf;

@@ -51,6 +51,18 @@ int block_check_format(const char *what, const char *format, struct err *err);
 enum block_aio { AIO_AUTO, AIO_THREADS, AIO_NATIVE, AIO_IO_URING };
 enum block_cache { CACHE_WRITEBACK, CACHE_NONE, CACHE_WRITETHROUGH, CACHE_DIRECTSYNC, CACHE_UNSAFE };
 
+/* What a format takes besides names; 0 is "not given" everywhere. */
+enum block_tristate { TRI_DEFAULT, TRI_OFF, TRI_ON };
+struct block_format_opts {
+	/* qcow2; sizes in bytes */
+	uint64_t cache_size, l2_cache, ref_cache, l2_entry, clean_interval /* seconds */;
+	enum block_tristate lazy, pass_request, pass_snapshot, pass_other;
+	/* raw: the part of the file that is the disk */
+	uint64_t offset, size;
+	bool has_size;
+	const char *qcow2_only, *raw_only; /* a key that was given */
+};
+
 struct block_opts {
 	const char *id;
 	/* A path, nbd:..., nbd://... and the like (block/nbd.h), or json:{"driver": ...} */
@@ -64,6 +76,9 @@ struct block_opts {
 	enum block_cache cache;
 	enum block_aio aio;
 	struct throttle_group *throttle; /* may be NULL; the block takes a reference */
+	struct block_format_opts fmt;
+	const struct keyvals *backing_options, *data_options; /* nodes instead of the names in the image */
+	bool no_lock;                   /* locking=off */
 	bool discard_unmap, detect_zeroes;
 	bool auto_read_only;            /* a file or export that may not be written opens read-only */
 	/* For the image tools. */
@@ -75,6 +90,8 @@ struct block_opts {
 	const char *internal;           /* read this internal snapshot (id or name) */
 };
 
+/* Take what qcow2 and raw know as options (l2-cache-size=, offset=, ...) from `l`. */
+int block_format_keys(struct keyvals *l, const char *what, struct block_opts *o, struct err *err);
 /* aio= with its value (NULL: not given), once the cache mode is known; native wants one that bypasses the page cache. */
 int block_aio_key(const char *what, const char *v, struct block_opts *b, struct err *err);
 /* Is this a protocol's name (nbd:..., json:{...}) rather than a path, so that no directory can stand before it? */

@@ -86,6 +86,8 @@ struct block {
 	struct qcow2 *qcow2;
 	struct nbd *nbd;
 	struct foreign *foreign;        /* a format that is only read */
+	uint64_t base;                  /* window: where in the child it begins */
+	bool fixed;                     /* window: the size was given */
 };
 
 extern const struct block_driver block_raw;
@@ -103,11 +105,15 @@ int nbd_open(struct block *b, const struct block_opts *o, struct err *err);
 int leaf_open(struct block *b, const struct block_opts *o, struct err *err);
 
 /* A "json:{...}" name or options taken apart: `o` is what to open, the rest what its pointers point to. */
-struct block_name { struct block_opts o; struct keyvals all, leaf; };
+struct block_name { struct block_opts o; struct keyvals all, leaf, backing, data; };
 /* Also checks names. block_name_free() in any case. */
 int block_name_resolve(struct block_name *n, const struct block_opts *o, struct err *err);
 void block_name_free(struct block_name *n);
 
+/* Before a format is opened: which of its options it does not know. */
+int block_format_check(const struct block_opts *o, const char *what, const char *format, struct err *err);
+/* raw with offset= or size=: a part of b->child. */
+int window_open(struct block *b, const struct block_opts *o, struct err *err);
 /* Put the overlay on `base`, which it owns afterwards. */
 int overlay_open(struct block *b, struct block *base, struct err *err);
 /* b->child is there; `depth` counts the files above in a backing chain. */

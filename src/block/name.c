@@ -101,8 +101,10 @@ static int leaf_keys(struct block_name *n, const char *what, struct err *err)
 	if ((!driver && file) || (driver && (!strcmp(driver, "file") || !strcmp(driver, "host_device")))) {
 		if (!file)
 			return err_set(err, -EINVAL, "%s: filename= is missing", what);
-		if ((r = keyvals_only(l, what, "locking", "auto|on", err)) || (r = block_aio_key(what, keyvals_get(l, "aio"), &n->o, err)))
+		if ((r = keyvals_only(l, what, "locking", "auto|on|off", err)) || (r = block_aio_key(what, keyvals_get(l, "aio"), &n->o, err)))
 			return r;
+		const char *locking = keyvals_get(l, "locking");
+		n->o.no_lock |= locking && !strcmp(locking, "off");
 		r = driver ? 0 : check_name(file, err);
 		return r ? r : keyvals_end(l, what, err);
 	}
@@ -111,7 +113,7 @@ static int leaf_keys(struct block_name *n, const char *what, struct err *err)
 		n->o.file = "nbd";
 		return 0;
 	}
-	return err_set(err, -ENOTSUP, "%s: driver=%s is not supported (formats: raw, qcow2; protocols: file, host_device, nbd)", what,
+	return err_set(err, -ENOTSUP, "%s: driver=%s is not supported ("BLOCK_FORMATS" over file, host_device or nbd)", what,
 		       driver ? driver : "(none)");
 }
 
@@ -144,6 +146,24 @@ static bool has_prefix(const struct keyvals *l, const char *prefix)
 	return false;
 }
 
+/* The nodes below besides the file. backing=null (which is an empty word): none, whatever the image says. */
+static int children(struct block_name *n, const char *what, struct err *err)
+{
+	const char *v;
+	if (keyvals_sub(&n->backing, &n->all, "backing."))
+		n->o.backing_options = &n->backing;
+	if (keyvals_sub(&n->data, &n->all, "data-file."))
+		n->o.data_options = &n->data;
+	if ((v = keyvals_get(&n->all, "backing"))) {
+		if (*v)
+			return err_set(err, -ENOENT, "%s: backing=%s names no node", what, v);
+		n->o.no_backing = true;
+	}
+	if ((v = keyvals_get(&n->all, "data-file")))
+		return err_set(err, -ENOENT, "%s: data-file=%s names no node", what, v);
+	return 0;
+}
+
 static int from_options(struct block_name *n, const char *what, struct err *err)
 {
 	const char *driver = keyvals_get(&n->all, "driver"), *v;
@@ -159,11 +179,8 @@ static int from_options(struct block_name *n, const char *what, struct err *err)
 			return v ? err_set(err, -ENOENT, "%s: file=%s names no node; write out its options (file.driver=...)", what, v) :
 				   err_set(err, -EINVAL, "%s: file= is missing", what);
 		}
-		if ((v = keyvals_get(&n->all, "backing.file.filename")) || (v = keyvals_get(&n->all, "backing.filename"))) {
-			n->o.backing = v;
-			n->o.backing_format = keyvals_get(&n->all, "backing.driver");
-			keyvals_get(&n->all, "backing.file.driver");
-		}
+		if ((r = children(n, what, err)) || (r = block_format_keys(&n->all, what, &n->o, err)))
+			return r;
 		r = generic_keys(&n->o, &n->all, what, err);
 		struct block_opts top = n->o;
 		if (!r)
@@ -210,6 +227,8 @@ void block_name_free(struct block_name *n)
 {
 	keyvals_free(&n->all);
 	keyvals_free(&n->leaf);
+	keyvals_free(&n->backing);
+	keyvals_free(&n->data);
 }
 
 int leaf_open(struct block *b, const struct block_opts *o, struct err *err)

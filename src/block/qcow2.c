@@ -99,43 +99,58 @@ int q_load_tables(struct qcow2 *q, struct err *err)
 	return r;
 }
 
-static int open_backing(struct qcow2 *q, const struct block_opts *o, unsigned depth, struct err *err)
+/* `name` stands in the image or came from the user; NULL: o->backing_options say what it is. */
+static int open_named_backing(struct qcow2 *q, const struct block_opts *o, const char *name, const char *format, unsigned depth, struct err *err)
 {
-	const char *name = o->backing ? o->backing : q->backing, *format = o->backing ? o->backing_format : q->backing_format;
-	if (!name || !*name || o->no_backing)
-		return 0;
-	if (!strncmp(name, "file:", 5))
-		name += 5;
-	struct block_opts bo = { .file = o->backing ? strdup(name) : block_path_beside(q->b->file, name), .format = format, .read_only = true,
-				 .cache = o->cache, .shared = o->shared, .tls = o->tls };
+	struct block_opts bo = { .format = format, .read_only = true, .cache = o->cache, .shared = o->shared, .tls = o->tls,
+				 .options = name ? NULL : o->backing_options };
 	struct stat a, b;
-	int r = bo.file ? 0 : -ENOMEM;
-	if (!r && q->leaf->nbd && !o->backing && *name != '/' && !block_name_is_protocol(name))
+	char *path = !name ? NULL : o->backing ? strdup(name) : block_path_beside(q->b->file, name);
+	int r = path || !name ? 0 : -ENOMEM;
+	bo.file = path;
+	if (!r && name && q->leaf->nbd && !o->backing && *name != '/' && !block_name_is_protocol(name))
 		r = err_set(err, -EINVAL, "the image comes over NBD, so its backing file's relative name '%s' means nothing", name);
-	if (!r && !fstat(q->leaf->fd, &a) && !stat(bo.file, &b) && a.st_dev == b.st_dev && a.st_ino == b.st_ino)
+	if (!r && path && !fstat(q->leaf->fd, &a) && !stat(path, &b) && a.st_dev == b.st_dev && a.st_ino == b.st_ino)
 		r = err_set(err, -ELOOP, "%s: is its own backing file", q->b->file);
 	if (!r)
 		r = block_open_backing(&q->b->backing, &bo, q->b, depth + 1, err);
 	if (r)
 		err_prefix(err, "%s: Could not open backing file", q->b->file);
-	free((char *)(uintptr_t)bo.file);
+	free(path);
 	return r;
+}
+
+static int open_backing(struct qcow2 *q, const struct block_opts *o, unsigned depth, struct err *err)
+{
+	const char *name = o->backing ? o->backing : q->backing, *format = o->backing ? o->backing_format : q->backing_format;
+	if (o->no_backing)
+		return 0;
+	if (o->backing_options)
+		return open_named_backing(q, o, NULL, NULL, depth, err);
+	if (!name || !*name)
+		return 0;
+	return open_named_backing(q, o, strncmp(name, "file:", 5) ? name : name + 5, format, depth, err);
 }
 
 static int open_data_file(struct qcow2 *q, const struct block_opts *o, struct err *err)
 {
+	struct block_opts d = { .cache = o->cache, .aio = o->aio, .tls = o->tls, .shared = o->shared, .no_lock = o->no_lock,
+				.read_only = o->read_only || o->snapshot, .auto_read_only = o->auto_read_only, .options = o->data_options };
+	struct block_name n = { 0 };
 	if (!(q->h.incompat & INCOMPAT_DATA_FILE))
-		return 0;
-	if (!q->data_file || !*q->data_file)
+		return o->data_options ? err_set(err, -EINVAL, "%s: 'data-file' can only be set for images with an external data file", q->b->file) : 0;
+	if (!o->data_options && (!q->data_file || !*q->data_file))
 		return err_set(err, -EINVAL, "%s: 'data-file' is required for this image", q->b->file);
-	struct block_opts d = *o;
-	d.read_only |= o->snapshot;
-	d.id = NULL;
-	d.leaf = NULL;
-	d.file = block_path_beside(q->b->file, q->data_file);
-	struct block *data = d.file ? block_new(&d, q->b->loop, q->b->workers) : NULL;
-	int r = data ? raw_open(data, &d, err) : err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
-	free((char *)(uintptr_t)d.file);
+	char *beside = o->data_options ? NULL : block_path_beside(q->b->file, q->data_file);
+	d.file = beside;
+	int r = beside || o->data_options ? block_name_resolve(&n, &d, err) : err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
+	if (!r && n.o.format && strcmp(n.o.format, "raw"))
+		r = err_set(err, -ENOTSUP, "a data file with a format of its own (%s)", n.o.format);
+	struct block *data = r ? NULL : block_new(&n.o, q->b->loop, q->b->workers);
+	if (!r)
+		r = data ? leaf_open(data, &n.o, err) : err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
+	block_name_free(&n);
+	free(beside);
 	if (r) {
 		block_free(data);
 		return err_prefix(err, "%s: Could not open data file", q->b->file);
@@ -198,6 +213,24 @@ static int use_snapshot(struct qcow2 *q, const char *name, struct err *err)
 	return 0;
 }
 
+static int use_options(struct qcow2 *q, const struct block_format_opts *f, struct err *err)
+{
+	uint64_t l2 = f->l2_cache ? f->l2_cache : L2_CACHE, refs = f->ref_cache ? f->ref_cache : REF_CACHE;
+	if (f->l2_entry && (f->l2_entry & (f->l2_entry - 1) || f->l2_entry < 512 || f->l2_entry > q->cs))
+		return err_set(err, -EINVAL, "%s: L2 cache entry size must be a power of two between 512 and the cluster size (%u)", q->b->file, q->cs);
+	if (f->lazy == TRI_ON && q->h.version < 3)
+		return err_set(err, -EINVAL, "%s: Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level", q->b->file);
+	q->pass_request = f->pass_request ? f->pass_request == TRI_ON : q->b->discard_unmap;
+	q->pass_snapshot = f->pass_snapshot != TRI_OFF;
+	q->pass_other = f->pass_other == TRI_ON;
+	q->l2.interval = q->refs.interval = (unsigned)f->clean_interval;
+	/* Below 16 tables an operation could not hold all it needs. */
+	if (qcache_init(&q->l2, (unsigned)MIN(MAX(l2 >> q->h.cluster_bits, 16u), UINT32_MAX / 2)) ||
+	    qcache_init(&q->refs, (unsigned)MIN(MAX(refs >> q->h.cluster_bits, 16u), UINT32_MAX / 2)))
+		return err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
+	return 0;
+}
+
 int qcow2_open(struct block *b, const struct block_opts *o, unsigned depth, struct err *err)
 {
 	struct qcow2 *q = new_state(b);
@@ -213,9 +246,9 @@ int qcow2_open(struct block *b, const struct block_opts *o, unsigned depth, stru
 	if (r)
 		return r;
 	b->length = ALIGN_DOWN(q->h.size, (uint64_t)512);
-	if (qcache_init(&q->l2, MAX((unsigned)L2_CACHE >> q->h.cluster_bits, 16u)) ||
-	    qcache_init(&q->refs, MAX((unsigned)REF_CACHE >> q->h.cluster_bits, 16u)))
-		return err_set(err, -ENOMEM, "%s: out of memory", b->file);
+	r = use_options(q, &o->fmt, err);
+	if (r)
+		return r;
 	r = q_load_tables(q, err);
 	if (!r)
 		r = open_data_file(q, o, err);

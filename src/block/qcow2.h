@@ -45,11 +45,13 @@ struct qtable {
 	uint64_t off;                   /* where it lives in the file */
 	uint8_t *data;
 	unsigned lo, hi;                /* dirty bytes [lo, hi); clean when hi == 0 */
+	uint64_t used;                  /* with `interval`: seconds on the monotonic clock */
 	struct qtable *hash_next, *lru_prev, *lru_next;
 };
 struct qcache {
 	struct qtable **hash;
 	unsigned nhash, n, max, ndirty;
+	unsigned interval;              /* seconds after which what nobody used goes, when another table comes; 0: never */
 	struct qtable lru;              /* ring: lru.lru_next is the most recent */
 };
 
@@ -58,7 +60,7 @@ struct qrange { uint64_t start, end; bool alone; struct qrange *next; };
 
 struct qsnap { uint64_t l1_off; uint32_t l1_size; struct image_snapshot s; uint8_t *extra; uint32_t extra_len; };
 
-struct qfree { uint64_t off, n; };      /* clusters */
+struct qfree { uint64_t off, n; bool request; };        /* clusters; request: the guest discarded them */
 
 struct qcow2 {
 	struct block *b, *leaf, *data;  /* data: where guest clusters live; the leaf or the external file */
@@ -85,6 +87,8 @@ struct qcow2 {
 	uint64_t file_clusters;         /* clusters at or beyond this never were written: they read as zeroes */
 	bool fresh;                     /* of the last q_alloc(): all of it is such */
 	uint64_t comp_off;              /* next byte for compressed data, 0: start a cluster */
+	bool pass_request, pass_snapshot, pass_other; /* whether the file gets holes where a discard, a snapshot or anything else was */
+	bool by_request;                /* what is given back now is so because the guest said so; under lock */
 	struct qfree *dead;             /* unreferenced in memory, not yet on disk (R4) */
 	unsigned ndead, dead_max;
 	uint64_t *meta;                 /* hash set of clusters that hold metadata, +1 */

@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "base/log.h"
 #include "block/qcow2.h"
@@ -110,16 +111,39 @@ static int make_room(struct qcow2 *q, struct qcache *c)
 	return -EIO;
 }
 
+static uint64_t seconds(const struct qcache *c)
+{
+	struct timespec t = { 0 };
+	if (c->interval)
+		clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+	return (uint64_t)t.tv_sec;
+}
+
+/* cache-clean-interval: the oldest are at the end. */
+static void drop_unused(struct qcache *c, uint64_t now)
+{
+	struct qtable *t = c->lru.lru_prev, *before;
+	for (; t != &c->lru && now - t->used >= c->interval; t = before) {
+		before = t->lru_prev;
+		if (!t->hi)
+			drop(c, t);
+	}
+}
+
 struct qtable *q_table(struct qcow2 *q, struct qcache *c, uint64_t off, bool fresh, int *r)
 {
 	struct qtable *t = q_table_peek(c, off);
+	uint64_t now = seconds(c);
 	if (t) {
+		t->used = now;
 		unlink_lru(t);
 		link_lru(c, t);
 		if (fresh)
 			memset(t->data, 0, q->cs);
 		return t;
 	}
+	if (c->interval)
+		drop_unused(c, now);
 	*r = make_room(q, c);
 	if (*r)
 		return NULL;
@@ -141,6 +165,7 @@ struct qtable *q_table(struct qcow2 *q, struct qcache *c, uint64_t off, bool fre
 		return NULL;
 	}
 	t->off = off;
+	t->used = now;
 	link_hash(c, t);
 	link_lru(c, t);
 	c->n++;

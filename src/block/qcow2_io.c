@@ -401,7 +401,11 @@ static int clear_entry(struct qcow2 *q, uint64_t off, enum clear how)
 	if (old.zero == all && !old.alloc && old.host == e.host && !old.compressed && e.zero)
 		return 0;
 	r = q_entry_set(q, off, &e);
-	return r || e.host ? r : q_entry_release(q, &old);
+	q->by_request = how != CLEAR_ZERO;
+	if (!r && !e.host)
+		r = q_entry_release(q, &old);
+	q->by_request = false;
+	return r;
 }
 
 static int clear_clusters(struct qcow2 *q, uint64_t off, uint64_t end, enum clear how)

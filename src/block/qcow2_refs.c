@@ -350,7 +350,7 @@ void q_unalloc(struct qcow2 *q, uint64_t off, uint64_t bytes)
 int q_dead(struct qcow2 *q, uint64_t off, uint64_t bytes)
 {
 	uint64_t first = off >> q->h.cluster_bits, n = ((off + bytes - 1) >> q->h.cluster_bits) - first + 1;
-	if (q->ndead && q->dead[q->ndead - 1].off + q->dead[q->ndead - 1].n == first) {
+	if (q->ndead && q->dead[q->ndead - 1].off + q->dead[q->ndead - 1].n == first && q->dead[q->ndead - 1].request == q->by_request) {
 		q->dead[q->ndead - 1].n += n;
 		return 0;
 	}
@@ -362,11 +362,11 @@ int q_dead(struct qcow2 *q, uint64_t off, uint64_t bytes)
 		q->dead = d;
 		q->dead_max = max;
 	}
-	q->dead[q->ndead++] = (struct qfree){ first, n };
+	q->dead[q->ndead++] = (struct qfree){ first, n, q->by_request };
 	return 0;
 }
 
-/* The first `n` entries of the list. With discard=unmap the file gets holes where nobody is left. */
+/* The first `n` entries of the list. Where nobody is left the file gets holes, if the options say so. */
 void q_bury(struct qcow2 *q, unsigned n)
 {
 	for (unsigned i = 0; i < n; i++) {
@@ -376,7 +376,7 @@ void q_bury(struct qcow2 *q, unsigned n)
 				continue;
 			if (q->comp_off && q->comp_off >> q->h.cluster_bits == c)
 				q->comp_off = 0;
-			if (q->b->discard_unmap)
+			if (q->dead[i].request ? q->pass_request : q->pass_other)
 				q->leaf->drv->discard(q->leaf, off, q->cs);
 		}
 	}

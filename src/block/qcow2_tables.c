@@ -353,6 +353,20 @@ static int uncount_old(struct qbuild *w, struct err *err)
 	return r;
 }
 
+/* The header is stable: nothing leads to what lost its last reference. */
+static void punch_freed(struct qbuild *w)
+{
+	struct qcow2 *q = w->q;
+	for (uint64_t c = 0, end; q->pass_snapshot && !w->old_uncounted && c < w->n; c = end + 1) {
+		for (; c < w->n && !(w->taken[c] && !w->refs[c]); c++)
+			;
+		for (end = c; end < w->n && w->taken[end] && !w->refs[end]; end++)
+			;
+		if (end > c && q->leaf->drv->discard)
+			q->leaf->drv->discard(q->leaf, c << q->h.cluster_bits, (end - c) << q->h.cluster_bits);
+	}
+}
+
 int qbuild_commit(struct qbuild *w, struct err *err)
 {
 	struct qcow2 *q = w->q, shape = { .ref_bits = 1u << w->h.refcount_order };
@@ -376,6 +390,7 @@ int qbuild_commit(struct qbuild *w, struct err *err)
 		return err_set_errno(err, r, "%s: cannot write", q->b->file);
 	if (w->whole_header)
 		w->h = q->h;
+	punch_freed(w);
 	qcache_drop(&q->l2);
 	qcache_drop(&q->refs);
 	q->h = w->h;

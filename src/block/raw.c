@@ -445,7 +445,7 @@ int raw_open(struct block *b, const struct block_opts *o, struct err *err)
 	int r = file_size(b, err);
 	if (!r && bypass)
 		r = find_alignment(b, err);
-	if (!r && !o->shared)
+	if (!r && !o->shared && !o->no_lock)
 		r = lock_image(b->fd, b->file, write, err);
 	if (!r && b->loop && o->aio != AIO_THREADS) {
 		int u = uring_open(b);

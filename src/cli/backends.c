@@ -93,6 +93,8 @@ static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, str
 		bo.snapshot |= o->snapshot;
 		bo.tls = &o->tls;
 		bo.leaf = o->drives[i].leaf.n ? &o->drives[i].leaf : NULL;
+		bo.backing_options = o->drives[i].backing.n ? &o->drives[i].backing : NULL;
+		bo.data_options = o->drives[i].data.n ? &o->drives[i].data : NULL;
 		ret = group_for(b, o->drives[i].group, &o->drives[i].limits, l, &bo.throttle, err);
 		if (!ret)
 			ret = open_disk(b, &bo, l, w, err);

@@ -1,10 +1,16 @@
-/* -blockdev: format node over protocol node, by reference or in one option. */
+/*
+ * -blockdev: nodes, and graphs of them. What a node refers to by name (file=, backing=, data-file=, at any depth) is written in its
+ * place, so that the block layer gets one nested description and needs no names.
+ */
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/util.h"
 #include "cli/backends.h"
+
+enum { DEPTH_MAX = 64 };
 
 static struct vm_node *node_find(struct vm_opts *o, const char *name)
 {
@@ -14,119 +20,99 @@ static struct vm_node *node_find(struct vm_opts *o, const char *name)
 	return NULL;
 }
 
+/* Is `key` one whose value names a node? */
+static bool is_reference(const char *key)
+{
+	static const char *const names[] = { "file", "backing", "data-file" };
+	const char *dot = strrchr(key, '.');
+
+	for (size_t i = 0; i < ARRAY_SIZE(names); i++)
+		if (!strcmp(dot ? dot + 1 : key, names[i]))
+			return true;
+	return false;
+}
+
 bool node_is_child(struct vm_opts *o, const char *name)
 {
 	for (unsigned i = 0; i < o->nnodes; i++) {
-		const char *f = keyvals_get(&o->nodes[i].opts, "file");
-		if (f && !strcmp(f, name))
-			return true;
+		const struct keyvals *l = &o->nodes[i].opts;
+
+		for (unsigned k = 0; k < l->n; k++)
+			if (is_reference(l->o[k].key) && !strcmp(l->o[k].val, name))
+				return true;
 	}
 	return false;
 }
 
-static const char *get(struct keyvals *l, const char *prefix, const char *key, char buf[64])
+/* All of a node's options to `out`, with `prefix` before each key. */
+static int expand(struct vm_opts *o, const struct vm_node *n, const char *prefix, unsigned depth, struct keyvals *out, struct err *err)
 {
-	snprintf(buf, 64, "%s%s", prefix, key);
-	return keyvals_get(l, buf);
-}
+	const struct keyvals *l = &n->opts;
+	char key[512];
+	int ret = depth > DEPTH_MAX ? err_set(err, -ELOOP, "-blockdev: more than %d nodes one below the other; is there a loop?", DEPTH_MAX) : 0;
 
-/* Keys that both kinds of node may carry. */
-static int usage_keys(struct keyvals *l, const char *prefix, struct block_opts *b, struct err *err)
-{
-	const char *what = "-blockdev", *v;
-	bool ro = b->read_only, direct = b->cache == CACHE_NONE, noflush = b->cache == CACHE_UNSAFE;
-	char key[64];
-	int ret;
-#define KEY(k) (get(l, prefix, k, key), key)
+	for (unsigned i = 0; !ret && i < l->n; i++) {
+		const char *v = l->o[i].val;
+		bool ref = is_reference(l->o[i].key) && *v; /* empty is null: nothing is there */
 
-	if ((ret = keyvals_bool(l, what, KEY("read-only"), &ro, err)) ||
-	    (ret = keyvals_bool(l, what, KEY("auto-read-only"), &b->auto_read_only, err)) ||
-	    (ret = keyvals_bool(l, what, KEY("cache.direct"), &direct, err)) ||
-	    (ret = keyvals_bool(l, what, KEY("cache.no-flush"), &noflush, err)) ||
-	    (ret = keyvals_only(l, what, KEY("locking"), "auto|on", err)) ||
-	    (ret = keyvals_only(l, what, KEY("force-share"), "off", err)))
-		return ret;
-	if ((v = get(l, prefix, "discard", key))) {
-		if (strcmp(v, "unmap") && strcmp(v, "ignore"))
-			return err_set(err, -EINVAL, "-blockdev: discard=%s is neither ignore nor unmap", v);
-		b->discard_unmap = !strcmp(v, "unmap");
+		if (snprintf(key, sizeof key, "%s%s%s", prefix, l->o[i].key, ref ? "." : "") >= (int)sizeof key)
+			return err_set(err, -EINVAL, "-blockdev: key too long: %s", l->o[i].key);
+		if (ref && !node_find(o, v))
+			return err_set(err, -ENOENT, "-blockdev: %s=%s names no node", l->o[i].key, v);
+		ret = ref ? expand(o, node_find(o, v), key, depth + 1, out, err) : keyvals_add(out, key, v);
+		if (ret == -ENOMEM)
+			return err_set(err, ret, "out of memory");
 	}
-	ret = detect_zeroes_key(what, get(l, prefix, "detect-zeroes", key), b, err);
-	if (ret)
-		return ret;
-	b->read_only = ro;
-	b->cache = noflush ? CACHE_UNSAFE : direct ? CACHE_NONE : CACHE_WRITEBACK;
-	return block_aio_key(what, get(l, prefix, "aio", key), b, err);
-#undef KEY
+	return ret;
 }
 
-/* `leaf`: where to keep the options of a node that the block layer reads itself. */
-static int protocol(struct keyvals *l, const char *prefix, struct keyvals *leaf, struct block_opts *b, struct err *err)
+/* driver=throttle on top: the node below in its place. */
+static int below_throttle(struct keyvals *l, struct err *err)
 {
-	char key[64];
-	const char *driver = get(l, prefix, "driver", key);
-
-	if (driver && !strcmp(driver, "nbd")) {
-		keyvals_free(leaf);
-		keyvals_sub(leaf, l, prefix);
-		b->leaf = leaf;
-		return usage_keys(l, prefix, b, err);
-	}
-	if (!driver || (strcmp(driver, "file") && strcmp(driver, "host_device")))
-		return err_set(err, -ENOTSUP, "-blockdev: driver=%s is not supported ("BLOCK_FORMATS" over file, host_device or nbd)",
-			       driver ? driver : "");
-	b->file = get(l, prefix, "filename", key);
-	if (!b->file)
-		return err_set(err, -EINVAL, "-blockdev: filename= is missing");
-	return usage_keys(l, prefix, b, err);
-}
-
-/* driver=throttle: the node below, and in which group. */
-static int throttle_node(struct vm_opts *o, struct vm_node *n, struct block_opts *b, const char **group, struct err *err)
-{
-	struct keyvals *l = &n->opts;
-	const char *ref = keyvals_get(l, "file"), *name = keyvals_get(l, "throttle-group"), *below = NULL;
-	struct vm_node *child = ref ? node_find(o, ref) : NULL;
-
-	if (!name)
+	struct keyvals below;
+	if (!keyvals_get(l, "throttle-group"))
 		return err_set(err, -EINVAL, "-blockdev: throttle-group= is missing");
-	if (!child || child == n)
-		return err_set(err, -ENOENT, "-blockdev: driver=throttle: file=%s names no node", ref ? ref : "");
-	if (!strcmp(keyvals_get(&child->opts, "driver") ? keyvals_get(&child->opts, "driver") : "", "throttle"))
-		return err_set(err, -ENOTSUP, "-blockdev: a throttle node over another is not supported");
-	int ret = node_block_opts(o, child, b, &below, err);
-	b->id = keyvals_get(l, "node-name");
-	*group = name;
-	return ret ? ret : keyvals_end(l, "-blockdev", err);
+	if (!keyvals_sub(&below, l, "file."))
+		return err_set(err, -EINVAL, "-blockdev: driver=throttle: file= is missing");
+	const char *driver = keyvals_get(&below, "driver");
+	static const char *const generic[] = { "read-only", "discard", "detect-zeroes", "cache.direct", "cache.no-flush" };
+	int ret = driver && !strcmp(driver, "throttle") ? err_set(err, -ENOTSUP, "-blockdev: a throttle node over another is not supported") : 0;
+
+	for (size_t i = 0; !ret && i < ARRAY_SIZE(generic); i++) { /* said of the upper node, they hold below */
+		const char *v = keyvals_get(l, generic[i]);
+
+		if (v && !keyvals_get(&below, generic[i]))
+			ret = keyvals_add(&below, generic[i], v);
+	}
+	keyvals_get(l, "node-name");
+	if (!ret)
+		ret = keyvals_end(l, "-blockdev", err);
+	if (ret) {
+		keyvals_free(&below);
+		return ret;
+	}
+	keyvals_free(l);
+	*l = below;
+	return 0;
 }
 
 int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, const char **group, struct err *err)
 {
-	struct keyvals *l = &n->opts;
-	const char *driver = keyvals_get(l, "driver"), *ref = keyvals_get(l, "file");
-	int ret;
+	const char *name = keyvals_get(&n->opts, "node-name"), *driver = keyvals_get(&n->opts, "driver");
 
-	*b = (struct block_opts){ .id = keyvals_get(l, "node-name"), .format = "raw", .snapshot = o->snapshot };
+	*b = (struct block_opts){ .id = name, .snapshot = o->snapshot, .options = &n->flat };
 	if (!driver)
 		return err_set(err, -EINVAL, "-blockdev: driver= is missing");
-	if (!strcmp(driver, "throttle"))
-		return throttle_node(o, n, b, group, err);
-	bool format = !block_check_format("-blockdev", driver, NULL);
-	if (format)
-		b->format = driver;
-	if (!format) {
-		ret = protocol(l, "", &n->leaf, b, err);
-	} else if (ref) {
-		struct vm_node *child = node_find(o, ref);
-		if (!child)
-			return err_set(err, -ENOENT, "-blockdev: file=%s names no node", ref);
-		ret = protocol(&child->opts, "", &child->leaf, b, err);
+	keyvals_free(&n->flat);
+	int ret = expand(o, n, "", 0, &n->flat, err);
+	if (!ret && !strcmp(driver, "throttle")) {
+		ret = below_throttle(&n->flat, err);
 		if (!ret)
-			ret = keyvals_end(&child->opts, "-blockdev", err);
-	} else {
-		ret = protocol(l, "file.", &n->leaf, b, err);
+			*group = keyvals_get(&n->opts, "throttle-group");
+		driver = ret ? NULL : keyvals_get(&n->flat, "driver");
 	}
-	if (!ret && format)
-		ret = usage_keys(l, "", b, err);
-	return ret ? ret : keyvals_end(l, "-blockdev", err);
+	/* A protocol's node is a disk as it is. */
+	if (!ret && block_check_format("-blockdev", driver ? driver : "", NULL))
+		b->format = "raw";
+	return ret;
 }

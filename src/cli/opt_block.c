@@ -57,6 +57,7 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	    (ret = detect_zeroes_key(what, keyvals_get(l, "detect-zeroes"), b, err)) ||
 	    (ret = block_aio_key(what, keyvals_get(l, "aio"), b, err)) ||
 	    (ret = throttle_keys(l, what, "throttling.", &d->limits, err)) ||
+	    (ret = block_format_keys(l, what, b, err)) ||
 	    (ret = keyvals_only(l, what, "copy-on-read", "off", err)))
 		return ret;
 	d->group = keyvals_get(l, "throttling.group");
@@ -104,6 +105,8 @@ static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what,
 	d->file = vmopts_printf(o, "%s", keyvals_get(&d->text, "file") ? keyvals_get(&d->text, "file") : "");
 	if (keyvals_sub(&d->leaf, &d->text, "file.") && *d->file)
 		return err_set(err, -EINVAL, "%s: file= and file.*= are both given", what);
+	keyvals_sub(&d->backing, &d->text, "backing.");
+	keyvals_sub(&d->data, &d->text, "data-file.");
 	if (!*d->file && !d->leaf.n)
 		return err_set(err, -EINVAL, "%s: file= is missing (empty drives are not supported)", what);
 	d->id = v ? vmopts_printf(o, "%s", v) : vmopts_printf(o, "#drive%u", o->auto_ids++);

@@ -73,10 +73,12 @@ void vmopts_free(struct vm_opts *o)
 	for (unsigned i = 0; i < o->ndrives; i++) {
 		keyvals_free(&o->drives[i].text);
 		keyvals_free(&o->drives[i].leaf);
+		keyvals_free(&o->drives[i].backing);
+		keyvals_free(&o->drives[i].data);
 	}
 	for (unsigned i = 0; i < o->nnodes; i++) {
 		keyvals_free(&o->nodes[i].opts);
-		keyvals_free(&o->nodes[i].leaf);
+		keyvals_free(&o->nodes[i].flat);
 	}
 	for (unsigned i = 0; i < o->nobjects; i++)
 		keyvals_free(&o->objects[i].opts);

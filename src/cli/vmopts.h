@@ -22,14 +22,14 @@ struct vm_throttle { char *name; struct throttle_limits limits; };  /* -object t
 struct vm_drive {
 	struct block_opts b;            /* strings owned by `text` */
 	struct keyvals text;
-	struct keyvals leaf;            /* file.driver=..., for the block layer */
+	struct keyvals leaf, backing, data; /* file.driver=..., backing.*, data-file.*, for the block layer */
 	char *id, *file;
 	const char *place;              /* index= or unit=, on the bus of `cls`; NULL: the next free one */
 	const char *cls;                /* of the device behind it, NULL: a -device names it */
 	struct throttle_limits limits;
 	const char *group;              /* throttling.group */
 };
-struct vm_node { struct keyvals opts, leaf; };          /* -blockdev; leaf: of driver=nbd, for the block layer */
+struct vm_node { struct keyvals opts, flat; };          /* -blockdev; flat: with the nodes it refers to, for the block layer */
 struct vm_spec { char *id, *text; };                    /* -netdev, -chardev: text for the back end */
 struct vm_object { struct keyvals opts; char *type, *id; };
 struct vm_global { char *driver, *prop, *value; };
