@@ -90,6 +90,8 @@ struct block_opts {
 	const char *internal;           /* read this internal snapshot (id or name) */
 };
 
+/* Take what a node of any kind may carry (read-only, cache.*, discard, ...) from `l`. */
+int block_node_keys(struct keyvals *l, const char *what, struct block_opts *o, struct err *err);
 /* Take what qcow2 and raw know as options (l2-cache-size=, offset=, ...) from `l`. */
 int block_format_keys(struct keyvals *l, const char *what, struct block_opts *o, struct err *err);
 /* aio= with its value (NULL: not given), once the cache mode is known; native wants one that bypasses the page cache. */

@@ -61,8 +61,7 @@ int block_aio_key(const char *what, const char *v, struct block_opts *b, struct 
 	return 0;
 }
 
-/* What a node of any kind may carry. */
-static int generic_keys(struct block_opts *o, struct keyvals *l, const char *what, struct err *err)
+int block_node_keys(struct keyvals *l, const char *what, struct block_opts *o, struct err *err)
 {
 	bool direct = o->cache == CACHE_NONE || o->cache == CACHE_DIRECTSYNC, noflush = o->cache == CACHE_UNSAFE;
 	bool writeback = o->cache != CACHE_WRITETHROUGH && o->cache != CACHE_DIRECTSYNC, had = keyvals_get(l, "cache.direct") || keyvals_get(l, "cache.no-flush");
@@ -93,7 +92,7 @@ static int leaf_keys(struct block_name *n, const char *what, struct err *err)
 {
 	struct keyvals *l = &n->leaf;
 	const char *driver = keyvals_get(l, "driver"), *file = keyvals_get(l, "filename");
-	int r = generic_keys(&n->o, l, what, err);
+	int r = block_node_keys(l, what, &n->o, err);
 	if (r)
 		return r;
 	n->o.leaf = NULL;
@@ -181,7 +180,7 @@ static int from_options(struct block_name *n, const char *what, struct err *err)
 		}
 		if ((r = children(n, what, err)) || (r = block_format_keys(&n->all, what, &n->o, err)))
 			return r;
-		r = generic_keys(&n->o, &n->all, what, err);
+		r = block_node_keys(&n->all, what, &n->o, err);
 		struct block_opts top = n->o;
 		if (!r)
 			r = leaf_keys(n, what, err);

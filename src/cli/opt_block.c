@@ -41,18 +41,24 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	int ret;
 
 	b->format = keyvals_get(l, "format");
+	if ((v = keyvals_get(l, "driver"))) {
+		if (b->format && strcmp(b->format, v))
+			return err_set(err, -EINVAL, "%s: format=%s and driver=%s are both given", what, b->format, v);
+		b->format = !strcmp(v, "file") || !strcmp(v, "host_device") ? "raw" : v;
+	}
 	if (b->format && (ret = block_check_format(what, b->format, err)))
 		return ret;
 	if ((v = keyvals_get(l, "cache")) && (ret = set_cache(b, what, v, err)))
 		return ret;
-	if ((v = keyvals_get(l, "discard"))) {
-		if (!strcmp(v, "unmap") || !strcmp(v, "on"))
-			b->discard_unmap = true;
-		else if (strcmp(v, "ignore") && strcmp(v, "off"))
-			return err_set(err, -EINVAL, "%s: discard=%s is neither ignore nor unmap", what, v);
+	bool writeback = b->cache != CACHE_WRITETHROUGH && b->cache != CACHE_DIRECTSYNC;
+	if ((ret = keyvals_bool(l, what, "cache.writeback", &writeback, err)))
+		return ret;
+	if (keyvals_get(l, "cache.writeback") && b->cache != CACHE_UNSAFE) {
+		bool direct = b->cache == CACHE_NONE || b->cache == CACHE_DIRECTSYNC;
+		b->cache = writeback ? (direct ? CACHE_NONE : CACHE_WRITEBACK) : direct ? CACHE_DIRECTSYNC : CACHE_WRITETHROUGH;
 	}
 	if ((ret = keyvals_bool(l, what, "readonly", &b->read_only, err)) ||
-	    (ret = keyvals_bool(l, what, "read-only", &b->read_only, err)) ||
+	    (ret = block_node_keys(l, what, b, err)) ||
 	    (ret = keyvals_bool(l, what, "snapshot", &b->snapshot, err)) ||
 	    (ret = detect_zeroes_key(what, keyvals_get(l, "detect-zeroes"), b, err)) ||
 	    (ret = block_aio_key(what, keyvals_get(l, "aio"), b, err)) ||
@@ -97,14 +103,23 @@ static int drive_device(struct vm_opts *o, struct vm_drive *d, const char *what,
 /* `device`: the class behind it, NULL: a -device will name it. */
 static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what, const char *device, struct err *err)
 {
-	const char *v = keyvals_get(&d->text, "id");
+	const char *v = keyvals_get(&d->text, "id"), *node = keyvals_get(&d->text, "node-name");
 	int ret = common_keys(d, what, err);
+
+	v = v ? v : node;
 
 	if (ret)
 		return ret;
 	d->file = vmopts_printf(o, "%s", keyvals_get(&d->text, "file") ? keyvals_get(&d->text, "file") : "");
-	if (keyvals_sub(&d->leaf, &d->text, "file.") && *d->file)
-		return err_set(err, -EINVAL, "%s: file= and file.*= are both given", what);
+	if (!*d->file && keyvals_get(&d->text, "filename"))
+		d->file = vmopts_printf(o, "%s", keyvals_get(&d->text, "filename"));
+	if (keyvals_sub(&d->leaf, &d->text, "file.") && *d->file) { /* one names the file, the others say how it is used */
+		if (keyvals_get(&d->leaf, "filename"))
+			return err_set(err, -EINVAL, "%s: file= and file.filename= are both given", what);
+		if (keyvals_add(&d->leaf, "filename", d->file))
+			return err_set(err, -ENOMEM, "out of memory");
+		d->file = vmopts_printf(o, "%s", "");
+	}
 	keyvals_sub(&d->backing, &d->text, "backing.");
 	keyvals_sub(&d->data, &d->text, "data-file.");
 	if (!*d->file && !d->leaf.n)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Descriptions of nodes (--image-opts, json: names, --blockdev): Lodge takes what QEMU takes, refuses what it refuses, and a guest would read the same.
+"""Descriptions of nodes (--image-opts, json: names, --blockdev, -drive): Lodge takes what QEMU takes, refuses what it refuses, and a guest would read the same.
 
 usage: graph_test.py LODGE-QEMU-IO LODGE; exit status 77 without qemu-io and qemu-img"""
 import os
@@ -168,6 +168,26 @@ def graphs(tmp, lodge):
                 fail(f"{daemon[-1]}: {nodes}: exit status {p.returncode}")
 
 
+# -drive of a machine whose kernel is not there: the drive was taken when that is what is complained about.
+DRIVES = {
+    True: ["file=top.q", "file=top.q,cache.direct=on", "file=top.q,cache.writeback=off,cache.no-flush=off", "file=top.q,driver=qcow2", "file=top.q,node-name=n0",
+           "file.driver=file,file.filename=top.q,driver=qcow2", "file=top.q,auto-read-only=on", "file=top.q,force-share=on,readonly=on",
+           "file=top.q,file.locking=off,l2-cache-size=1M", "file=top.q,file.aio=threads", "file=top.q,backing.driver=qcow2,backing.file.filename=other.q",
+           "driver=raw,file.filename=raw,offset=64k,size=64k", "file=top.q,lazy-refcounts=on,overlap-check=all,pass-discard-other=on"],
+    False: ["file=top.q,cache.direct=x", "file=top.q,driver=qcow2,format=raw", "file=top.q,file.filename=top.q", "file=top.q,discard=foo",
+            "file=raw,format=raw,l2-cache-size=1M", "file=top.q,l2-cache-size=4M,cache-size=1M", "file=top.q,backing.file.filename=nothing.q"],
+}
+
+
+def drives(tmp, lodge):
+    for good, texts in DRIVES.items():
+        for text in texts:
+            p = subprocess.run([lodge, "qemu", "-nodefaults", "-display", "none", "-kernel", "/nonexistent/kernel", "-drive", "if=virtio," + text],
+                               cwd=os.path.join(tmp, "images"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=300, check=False)
+            if p.returncode < 1 or (b"/nonexistent/kernel" in p.stderr) != good:
+                fail(f"-drive {text}: status {p.returncode}: {p.stderr!r}")
+
+
 def holes(tmp, io):
     """What a deleted snapshot alone held is given back to the file system, unless the options say otherwise."""
     img = os.path.join(os.path.dirname(io), "lodge-qemu-img")
@@ -195,8 +215,9 @@ def main():
         make(os.path.join(tmp, "images"))
         cases(tmp, io)
         graphs(tmp, lodge)
+        drives(tmp, lodge)
         holes(tmp, io)
-    print(f"graph_test: {len(CASES)} descriptions, {len(GRAPHS)} graphs, {bad} failures")
+    print(f"graph_test: {len(CASES)} descriptions, {len(GRAPHS)} graphs, {sum(map(len, DRIVES.values()))} drives, {bad} failures")
     return bool(bad)
 
 
