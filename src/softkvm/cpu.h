@@ -293,5 +293,11 @@ enum run_result engine_run(struct cpu *c);
 /* The decoded-block cache of a vCPU; engine_run() makes it when it is missing. 0 or -ENOMEM. */
 int engine_cpu_init(struct cpu *c);
 void engine_cpu_free(struct cpu *c);
+/*
+ * rest.c. A halted vCPU, by its thread: when (mono_ns()) engine_rest() is due if it does not go on before, UINT64_MAX: it is not.
+ * engine_rest() forgets decoded blocks and translations, and gives their memory back.
+ */
+uint64_t engine_rest_due(struct cpu *c, uint64_t now);
+void engine_rest(struct cpu *c);
 
 #endif

@@ -196,6 +196,17 @@ static int run_mwait(struct vcpu *v)
 	return 0;
 }
 
+/* Halted: when to look at the memory again, having done what is due. */
+static uint64_t rest_deadline(struct cpu *c)
+{
+	uint64_t now = mono_ns(), due = engine_rest_due(c, now);
+
+	if (due > now)
+		return due;
+	engine_rest(c);
+	return UINT64_MAX;
+}
+
 /* HLT. 0: go on; 1: kvm_run is filled in; -EINTR. */
 static int run_halted(struct vcpu *v)
 {
@@ -214,7 +225,7 @@ static int run_halted(struct vcpu *v)
 	do {
 		if (immediate_exit(c))
 			return -EINTR;
-		r = vcpu_sleep(v, lapic_timer_deadline(c));
+		r = vcpu_sleep(v, MIN(lapic_timer_deadline(c), rest_deadline(c)));
 		if (r)
 			return interrupted(c);
 		atomic_fetch_and(&c->requests, ~(uint32_t)REQ_TIMER);

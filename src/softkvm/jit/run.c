@@ -101,6 +101,7 @@ void jit_flush(struct cpu *c)
 	memset(j->low->ind, 0, sizeof j->low->ind);
 	j->low->ind[0].rip = IND_EMPTY0;
 	memset(j->pages, 0, sizeof j->pages);
+	jit_code_trim(j);
 }
 
 static struct jit_code *code_of(const struct jit *j, const struct block *b)

@@ -503,18 +503,10 @@ static bool has_room(const struct jit *j, size_t (*size_of)(const struct jit *, 
 	       in(j->cold, COLD_MAX, size_of(j, j->size - j->hot_size)) && in(j->arena, ARENA_MAX, size_of(j, j->arena_size));
 }
 
-static size_t whole(const struct jit *j, size_t size) { return size; }
-
 static void room(struct jit *j)
 {
-	bool trim;
-
-	if (has_room(j, part_of))
-		return;
-	trim = has_room(j, whole);
-	jit_flush(j->c);
-	if (trim)
-		jit_code_trim(j);
+	if (!has_room(j, part_of))
+		jit_flush(j->c);
 }
 
 static void count(struct tr *t, size_t bytes)

@@ -235,6 +235,50 @@ static void idle(void **state)
 	guest_destroy(&g);
 }
 
+/* -- a guest at rest --------------------------------------------------------------------------- */
+#define REST_BLOCKS 24000
+
+/* Runs all the blocks and halts; returns how many were decoded. */
+static uint64_t run_blocks(struct guest *g)
+{
+	struct kvm_mp_state runnable = { .mp_state = KVM_MP_STATE_RUNNABLE };
+	struct softkvm_stats before, after;
+	struct kvm_regs r;
+
+	assert_int_equal(softkvm_vcpu_stats(g->vcpu[0].f, &before), 0);
+	assert_int_equal(gioctl(&g->vcpu[0], KVM_SET_MP_STATE, &runnable, NULL), 0);
+	guest_get_regs(g, 0, &r);
+	r.rip = 0x100000;
+	guest_set_regs(g, 0, &r);
+	assert_int_equal(guest_run(g, 0), KVM_EXIT_IO);
+	assert_int_equal(g->run[0]->io.port, 0x80);
+	assert_int_equal(softkvm_vcpu_stats(g->vcpu[0].f, &after), 0);
+	leave(g, nothing);
+	return after.blocks_decoded - before.blocks_decoded;
+}
+
+/* What was decoded and translated is kept from one piece of work to the next, and given back after a while without any. */
+static void rest(void **state)
+{
+	static const uint8_t jump[] = { 0xeb, 0 }, end[] = { 0xe6, 0x80, 0xf4, 0xeb, 0xfd };
+	time_t until = time(NULL) + 60;
+	struct guest g;
+	uint64_t n;
+
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT, .irqchip = true });
+	for (unsigned k = 0; k < REST_BLOCKS; k++)
+		guest_load(&g, 0x100000 + 2 * k, jump, sizeof jump);
+	guest_load(&g, 0x100000 + 2 * REST_BLOCKS, end, sizeof end);
+	guest_long64(&g, 0, 0x100000);
+	assert_true(run_blocks(&g) >= REST_BLOCKS);
+	while ((n = run_blocks(&g)) < REST_BLOCKS && time(NULL) < until) {
+		assert_true(n < 100);
+		usleep(50000);
+	}
+	assert_true(n >= REST_BLOCKS);
+	guest_destroy(&g);
+}
+
 /* -- MWAIT ------------------------------------------------------------------------------------- */
 GUEST_ASM(mwait_code, 64, "1: mov $0x20000, %eax; xor %ecx, %ecx; xor %edx, %edx; monitor; mov 0x20008, %rbx; xor %eax, %eax; mwait\n"
 	  "incl 0x21000; test %rbx, %rbx; jz 1b; hlt");
@@ -361,7 +405,7 @@ static void slots_while_running(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(io_exits), cmocka_unit_test(real_mode), cmocka_unit_test(signals), cmocka_unit_test(exit_in_time), cmocka_unit_test(idle), cmocka_unit_test(mwait_waits),
+		cmocka_unit_test(io_exits), cmocka_unit_test(real_mode), cmocka_unit_test(signals), cmocka_unit_test(exit_in_time), cmocka_unit_test(idle), cmocka_unit_test(rest), cmocka_unit_test(mwait_waits),
 		cmocka_unit_test(user_msr), cmocka_unit_test(slots_while_running),
 	};
 
