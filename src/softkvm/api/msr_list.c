@@ -31,7 +31,7 @@ int msr_feature_read(uint32_t msr, uint64_t *v)
 {
 	switch (msr) {
 	case MSR_UCODE_REV:
-		*v = 0x100000000ull;
+		*v = cpuid_host_features()->amd ? 0x01000065 : 0x100000000ull;      /* Linux's, by vendor: it is in the other half */
 		return 0;
 	case MSR_ARCH_CAPABILITIES:
 		*v = ARCH_CAP;
