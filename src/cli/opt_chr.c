@@ -9,6 +9,8 @@
 
 int opt_chardev(struct vm_opts *o, const char *arg, struct err *err)
 {
+	if (!strcmp(arg, "help") || !strcmp(arg, "?"))
+		return puts("file\nnull\npipe\npty\nringbuf\nsocket\nstdio"), OPT_DONE;
 	struct vm_spec *c = vmopts_add(o, chardevs);
 	struct keyvals l;
 	int ret = keyvals_parse(&l, "-chardev", arg, "backend", err);

@@ -105,8 +105,15 @@ int opt_object(struct vm_opts *o, const char *arg, struct err *err)
 
 /* -- network ----------------------------------------------------------------------------------- */
 
+static bool netdev_help(const char *arg)
+{
+	return (!strcmp(arg, "help") || !strcmp(arg, "?")) && puts("user\ntap") >= 0;
+}
+
 int opt_netdev(struct vm_opts *o, const char *arg, struct err *err)
 {
+	if (netdev_help(arg))
+		return OPT_DONE;
 	struct vm_spec *n = vmopts_add(o, netdevs);
 	struct keyvals l;
 	int ret = keyvals_parse(&l, "-netdev", arg, "type", err);
@@ -131,6 +138,8 @@ int opt_netdev(struct vm_opts *o, const char *arg, struct err *err)
 static int card(struct vm_opts *o, const char *what, const char *arg, struct err *err)
 {
 	static const char *const skip[] = { "model", "mac", "macaddr", "addr", "id", NULL };
+	if (netdev_help(arg))
+		return OPT_DONE;
 	struct keyvals l;
 	int ret = keyvals_parse(&l, what, arg, "type", err);
 

@@ -51,7 +51,7 @@ static const struct option_def table[] = {
 	{ "net", "none", CTX_QEMU, opt_net, "Only 'none': no default network card. Otherwise use -nic.", NULL },
 
 	{ "serial", "SPEC", BOTH, opt_serial, "Serial port: stdio, mon:stdio, null, none, file:PATH, pty, pipe:PATH, tcp:HOST:PORT, unix:PATH, chardev:ID.", "Consoles" },
-	{ "chardev", "TYPE,id=ID[,KEY=VALUE...]", BOTH, opt_chardev, "A character back end: stdio, null, file, pipe, pty, socket, ringbuf.", NULL },
+	{ "chardev", "TYPE,id=ID[,KEY=VALUE...]", BOTH, opt_chardev, "A character back end: stdio, null, file, pipe, pty, socket, ringbuf; 'help' lists them.", NULL },
 	{ "debugcon", "SPEC", BOTH, opt_debugcon, "Debug console on port 0xe9.", NULL },
 	{ "parallel", "none", CTX_QEMU, opt_parallel, "Only 'none'.", NULL },
 	{ "monitor", "none", CTX_QEMU, opt_monitor, "Only 'none': the monitor is not there yet.", NULL },

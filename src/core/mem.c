@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -161,6 +162,37 @@ static int map_foreign(struct slot *s, int fd, uint64_t off, struct err *err)
 	return 0;
 }
 
+/* Bytes that the host can give without killing somebody, UINT64_MAX if it does not say. */
+static uint64_t host_available(void)
+{
+	uint64_t free = UINT64_MAX, swap = 0;
+	FILE *f = fopen("/proc/meminfo", "re");
+	char line[128];
+
+	while (f && fgets(line, sizeof line, f)) {
+		unsigned long long kib;
+
+		if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1)
+			free = (uint64_t)kib << 10;
+		else if (sscanf(line, "SwapFree: %llu kB", &kib) == 1)
+			swap = (uint64_t)kib << 10;
+	}
+	if (f)
+		fclose(f);
+	return free == UINT64_MAX ? free : free + swap;
+}
+
+/* Memory that is not there is found out by the kernel's killing somebody: ask before. Huge pages were reserved when they were mapped. */
+static int prealloc_check(const struct slot *s, bool huge, struct err *err)
+{
+	uint64_t there = huge ? UINT64_MAX : host_available();
+
+	if (s->r.size <= there)
+		return 0;
+	return err_set(err, -ENOMEM, "memory '%s': cannot allocate %llu MiB now: the host has %llu", s->name,
+		       (unsigned long long)(s->r.size >> 20), (unsigned long long)(there >> 20));
+}
+
 static int prealloc_slot(struct slot *s, struct err *err)
 {
 #ifdef MADV_POPULATE_WRITE
@@ -233,6 +265,8 @@ static int add_locked(struct guest_mem *m, struct slot *s, const struct mem_back
 		r = err_set(err, -EINVAL, "memory '%s': size and address must be multiples of 2 MiB for huge pages", s->name);
 	if (!r)
 		r = s->r.fd >= 0 ? map_foreign(s, s->r.fd, s->r.fd_off, err) : map_slot(s, b && b->huge, b && b->private, err);
+	if (!r && b && b->prealloc)
+		r = prealloc_check(s, b->huge, err);
 	if (!r && b && b->prealloc)
 		r = prealloc_slot(s, err);
 	if (!r && b && b->no_dump && madvise(s->r.host, s->r.size, MADV_DONTDUMP))
