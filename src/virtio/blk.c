@@ -22,7 +22,7 @@
 #include "virtio/virtio.h"
 
 #define BATCH 32
-#define INLINE_MAX (256 * 1024)         /* writes in a batch: more is worth another thread's time */
+#define INLINE_MAX (256 * 1024)         /* a batch with more in it is worth another thread's time */
 #define INLINE_REQUESTS 8               /* with an I/O thread: what one kick does by itself */
 
 struct blk;
@@ -186,19 +186,16 @@ static struct blk_request *batch_pop(struct blk *d, unsigned qi, unsigned batch,
 	return head;
 }
 
-/*
- * What the back end has at hand is done right here. For reads that holds whatever their number: the ring would copy on this
- * thread, too, and wake the loop for it. The rest goes out together.
- */
+/* A few short requests are done right here when the back end has the data; a long list goes out at once. */
 static void batch_flags(struct blk_request *list)
 {
-	uint64_t written = 0;
+	uint64_t total = 0;
 	unsigned n = 0;
 
 	for (struct blk_request *r = list; r; r = r->next, n++)
-		written += r->io.op == BLOCK_READ ? 0 : r->io.len;
+		total += r->io.len;
 	for (struct blk_request *r = list; r; r = r->next) {
-		if (r->io.op == BLOCK_READ || (written <= INLINE_MAX && r->io.op != BLOCK_FLUSH))
+		if (total <= INLINE_MAX && r->io.op != BLOCK_FLUSH)
 			r->io.flags |= BLOCK_REQ_INLINE;
 		if (n > 1)
 			r->io.flags |= BLOCK_REQ_MORE;
