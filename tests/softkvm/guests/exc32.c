@@ -286,6 +286,110 @@ static void task(void)
 	__asm__ volatile("clts");
 }
 
+/*
+ * Task gates: a task of ring 0 notes what it finds, moves the task that it came from on by tg.skip bytes, and goes back to it. An error
+ * code lies on its stack (SDM vol. 3 6.12.2), which is why it takes the stack's top from memory before it does.
+ */
+__asm__(".text\n.globl tg_task\ntg_task: mov %esp, tg; mov (%esp), %eax; mov %eax, tg + 4; str %eax; mov %eax, tg + 8; pushf; popl tg + 12\n"
+	"incl tg + 16; mov tg + 24, %eax; add %eax, tss32 + 0x20; mov tg + 20, %esp; iret; jmp tg_task");
+extern u8 tg_task[];
+struct { u32 esp, top, tr, flags, count, stack, skip; } tg;
+static u32 tg_tss[26] __attribute__((aligned(256)));
+SNIP(tg_int, "int $0x35");
+SNIP(u_tg, "cli; int $0x35; nop; int $0x80");
+
+static u64 *gdt_entry(u16 sel)
+{
+	struct { u16 limit; u32 base; } __attribute__((packed)) r;
+
+	__asm__ volatile("sgdt %0" : "=m"(r));
+	return (u64 *)(r.base + (sel & ~7u));
+}
+
+static void tg_setup(void)
+{
+	static u8 st[1024] __attribute__((aligned(16)));
+
+	for (unsigned n = 0; n < 26; n++)
+		tg_tss[n] = 0;
+	tg.stack = (ul)st + sizeof st;
+	tg_tss[8] = (ul)tg_task;
+	tg_tss[9] = 2;
+	tg_tss[14] = tg.stack;
+	for (unsigned n = 18; n < 24; n++)
+		tg_tss[n] = n == 19 ? 0x08 : 0x10;
+	*gdt_entry(0xe0) = desc((ul)tg_tss, 0x67, 0x89, 0);
+	((u32 *)tg.stack)[-1] = 0x5a5a5a5a;
+	tg.count = tg.tr = tg.flags = 0;
+}
+
+/* What a fault of this vector at `snip` leaves behind; -1: no error code. */
+static void tg_fault(int vec, u8 *snip, ul a, u32 skip, long error)
+{
+	u64 gate = ((volatile u64 *)idt)[vec];
+
+	tg_setup();
+	tg.skip = skip;
+	((volatile u64 *)idt)[vec] = 0x00008500ull << 32 | 0xe0ull << 16;
+	EQT(vec, try_call(snip, a, 0), -1);
+	((volatile u64 *)idt)[vec] = gate;
+	EQT(vec, tg.count, 1);
+	EQT(vec, tg.esp, error < 0 ? tg.stack : tg.stack - 4);
+	EQT(vec, ((u32 *)tg.stack)[-1], error < 0 ? 2 | 1 << 14 : (u32)error);  /* PUSHF wrote below the code, or in its place */
+	EQT(vec, tg.tr & 0xffff, 0xe0);
+	EQT(vec, tg.flags & 1 << 14, 1 << 14);          /* nested, */
+	EQT(vec, tg.flags & 1 << 16, 0);
+	EQT(vec, tg_tss[0], 0x30);                      /* in the task that was interrupted */
+	EQT(vec, *gdt_entry(0xe0) >> 40 & 0xff, 0x89);  /* and over */
+	{ u16 t; __asm__ volatile("str %0" : "=r"(t)); EQT(vec, t, 0x30); }
+	EQT(vec, *gdt_entry(0x30) >> 40 & 0xff, 0x8b);
+	__asm__ volatile("clts");
+}
+
+/* The task's fault was handled in it: be the first one again. */
+static void tg_back(void)
+{
+	u16 t;
+
+	__asm__ volatile("str %0" : "=r"(t));
+	EQ(t, 0xe0);
+	EQ(tg_tss[0], 0x30);
+	EQ(*(u32 *)(tss32 + 0x20), (ul)ud2_);
+	*gdt_entry(0x30) = (*gdt_entry(0x30) & ~(2ull << 40));
+	__asm__ volatile("ltr %w0; clts" :: "r"(0x30));
+}
+
+static void task_gates(void)
+{
+	tg_fault(UD, ud2_, 0, 2, -1);
+	tg_fault(DE, aam0, 0, 2, -1);
+	tg_fault(NP, ld_es, 0x50, 2, 0x50);
+	tg_fault(GP, ld_es, 0x100, 2, 0x100);
+	tg_fault(0x35, tg_int, 0, 0, -1);
+	/* From ring 3: its fault, and its INT by a gate that it may use; both return a byte further on. */
+	u64 gate[2] = { ((volatile u64 *)idt)[GP], ((volatile u64 *)idt)[UD] };
+	tg_setup();
+	tg.skip = 1;
+	((volatile u64 *)idt)[GP] = 0x00008500ull << 32 | 0xe0ull << 16;
+	((volatile u64 *)idt)[0x35] = 0x0000e500ull << 32 | 0xe0ull << 16;
+	EQ(try_user((ul)u_tg, 0, 0), -1);
+	EQ(tg.count, 2);
+	((volatile u64 *)idt)[GP] = gate[0];
+	/* What is wrong with the new task's segments is the new task's fault: before its first instruction, and while #UD was delivered. */
+	tg_setup();
+	tg_tss[23] = 0x50;
+	((volatile u64 *)idt)[UD] = 0x00008500ull << 32 | 0xe0ull << 16;
+	EQ(try_call(ud2_, 0, 0), NP); EQ(last.err, 0x51); EQ(last.ip, (ul)tg_task); EQ(last.flags & 1 << 14, 1 << 14);
+	tg_back();
+	/* So is its trap bit. */
+	tg_setup();
+	tg_tss[25] = 1;
+	WRDR(6, 0);
+	EQ(try_call(ud2_, 0, 0), DB); EQ(last.ip, (ul)tg_task); EQ(RDDR(6) & 0xe000, 0x8000); EQ(tg.count, 0);
+	tg_back();
+	((volatile u64 *)idt)[UD] = gate[1];
+}
+
 void guest_main(void)
 {
 	tables();
@@ -294,4 +398,5 @@ void guest_main(void)
 	pvi();
 	vm86();
 	task();
+	task_gates();
 }
