@@ -8,13 +8,12 @@
 
 static void print_option(const struct option_def *d, const char *dash)
 {
-	char left[96];
-	int n = snprintf(left, sizeof left, "  %s%s%s%s", dash, d->name, d->arg ? " " : "", d->arg ? d->arg : "");
+	int n = printf("  %s%s%s%s", dash, d->name, d->arg ? " " : "", d->arg ? d->arg : "");
 
 	if (n > 30)
-		printf("%s\n%32s%s\n", left, "", d->help);
+		printf("\n%32s%s\n", "", d->help);
 	else
-		printf("%-32s%s\n", left, d->help);
+		printf("%*s%s\n", 32 - n, "", d->help);
 }
 
 void help_usage(unsigned ctx)
