@@ -128,6 +128,7 @@ int cpuid_set(struct cpu *c, const struct kvm_cpuid_entry2 *e, unsigned n)
 	cpuid_free(c);
 	c->feat = f;
 	mmu_flush_all(c);
+	cpu_request(c, REQ_BLOCKS);     /* what was decoded knows the instructions that there were */
 	return 0;
 }
 

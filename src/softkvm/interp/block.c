@@ -114,6 +114,7 @@ void block_flush(struct cpu *c)
 	memset(bc->hash, 0, sizeof *bc->hash << bc->hash_bits);
 	bc->used = 0;
 	bc->want = NULL;
+	quick_forget(&bc->quick);       /* the guest's features may be others now */
 	jit_flush(c);
 	c->code_stamp = CODE_STAMP_NONE;
 }
@@ -357,6 +358,15 @@ void block_hash_add(struct block_cache *bc, struct block *b)
 
 	b->hash_next = *head;
 	*head = b;
+}
+
+struct block *block_hash_find(const struct block_cache *bc, uint64_t gpa, uint32_t mode)
+{
+	struct block *b = bc->hash[hash_index(bc, gpa, mode)];
+
+	while (b && (b->gpa != gpa || b->mode != (mode & BM_PHYS_MASK)))
+		b = b->hash_next;
+	return b;
 }
 
 /* This vCPU's share. */

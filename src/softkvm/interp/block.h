@@ -22,6 +22,7 @@
 
 #include "softkvm/cpu.h"
 #include "softkvm/insn.h"
+#include "softkvm/interp/quick.h"
 #include "softkvm/vm.h"
 
 #define BLOCK_MAX_INSNS 64
@@ -133,6 +134,7 @@ struct block_cache {
 	unsigned pauses;                /* PAUSE instructions in this budget */
 	unsigned random_left;           /* RDRAND: numbers drawn and not yet given out */
 	uint64_t random[32];
+	struct quick quick;             /* decode_zydis() */
 };
 
 static inline unsigned block_fast_index(uint64_t rip)
@@ -169,6 +171,8 @@ void block_hash_add(struct block_cache *bc, struct block *b);
  * was translated from it finds its instructions changed: jit_revived().
  */
 bool block_patch(struct cpu *c, struct block *b);
+/* The block decoded from there, valid or not; NULL: none. */
+struct block *block_hash_find(const struct block_cache *bc, uint64_t gpa, uint32_t mode);
 /* No instruction runs: cpu_cur_rip() is cpu->rip. Before guest memory is read between instructions. */
 void block_no_insn(struct cpu *c);
 /* Do not follow links made before this point: all, or those at CPL 3 (`user`), or those below. */

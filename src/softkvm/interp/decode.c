@@ -130,14 +130,20 @@ static void narrow_branch(ZydisDecodedInstruction *z)
 ZyanStatus decode_zydis(const ZydisDecoder *dec, const struct cpu *c, const uint8_t *bytes, unsigned avail, ZydisDecodedInstruction *z,
 			ZydisDecodedOperand *op)
 {
-	ZyanStatus st = ZydisDecoderDecodeFull(dec, bytes, avail, z, op);
+	struct quick *q = c->blocks && dec->machine_mode == ZYDIS_MACHINE_MODE_LONG_64 ? &c->blocks->quick : NULL;
+	ZyanStatus st;
 
+	if (q && quick_decode(q, bytes, avail, z, op))
+		return ZYAN_STATUS_SUCCESS;
+	st = ZydisDecoderDecodeFull(dec, bytes, avail, z, op);
 	if (ZYAN_FAILED(st) || z->machine_mode != ZYDIS_MACHINE_MODE_LONG_64)
 		return st;
 	if (z->address_width == 32)
 		absent_base(z, op);
 	if (c->feat && c->feat->amd)
 		narrow_branch(z);
+	if (q)
+		quick_learn(q, bytes, avail, z, op);
 	return st;
 }
 
