@@ -17,7 +17,7 @@ enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI, H_R8, H_R9, H_R10
 /* Host register of a guest register, -1: it stays in cpu->gpr. */
 extern const int8_t jit_map[16];
 
-#define JIT_THRESHOLD 16
+#define JIT_THRESHOLD 8
 #define JIT_IND_BITS 15
 #define JIT_THUNKS 8192u        /* bytes at the start of the code area */
 #define JIT_ALL_FLAGS 0x8d5u    /* OF SF ZF AF PF CF in RFLAGS' positions */
@@ -46,6 +46,7 @@ _Static_assert(sizeof(struct jit_link) == 64, "jit_link: one cache line");
 struct jit_page {
 	uint64_t stamp;                 /* code stamp under which it was seen last to be at `lin` */
 	uint64_t lin;                   /* its linear address, now if it `moves` */
+	uint64_t gpa;
 	const _Atomic uint32_t *ver;    /* which page: where its version is */
 	uint32_t mode;
 	bool moves;                     /* its translations read `lin` */
@@ -53,6 +54,7 @@ struct jit_page {
 	struct jit_page *next;          /* of the same hash */
 };
 #define JIT_PAGE_BITS 12
+#define JIT_AT_BITS 10
 
 /* What translated code is left by: a jit_link, NULL, or a jit_code with this bit whose entry found it stale. */
 #define LEFT_STALE 2u
@@ -169,6 +171,7 @@ struct jit {
 	struct jit_point *points;       /* touched as they are used */
 	uint32_t npoints, points_max;
 	struct jit_page *pages[1 << JIT_PAGE_BITS];
+	struct jit_page *at[1 << JIT_AT_BITS];          /* entered lately, by linear address */
 	struct jit_code *codes;         /* all that may be entered */
 	uint64_t moves;                 /* of pages, ever */
 	bool alone;                     /* the instruction at alone_rip is to be interpreted: translated, it met a fault */

@@ -34,7 +34,7 @@ void jit_page_join(struct jit *j, struct jit_code *k)
 
 	if (!p) {
 		p = jit_arena(j, sizeof *p);    /* has_room() saw to it */
-		*p = (struct jit_page){ .lin = k->rip & ~4095ull, .ver = ver, .mode = k->mode, .moves = moves, .next = *chain(j, ver) };
+		*p = (struct jit_page){ .lin = k->rip & ~4095ull, .gpa = block_page(k->b).gpa, .ver = ver, .mode = k->mode, .moves = moves, .next = *chain(j, ver) };
 		*chain(j, ver) = p;
 	}
 	jit_page_move(j, p, k->rip);

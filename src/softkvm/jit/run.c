@@ -101,6 +101,7 @@ void jit_flush(struct cpu *c)
 	memset(j->low->ind, 0, sizeof j->low->ind);
 	j->low->ind[0].rip = IND_EMPTY0;
 	memset(j->pages, 0, sizeof j->pages);
+	memset(j->at, 0, sizeof j->at);
 	jit_code_trim(j);
 }
 
@@ -226,6 +227,64 @@ static void resolve(struct jit *j, struct jit_link *l, struct jit_code *to)
 }
 
 /* -- running ------------------------------------------------------------------------------------- */
+static struct jit_page **page_at(struct jit *j, uint64_t rip) { return &j->at[rip >> 12 & ((1u << JIT_AT_BITS) - 1)]; }
+
+static void ind_put(struct jit *j, uint64_t rip, const struct jit_code *k)
+{
+	j->low->ind[rip & ((1u << JIT_IND_BITS) - 1)] =
+		(struct jit_ind){ .rip = rip, .code = (uint32_t)(uintptr_t)(j->rx + k->entry), .page = (uint32_t)(uintptr_t)k->page };
+}
+
+/* The loop would find nothing to do but to look up cpu->rip, where code of a mode that is translated goes on: its stamp, else 0. */
+static uint64_t may_go_on(struct cpu *c, const struct jit *j)
+{
+	uint32_t mode;
+
+	if (unlikely(j->lock || block_boundary_due(c) || mmio_pending(c) || c->tlb == c->tlbs[TLB_NONE] || c->data_bp || j->off))
+		return 0;
+	block_check_generation(c);
+	mode = block_mode(c, false);
+	return block_mode_translates(mode) ? block_stamp(c, mode) : 0;
+}
+
+/* It is still that page that is there: one look at the instruction TLB, which raises what the fetch raises, as in the loop. */
+static bool same_page(struct cpu *c, struct jit_page *p, uint64_t stamp)
+{
+	struct code_page pg;
+
+	if (p->stamp == stamp)
+		return true;
+	block_no_insn(c);
+	mmu_fetch(c, c->rip, &pg);
+	if (!pg.host || pg.ver != p->ver)
+		return false;
+	p->stamp = stamp;
+	return true;
+}
+
+/*
+ * Programs have more return addresses than the table of indirect targets has entries, and links die with the stamp of their page. What
+ * the loop would find for cpu->rip is found here by way of the page, if there is a translation of it.
+ */
+static struct jit_code *page_code(struct cpu *c, struct jit *j, uint64_t stamp)
+{
+	struct jit_page *p = *page_at(j, c->rip);
+	struct jit_code *k;
+	const struct block *b;
+
+	if (!p || p->lin != (c->rip & ~4095ull) || p->mode != (uint32_t)(stamp & ~(1u << 31)) || !same_page(c, p, stamp))
+		return NULL;
+	b = block_hash_find(c->blocks, p->gpa | (c->rip & 4095), p->mode);
+	if (!b || b->cross || b->ver != p->ver || b->ver_value != atomic_load_explicit(p->ver, memory_order_acquire))
+		return NULL;
+	k = code_of(j, b);
+	if (!k || k->page != p)
+		return NULL;
+	j->low->stamp = stamp;
+	ind_put(j, c->rip, k);
+	return k;
+}
+
 /*
  * The block's last instruction was executed by its handler and cpu->rip is set: the translation to go on at, when the
  * loop would find nothing to do but to look it up. 1: let the loop see.
@@ -233,15 +292,11 @@ static void resolve(struct jit *j, struct jit_link *l, struct jit_code *to)
 static uint64_t next_code(struct cpu *c, struct jit *j)
 {
 	const struct jit_ind *ind = &j->low->ind[c->rip & ((1u << JIT_IND_BITS) - 1)];
-	uint64_t stamp;
-	uint32_t mode;
+	uint64_t stamp = may_go_on(c, j);
 
-	if (unlikely(j->lock || block_boundary_due(c) || mmio_pending(c) || c->tlb == c->tlbs[TLB_NONE] || c->data_bp || j->off))
+	if (!stamp)
 		return 1;
-	block_check_generation(c);
-	mode = block_mode(c, false);
-	stamp = block_stamp(c, mode);
-	if (ind->rip != c->rip || ((const struct jit_page *)(uintptr_t)ind->page)->stamp != stamp || !block_mode_translates(mode))
+	if ((ind->rip != c->rip || ((const struct jit_page *)(uintptr_t)ind->page)->stamp != stamp) && !page_code(c, j, stamp))
 		return 1;
 	j->low->stamp = stamp;
 	c->stats.blocks_run++;
@@ -321,13 +376,27 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 	return JIT_DONE;
 }
 
+/* Where code was left by a jump whose link was cut or not made yet, and the loop is not wanted, that is made up for here. */
+static enum jit_result run_linked(struct cpu *c, struct jit *j, struct jit_code *k)
+{
+	for (;;) {
+		enum jit_result r = run_code(c, j, k);
+		struct jit_link *want = c->blocks->jit_want;
+		uint64_t stamp;
+
+		if (r != JIT_DONE || !want || !(stamp = may_go_on(c, j)) || !(k = page_code(c, j, stamp)))
+			return r;
+		c->blocks->jit_want = NULL;
+		resolve(j, want, k);
+	}
+}
+
 enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode)
 {
 	struct jit *j = c->jit;
 	struct jit_link *want = c->blocks->jit_want;
 	struct jit_code *k = code_of(j, b);
 	uint64_t stamp = c->code_stamp;
-	struct jit_ind *ind;
 
 	c->blocks->jit_want = NULL;
 	c->code_stamp = CODE_STAMP_NONE;        /* the interpreter follows no links of its own */
@@ -367,9 +436,9 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 		code_valid(k, stamp);
 	if (want)
 		resolve(j, want, k);
-	ind = &j->low->ind[c->rip & ((1u << JIT_IND_BITS) - 1)];
-	*ind = (struct jit_ind){ .rip = c->rip, .code = (uint32_t)(uintptr_t)(j->rx + k->entry), .page = (uint32_t)(uintptr_t)k->page };
-	return run_code(c, j, k);
+	*page_at(j, c->rip) = k->page;
+	ind_put(j, c->rip, k);
+	return run_linked(c, j, k);
 }
 
 enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode)
