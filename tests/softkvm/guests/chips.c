@@ -545,7 +545,7 @@ static void pit(void)
 	outb(0x43, 0x34); outb(0x40, 0xa9); outb(0x40, 0x04);    /* 1 kHz */
 	wait(0x46, 3);
 	outb(0x43, 0x30); outb(0x40, 0xa9); outb(0x40, 0x04);
-	delay(5000000);                         /* its interrupt has come, and the last of the others */
+	delay(250000000);                       /* its interrupt has come, and the last of the others */
 	window();
 	clear();
 	outb(0x43, 0x30); outb(0x40, 0xa9); outb(0x40, 0x04);
