@@ -46,7 +46,9 @@ struct scsi_hba {
 	/* properties */
 	uint32_t num_queues, queue_size, seg_max, max_sectors, cmd_per_lun;
 	bool hotplug, param_change;
-	struct iothread *iothread;
+	struct iothread *iothread[PROP_IOTHREADS_MAX];  /* queue i is the work of number i modulo n_threads */
+	unsigned n_threads;
+	struct loop *loops[PROP_IOTHREADS_MAX];
 };
 
 static struct scsi_hba *hba_of(struct virtio_dev *v)
@@ -282,7 +284,7 @@ static int request_prepare(struct scsi_hba *h, struct scsi_request *r)
 	iov_trim_front(&c->out, &c->n_out, req_len);
 	c->out_len -= req_len;
 	r->cmd = (struct scsi_cmd){ .in = c->in, .n_in = c->n_in, .in_len = c->in_len, .out = c->out, .n_out = c->n_out,
-				    .out_len = c->out_len, .io = { .done = request_done } };
+				    .out_len = c->out_len, .io = { .done = request_done, .lane = r->qi } };
 	memcpy(r->cmd.cdb, head + REQ_FIXED, cdb);
 	if (c->in_len && c->out_len) { /* VIRTIO_SCSI_F_INOUT is not offered */
 		r->response = VIRTIO_SCSI_S_FAILURE;
@@ -376,7 +378,7 @@ static void serve_requests(struct scsi_hba *h, unsigned qi)
 {
 	struct virtio_dev *v = &h->vp.v;
 	struct virtq *q = virtio_vq(v, qi);
-	bool hand_over = h->iothread && !loop_on_thread(iothread_loop(h->iothread));
+	bool hand_over = h->n_threads && !loop_on_thread(h->loops[qi % h->n_threads]);
 	unsigned total = 0, budget = hand_over ? INLINE_REQUESTS : VIRTIO_BUDGET, n;
 
 	do {
@@ -640,8 +642,8 @@ int scsi_plug(struct scsi_hba *h, struct scsi_unit *u, struct err *err)
 		r = err_set(err, -ENOMEM, "%s: no memory", u->dev.cls->name);
 	}
 	pthread_mutex_unlock(&v->lock);
-	if (!r && h->iothread && u->drive)
-		r = block_set_loop(u->drive, iothread_loop(h->iothread), err);
+	if (!r && h->n_threads && u->drive)
+		r = block_set_loops(u->drive, h->loops, h->n_threads, err);
 	return r;
 }
 
@@ -660,7 +662,7 @@ void scsi_unplug(struct scsi_hba *h, struct scsi_unit *u)
 	if (virtio_has(v, VIRTIO_SCSI_F_HOTPLUG))
 		scsi_event(h, u, VIRTIO_SCSI_T_TRANSPORT_RESET, VIRTIO_SCSI_EVT_RESET_REMOVED);
 	pthread_mutex_unlock(&v->lock);
-	if (h->iothread && u->drive)
+	if (h->n_threads && u->drive)
 		block_set_loop(u->drive, v->env->loop, NULL);
 }
 
@@ -721,8 +723,10 @@ static int hba_create(struct device *dev, struct err *err)
 	h->sq = calloc(n, sizeof(*h->sq));
 	if (!h->sq)
 		r = err_set(err, -ENOMEM, "%s: no memory", dev->cls->name);
-	if (!r && h->iothread)
-		virtio_dev_use_loop(&h->vp.v, iothread_loop(h->iothread));
+	for (; h->n_threads < PROP_IOTHREADS_MAX && h->iothread[h->n_threads]; h->n_threads++)
+		h->loops[h->n_threads] = iothread_loop(h->iothread[h->n_threads]);
+	if (!r && h->n_threads)
+		virtio_dev_use_loops(&h->vp.v, h->loops, h->n_threads);
 	if (!r)
 		r = virtio_pci_plug(&h->vp, err);
 	if (r)
@@ -753,7 +757,7 @@ static const struct prop hba_props[] = {
 	{ "cmd_per_lun", PROP_U32, offsetof(struct scsi_hba, cmd_per_lun), 128, .min = 1, .help = "commands a unit takes at once" },
 	{ "hotplug", PROP_BOOL, offsetof(struct scsi_hba, hotplug), 1, .help = "tell the driver of units that come and go" },
 	{ "param_change", PROP_BOOL, offsetof(struct scsi_hba, param_change), 1, .help = "tell the driver of units that change" },
-	{ "iothread", PROP_IOTHREAD, offsetof(struct scsi_hba, iothread), .help = "id of an -object iothread" },
+	{ "iothread", PROP_IOTHREADS, offsetof(struct scsi_hba, iothread), .help = "id of an -object iothread; ID:ID...: several, which share the queues" },
 	{ NULL }
 };
 

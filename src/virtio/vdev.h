@@ -91,7 +91,6 @@ void virtio_dev_destroy(struct virtio_dev *v);
 
 /* Where deferred work is done, n is 1 to VIRTIO_LANES_MAX; before the device is plugged. */
 void virtio_dev_use_loops(struct virtio_dev *v, struct loop *const *l, unsigned n);
-static inline void virtio_dev_use_loop(struct virtio_dev *v, struct loop *l) { virtio_dev_use_loops(v, &l, 1); }
 /* No deferred work runs any more, or will. */
 void virtio_dev_stop_deferred(struct virtio_dev *v);
 

@@ -77,9 +77,9 @@ def units(start):
             f.write(os.urandom(8 << 20))
         make_iso(iso, b"hello from a CD\n")
         guest = start("qemu", "-kernel", f"{GUEST}/vmlinuz", "-initrd", archive_with(tmp, modules()), "-append", "console=ttyS0", "-m", "512M", "-smp", "2",
-                      "-nodefaults", "-display", "none", "-serial", "stdio", "-accel", "soft", "-object", "iothread,id=io0",
+                      "-nodefaults", "-display", "none", "-serial", "stdio", "-accel", "soft", "-object", "iothread,id=io0", "-object", "iothread,id=io1",
                       "-drive", f"file={disk},format=raw,if=none,id=d0,discard=unmap", "-drive", f"file={second},format=raw,if=none,id=d1,discard=unmap",
-                      "-device", "virtio-scsi-pci,id=s0,num_queues=2,iothread=io0", "-device", "scsi-hd,drive=d0,bus=s0.0,scsi-id=3,lun=0,serial=LODGE0001",
+                      "-device", "virtio-scsi-pci,id=s0,num_queues=2,iothread=io0:io1", "-device", "scsi-hd,drive=d0,bus=s0.0,scsi-id=3,lun=0,serial=LODGE0001",
                       "-device", "scsi-hd,drive=d1,bus=s0.0,scsi-id=3,lun=1,logical_block_size=512,physical_block_size=4096,rotation_rate=1", "-cdrom", iso)
         shell(guest)
         guest.run("for m in " + " ".join(MODULES) + "; do insmod /scsi/$m.ko 2>/dev/null; done; sleep 1; true")
