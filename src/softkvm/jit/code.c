@@ -221,7 +221,9 @@ void jit_thunks(struct jit *j)
 	uint8_t *look, *out;
 
 	j->low->host_mxcsr = 0x1f80;
-	j->enter = 0;
+	e32(&e, (uint32_t)(uintptr_t)&j->low->no_stamp);        /* for empty entries of jit_ind */
+	em_align(&e);
+	j->enter = (uint32_t)(e.p - j->rw);
 	EM(&e, 0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 0x08, 0x48, 0x89, 0xf8);
 	load_all(&e, j->c, jit_map);
 	EM(&e, 0xff, 0xe0);

@@ -146,16 +146,17 @@ static void lookup(struct tr *t, unsigned n, struct cold *k)
 	em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
 	e32(e, tr_count(t, n));
 	cold_from(k, em_jcc(e, 14));
-	EM(e, 0x89, 0xc1, 0x81, 0xe1);                  /* mov ecx, eax ; and ecx, mask */
-	e32(e, (1u << JIT_IND_BITS) - 1);
-	EM(e, 0xc1, 0xe1, 0x04);                        /* shl ecx, 4 */
-	em_mem(e, true, 0x3b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->rip);
+	EM(e, 0x0f, 0xb7, 0xc8, 0x48, 0xc1, 0xf8, 0x10);        /* movzx ecx, ax ; sar rax, 16 */
+	em_mem(e, true, 0x63, ST, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->high);        /* movsxd */
+	EM(e, 0x49, 0x39, 0xc7);                                /* cmp r15, rax */
 	cold_from(k, em_jcc(e, 5));
-	em_mem(e, false, 0x8b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->page);
-	em_mem(e, true, 0x8b, SA, SA, -1, 0, 0);
-	em_op_abs(e, true, 0x3b, SA, &t->j->low->stamp);
+	em_mem(e, false, 0x8b, SA, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->at);
+	em_mem(e, false, 0x8b, SC, SA, -1, 0, (int32_t)(uintptr_t)t->j->rx);
+	em_mem(e, true, 0x8b, SC, SC, -1, 0, 0);
+	em_op_abs(e, true, 0x3b, SC, &t->j->low->stamp);
 	cold_from(k, em_jcc(e, 5));
-	em_mem(e, false, 0x8b, SA, H_RCX, -1, 0, (int32_t)(uintptr_t)&ind->code);
+	e8(e, 0x05);                                            /* add eax, imm32 */
+	e32(e, (uint32_t)(uintptr_t)t->j->rx + 4);
 }
 
 static void go(struct tr *t)

@@ -18,7 +18,6 @@ enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI, H_R8, H_R9, H_R10
 extern const int8_t jit_map[16];
 
 #define JIT_THRESHOLD 8
-#define JIT_IND_BITS 15
 #define JIT_THUNKS 8192u        /* bytes at the start of the code area */
 #define JIT_ALL_FLAGS 0x8d5u    /* OF SF ZF AF PF CF in RFLAGS' positions */
 
@@ -91,7 +90,7 @@ struct jit_code {
 	uint32_t ver_value;             /* read by the code's entry */
 	uint32_t second_value;          /* of a block that crosses a page end: the other page's */
 	uint64_t stamp;                 /* and when both were looked at last */
-	uint32_t entry, body;           /* offsets in the code area: with and without the version check */
+	uint32_t entry, body;           /* offsets in the code area: with and without the version check; in front of entry: page, for jit_ind */
 	uint32_t map;                   /* map.c */
 	uint32_t entry_same, body_same; /* the same for those who come with this map */
 	struct jit_link *links, *in;
@@ -125,12 +124,18 @@ struct jit_look {
 static inline uint64_t jit_code_rip(const struct jit_code *k) { return k->page->lin | (k->rip & 4095); }
 static inline uint64_t jit_link_rip(const struct jit_link *l) { return l->rip - l->from->rip + jit_code_rip(l->from); }
 
-/* Recent targets of indirect jumps: the code, good while its page (an address in low memory) has the stamp that holds. */
-struct jit_ind { uint64_t rip; uint32_t code, page; };
+/*
+ * Recent targets of indirect jumps, at the index of the address' lowest 16 bits: the others (of an address that 48 bits hold), and the offset in the
+ * code area of its page (an address in low memory) and of the code behind that, which is good while the page has the stamp that holds. Offset 0
+ * is that of a page that never has: an empty entry.
+ */
+struct jit_ind { int32_t high; uint32_t at; };
+
+static inline bool jit_ind_is(const struct jit_ind *i, uint64_t rip) { return (int64_t)rip >> 16 == i->high; }
 
 /* The part that translated code addresses: below 2 GiB. */
 struct jit_low {
-	struct jit_ind ind[1 << JIT_IND_BITS];
+	struct jit_ind ind[1 << 16];
 	uint64_t stamp;                 /* of the code that runs: block_cache generation and mode */
 	uint64_t no_stamp;              /* 0 */
 	uint8_t vec_ok;                 /* JV_*: vector and x87 state that is the host's now, and what may use it (live.c) */

@@ -52,11 +52,11 @@ void jit_page_add(struct jit_code *k)
 void code_moves(struct jit *j, struct jit_code *k)
 {
 	uint64_t rip = jit_code_rip(k);
-	struct jit_ind *i = &j->low->ind[rip & ((1u << JIT_IND_BITS) - 1)];
+	struct jit_ind *i = &j->low->ind[(uint16_t)rip];
 	const uint32_t none = (uint32_t)(uintptr_t)&j->low->no_stamp;
 
-	if (i->rip == rip && i->code == (uintptr_t)(j->rx + k->entry))
-		i->page = none;
+	if (jit_ind_is(i, rip) && i->at == k->entry - 4)
+		*i = (struct jit_ind){ 0 };
 	for (struct jit_link *l = k->links; l; l = l->next)
 		l->page = none;
 	for (struct jit_link *l = k->in; l; l = l->next_in)

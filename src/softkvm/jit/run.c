@@ -7,7 +7,6 @@
 #include "softkvm/jit/lockstep.h"
 #include "softkvm/vec/vec.h"
 
-#define IND_EMPTY0 UINT64_MAX   /* is never looked up at index 0, nor 0, which is in all other empty entries, at theirs */
 #define SLOW_INSN 32    /* instructions' worth of time that a call of a handler may take */
 
 /* -- life ---------------------------------------------------------------------------------------- */
@@ -62,7 +61,6 @@ int jit_cpu_init(struct cpu *c, const struct jit_config *cfg)
 		return r;
 	}
 	jit_thunks(j);
-	j->low->ind[0].rip = IND_EMPTY0;
 	fault_serve(FAULT_CODE, jit_fault);
 	return 0;
 }
@@ -99,7 +97,6 @@ void jit_flush(struct cpu *c)
 	j->codes = NULL;
 	j->gen++;
 	memset(j->low->ind, 0, sizeof j->low->ind);
-	j->low->ind[0].rip = IND_EMPTY0;
 	memset(j->pages, 0, sizeof j->pages);
 	memset(j->at, 0, sizeof j->at);
 	jit_code_trim(j);
@@ -231,8 +228,8 @@ static struct jit_page **page_at(struct jit *j, uint64_t rip) { return &j->at[ri
 
 static void ind_put(struct jit *j, uint64_t rip, const struct jit_code *k)
 {
-	j->low->ind[rip & ((1u << JIT_IND_BITS) - 1)] =
-		(struct jit_ind){ .rip = rip, .code = (uint32_t)(uintptr_t)(j->rx + k->entry), .page = (uint32_t)(uintptr_t)k->page };
+	if ((int64_t)rip >> 16 == (int32_t)((int64_t)rip >> 16))
+		j->low->ind[(uint16_t)rip] = (struct jit_ind){ .high = (int32_t)((int64_t)rip >> 16), .at = k->entry - 4 };
 }
 
 /* The loop would find nothing to do but to look up cpu->rip, where code of a mode that is translated goes on: its stamp, else 0. */
@@ -291,16 +288,22 @@ static struct jit_code *page_code(struct cpu *c, struct jit *j, uint64_t stamp)
  */
 static uint64_t next_code(struct cpu *c, struct jit *j)
 {
-	const struct jit_ind *ind = &j->low->ind[c->rip & ((1u << JIT_IND_BITS) - 1)];
+	const struct jit_ind *ind = &j->low->ind[(uint16_t)c->rip];
 	uint64_t stamp = may_go_on(c, j);
+	const struct jit_code *k;
+	uint32_t at = ind->at;
 
 	if (!stamp)
 		return 1;
-	if ((ind->rip != c->rip || ((const struct jit_page *)(uintptr_t)ind->page)->stamp != stamp) && !page_code(c, j, stamp))
-		return 1;
+	if (!jit_ind_is(ind, c->rip) || ((const struct jit_page *)(uintptr_t)ld_le32(j->rx + at))->stamp != stamp) {
+		k = page_code(c, j, stamp);
+		if (!k)
+			return 1;
+		at = k->entry - 4;
+	}
 	j->low->stamp = stamp;
 	c->stats.blocks_run++;
-	return ind->code;
+	return (uintptr_t)(j->rx + at + 4);
 }
 
 static void op_stop(struct cpu *c, const struct insn *i) { }

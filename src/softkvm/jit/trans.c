@@ -372,6 +372,8 @@ static void entry(struct tr *t)
 	uint8_t *to;
 
 	t->mapped = false;
+	e8(e, 0xa9);                                    /* what is read there looks like a test eax, imm32 */
+	e32(e, (uint32_t)(uintptr_t)k->page);
 	k->entry = (uint32_t)(e->p - t->j->rw);
 	check(e, t);
 	k->body = (uint32_t)(e->p - t->j->rw);
