@@ -339,7 +339,10 @@ uint64_t jit_call_insn(struct jit_site *s)
 	c->rip = c->gpr[R_BLK] + s->bytes;
 	c->blk = k->part[s->part];
 	c->block_end = NULL;
-	memcpy(i, &c->blk->insn[s->first], s->count * sizeof *i);
+	if (likely(s->count == 1))      /* which is no matter for `rep movs`, as compilers take it for the other case */
+		*i = c->blk->insn[s->first];
+	else
+		memcpy(i, &c->blk->insn[s->first], s->count * sizeof *i);
 	*end = (struct insn){ .fn = op_stop, .off = (uint16_t)(end[-1].off + end[-1].len), .base = R_ZERO, .index = R_ZERO };
 	on = call_handlers(c, i, end);
 	if (unlikely(atomic_load_explicit(&c->code_store, memory_order_relaxed)))
