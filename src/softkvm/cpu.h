@@ -209,6 +209,7 @@ struct cpu {
 	struct vcpu *vcpu;              /* the API object around this (vcpu.h) */
 	struct lapic *lapic;            /* NULL without an in-engine LAPIC */
 	unsigned id;
+	bool tsc_scaled;                /* the guest's TSC has another rate than the host's */
 	const struct cpu_features *feat;/* from KVM_SET_CPUID2: what decodes and what is #UD (cpuid.h) */
 
 	/* Guest debugging (KVM_SET_GUEST_DEBUG). */

@@ -132,6 +132,7 @@ int tsc_set_khz(struct cpu *c, uint32_t khz)
 	a->tsc_khz = khz;
 	/* Within 250 ppm the host's own rate serves, as on Linux. */
 	a->tsc_ratio = d <= host / 4000 || khz == host ? 0 : (uint64_t)(((unsigned __int128)khz << 48) / host);
+	c->tsc_scaled = a->tsc_ratio;
 	if (cur)
 		c->msr.tsc_offset += cur - tsc_read(c);
 	cpu_request(c, REQ_CLOCK | REQ_TIMER);

@@ -161,8 +161,17 @@ bool gen_operand_at(struct tr *t, unsigned n, struct cold *k, int64_t disp, unsi
 {
 	const ZydisDecodedOperandMem *m = mem_operand(&t->t[n]);
 
-	if (!m || !gen_address_at(t, n, disp) || !gen_segment(t, k, insn_seg(m->segment), size))
+	if (!m || !gen_address_at(t, n, disp))
 		return false;
+	if (t->index)
+		em_mem(&t->h, true, 0x8d, ST, ST, SA, 0, 0);
+	if (!gen_segment(t, k, insn_seg(m->segment), size))
+		return false;
+	if (t->align) {
+		EM(&t->h, 0x41, 0xf6, 0xc7);            /* test r15b, align ; jne */
+		e8(&t->h, t->align);
+		cold_from(k, em_jcc(&t->h, 5));
+	}
 	gen_check(t, k, size, write);
 	return true;
 }

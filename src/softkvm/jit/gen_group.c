@@ -26,6 +26,8 @@ static bool may_join(const struct tr *t, const struct tinsn *i)
 	if (i->by_handler || (i->in->flags & (IF_END | IF_NEW_IMM)) || !int_row(i))
 		return false;
 	m = mem_of(i);
+	if (m && i->z.meta.category == ZYDIS_CATEGORY_BITBYTE && i->op[0].type == ZYDIS_OPERAND_TYPE_MEMORY && i->op[1].type == ZYDIS_OPERAND_TYPE_REGISTER)
+		return false;   /* of a bit string: anywhere */
 	return !m || (m->encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM && m->mem.type == ZYDIS_MEMOP_TYPE_MEM && m->size >= 8 &&
 		      m->size <= 64 && i->z.address_width == t->bits && m->mem.base != ZYDIS_REGISTER_RIP &&
 		      tr_seg_flat(t, insn_seg(m->mem.segment)) &&

@@ -344,6 +344,8 @@ struct tr {
 	int8_t map[16];                 /* host register of each guest register, -1: in memory */
 	const struct jit_map_thunks *thunks;
 	bool mapped;                    /* that is where registers are now */
+	uint8_t align;                  /* bits of operands' linear addresses that are to be 0 (gen_sys.c) */
+	bool index;                     /* SA is added to operands' addresses (gen_sys.c) */
 	bool row;                       /* in a row (gen_group.c): ST is the host address of displacement row_low */
 	int64_t row_low;
 	int8_t mem_disp;                /* of the operand from ST */
@@ -412,6 +414,9 @@ bool int_nothing(const struct tinsn *i);        /* NOP and what acts like one */
 bool gen_vec(struct tr *t, unsigned n);
 bool gen_gather(struct tr *t, unsigned n);
 bool gen_x87(struct tr *t, unsigned n);
+bool gen_odd(struct tr *t, unsigned n);                 /* bit strings, CMPXCHG16B, CLD: gen_sys.c */
+bool gen_sys(struct tr *t, unsigned n);                 /* with IF_ONCE ... */
+bool gen_sys_may(const struct tr *t, const struct tinsn *i);    /* ... those that are worth a try */
 /* Instruction n needs these JV_* bits: looks unless they are known. Destroys flags; on failure to `k`. */
 void gen_live(struct tr *t, struct cold *k, unsigned bit);
 

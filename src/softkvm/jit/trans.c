@@ -194,10 +194,10 @@ static void decode_part(struct tr *t, struct block *b, uint64_t rip)
 		i->in = in;
 		i->b = b;
 		i->rip = rip + in->off;
-		i->by_handler = in->fn == op_ud || in->fn == op_fetch_gp || (in->flags & IF_ONCE) || (in->flags & IF_NEW_DISP) ||
+		i->by_handler = in->fn == op_ud || in->fn == op_fetch_gp || (in->flags & IF_NEW_DISP) ||
 				(in->flags & (IF_NEW_IMM | IF_END)) == (IF_NEW_IMM | IF_END) ||
 				ZYAN_FAILED(decode_zydis(&t->decoder, t->c, block_copy(b) + in->off, in->len, &i->z, i->op)) ||
-				i->z.length != in->len;
+				i->z.length != in->len || ((in->flags & IF_ONCE) && !gen_sys_may(t, i));
 		if (i->by_handler) {
 			i->tested = JIT_ALL_FLAGS;
 			i->written = i->killed = 0;
@@ -307,7 +307,9 @@ static bool gen_one(struct tr *t, unsigned n)
 		return false;
 	if (t->t[n].in->flags & IF_NEW_IMM)
 		return gen_patched(t, n);
-	return gen_int(t, n) || gen_vec(t, n) || gen_gather(t, n) || gen_x87(t, n) || gen_branch(t, n);
+	if (t->t[n].in->flags & IF_ONCE)
+		return gen_sys(t, n);
+	return gen_int(t, n) || gen_vec(t, n) || gen_gather(t, n) || gen_x87(t, n) || gen_branch(t, n) || gen_odd(t, n);
 }
 
 static void reset(struct tr *t, const struct em *h, const struct em *cold)
@@ -319,7 +321,8 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 	t->in_host = false;
 	t->live = 0;
 	t->ncold = t->nfix = t->npoints = 0;
-	t->row = false;
+	t->row = t->index = false;
+	t->align = 0;
 	t->rsp_off = 0;
 	t->k->links = NULL;
 	t->k->patches = NULL;

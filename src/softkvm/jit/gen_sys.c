@@ -1,0 +1,415 @@
+/*
+ * System instructions that kernels use all the time, of 64-bit code: interrupt and direction flag, SWAPGS and segment bases, STAC and CLAC,
+ * time stamps, selectors and control registers read; and two that reach memory in their own way, bit strings and CMPXCHG16B. What is not the
+ * usual case goes to the handler: other rings than a mode tells apart, something that waits for STI, control register bits that forbid it.
+ */
+#include "softkvm/jit/slots.h"
+
+/* -- pieces -------------------------------------------------------------------------------------- */
+/* EFLAGS are free, and failures have somewhere to go. */
+static struct cold *begin(struct tr *t, unsigned n)
+{
+	gen_clobber(t, n);
+	return cold_new(t, n, 1);
+}
+
+static void done(struct tr *t, unsigned n, struct cold *k)
+{
+	cold_done(t, n, k);
+}
+
+static bool kernel(const struct tr *t) { return !(t->k->mode & BM_USER); }
+
+/* op byte [p], v ; with 80 /reg. */
+static void byte_op(struct em *e, unsigned reg, const void *p, uint8_t v)
+{
+	e8(e, 0x80);
+	em_abs(e, reg, p);
+	e8(e, v);
+}
+
+/* op dword [p], v ; with 81 /reg: 1 or, 4 and, 6 xor. */
+static void word_op(struct em *e, unsigned reg, const void *p, uint32_t v)
+{
+	em_op_abs(e, false, 0x81, reg, p);
+	e32(e, v);
+}
+
+/* To `k` unless a bit of [p] is set (cc 4) or clear (5). */
+static void need_bit(struct em *e, struct cold *k, const void *p, uint32_t bit, unsigned cc)
+{
+	em_op_abs(e, false, 0xf7, 0, p);
+	e32(e, bit);
+	cold_from(k, em_jcc(e, cc));
+}
+
+/* Rings 1 and 2 share the kernel's mode. */
+static void need_ring0(struct tr *t, struct cold *k)
+{
+	byte_op(&t->h, 7, &t->c->cpl, 0);
+	cold_from(k, em_jcc(&t->h, 5));
+}
+
+static void set_flag(struct em *e, struct cpu *c, uint32_t bit, bool on)
+{
+	word_op(e, on ? 1 : 4, &c->eflags, on ? bit : ~bit);
+}
+
+/* -- flags --------------------------------------------------------------------------------------- */
+static bool cld_std(struct tr *t, unsigned n)
+{
+	gen_clobber(t, n);
+	set_flag(&t->h, t->c, FL_DF, t->t[n].z.mnemonic == ZYDIS_MNEMONIC_STD);
+	return true;
+}
+
+static bool cli(struct tr *t, unsigned n)
+{
+	struct cold *k;
+
+	if (!kernel(t))
+		return false;
+	k = begin(t, n);
+	need_ring0(t, k);
+	set_flag(&t->h, t->c, FL_IF, false);
+	done(t, n, k);
+	return true;
+}
+
+/* As sti_shadow() says: where nothing waits and another instruction follows in the block, the shadow is kept by itself. */
+static bool sti(struct tr *t, unsigned n)
+{
+	struct em *e = &t->h;
+	struct cold *k;
+
+	if (!kernel(t))
+		return false;
+	k = begin(t, n);
+	need_ring0(t, k);
+	byte_op(e, 7, &t->c->irq_blocked, 0);
+	cold_from(k, em_jcc(e, 5));
+	word_op(e, 7, &t->c->requests, 0);
+	cold_from(k, em_jcc(e, 5));
+	set_flag(e, t->c, FL_IF, true);
+	done(t, n, k);
+	return true;
+}
+
+static bool pushf(struct tr *t, unsigned n)
+{
+	struct em *e = &t->h;
+	struct cold *k;
+
+	if (t->t[n].z.operand_width != 64)
+		return false;
+	gen_flags_save(t);
+	k = begin(t, n);
+	gen_stack(t, k, -8, 8, true);
+	EM(e, 0x0f);                                            /* movzx eax, word [aflags] ; mov ecx, eax */
+	em_op_abs(e, false, 0xb7, SA, &t->c->aflags);
+	EM(e, 0x89, 0xc1, 0x83, 0xe1, 0x01, 0xc1, 0xe1, 0x0b);  /* and ecx, 1 ; shl ecx, 11 */
+	EM(e, 0xc1, 0xe8, 0x08, 0x25, 0xd5, 0x00, 0x00, 0x00);  /* shr eax, 8 ; and eax, 0xd5 */
+	EM(e, 0x09, 0xc8);                                      /* or eax, ecx */
+	em_op_abs(e, false, 0x0b, SA, &t->c->eflags);
+	EM(e, 0x83, 0xc8, FL_1, 0x25);                          /* or eax, 2 ; and eax, all but VM and RF */
+	e32(e, ~(uint32_t)(FL_VM | FL_RF));
+	gen_point(t, n);
+	em_mem(e, true, 0x89, SA, ST, -1, 0, 0);
+	em_mem(e, true, 0x8d, H_R12, H_R12, -1, 0, -8);
+	done(t, n, k);
+	return true;
+}
+
+/*
+ * EFLAGS.AC changes what the kernel may reach, and so the mode: on at the next translation, of the other mode, or out to the loop. The table
+ * of indirect targets finds it, at a place that is known here.
+ */
+static bool stac_clac(struct tr *t, unsigned n)
+{
+	bool on = t->t[n].z.mnemonic == ZYDIS_MNEMONIC_STAC;
+	uint64_t rip = tr_end(t, n);
+	const struct jit_ind *ind = &t->j->low->ind[(uint16_t)rip];
+	struct em *e = &t->h;
+	struct cold *k;
+	uint8_t *out[3];
+
+	if (!kernel(t) || t->k->page->moves || on == !!(t->k->mode & BM_AC) || (int64_t)rip != (int32_t)rip)
+		return false;
+	gen_flags_save(t);
+	k = begin(t, n);
+	k->final = true;
+	need_ring0(t, k);
+	need_bit(e, k, &t->c->cr4, CR4_SMAP, 4);
+	set_flag(e, t->c, FL_AC, on);
+	em_imm(e, SA, (uintptr_t)t->c->tlbs[on ? TLB_KERNEL_AC : TLB_KERNEL]);
+	em_store(e, SA, &t->c->tlb);
+	word_op(e, 6, &t->j->low->stamp, BM_AC);
+	word_op(e, 5, &t->c->budget, tr_count(t, n));
+	out[0] = em_jcc(e, 14);
+	em_op_abs(e, false, 0x81, 7, &ind->high);               /* cmp dword [ind.high], rip >> 16 */
+	e32(e, (uint32_t)((int64_t)rip >> 16));
+	out[1] = em_jcc(e, 5);
+	em_load32(e, SA, &ind->at);
+	em_mem(e, false, 0x8b, SC, SA, -1, 0, (int32_t)(uintptr_t)t->j->rx);
+	em_mem(e, true, 0x8b, SC, SC, -1, 0, 0);
+	em_op_abs(e, true, 0x3b, SC, &t->j->low->stamp);
+	out[2] = em_jcc(e, 5);
+	e8(e, 0x05);                                            /* add eax, imm32 */
+	e32(e, (uint32_t)(uintptr_t)t->j->rx + 4);
+	map_out(e, t);
+	EM(e, 0xff, 0xe0);                                      /* jmp rax */
+	for (unsigned m = 0; m < ARRAY_SIZE(out); m++)
+		em_here(&t->cold, out[m]);
+	gen_leave(&t->cold, t, rip, NULL);
+	return true;
+}
+
+/* -- registers ----------------------------------------------------------------------------------- */
+static bool swapgs(struct tr *t, unsigned n)
+{
+	struct em *e = &t->h;
+	struct cold *k;
+
+	if (!kernel(t))
+		return false;
+	k = begin(t, n);
+	need_ring0(t, k);
+	em_load(e, SA, &t->c->seg[SEG_GS].base);
+	em_load(e, SC, &t->c->msr.kernel_gs_base);
+	em_store(e, SC, &t->c->seg[SEG_GS].base);
+	em_store(e, SA, &t->c->msr.kernel_gs_base);
+	done(t, n, k);
+	return true;
+}
+
+static unsigned reg_of(const ZydisDecodedOperand *o) { return insn_reg_off(o->reg.value) / 8; }
+
+static bool read_base(struct tr *t, unsigned n, unsigned seg)
+{
+	struct cold *k = begin(t, n);
+
+	need_bit(&t->h, k, &t->c->cr4, CR4_FSGSBASE, 4);
+	em_op_abs(&t->h, t->t[n].z.operand_width == 64, 0x8b, SA, &t->c->seg[seg].base);
+	gen_put(t, reg_of(&t->t[n].op[0]), SA);
+	done(t, n, k);
+	return true;
+}
+
+/* Canonical with 48 bits is canonical; whether 57 count is the handler's question. */
+static bool write_base(struct tr *t, unsigned n, unsigned seg)
+{
+	struct em *e = &t->h;
+	struct cold *k;
+
+	if (t->t[n].z.operand_width != 64)
+		return false;
+	k = begin(t, n);
+	need_bit(e, k, &t->c->cr4, CR4_FSGSBASE, 4);
+	em_mov(e, SC, gen_get(t, reg_of(&t->t[n].op[0]), SC));
+	em_mov(e, SA, SC);
+	EM(e, 0x48, 0xc1, 0xe0, 0x10, 0x48, 0xc1, 0xf8, 0x10);  /* shl rax, 16 ; sar rax, 16 ; cmp rax, rcx */
+	EM(e, 0x48, 0x39, 0xc8);
+	cold_from(k, em_jcc(e, 5));
+	em_store(e, SC, &t->c->seg[seg].base);
+	done(t, n, k);
+	return true;
+}
+
+static bool read_selector(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+
+	if (i->op[0].type != ZYDIS_OPERAND_TYPE_REGISTER || i->z.operand_width == 16)
+		return false;
+	e8(&t->h, 0x0f);                                        /* movzx eax, word [sel] */
+	em_op_abs(&t->h, false, 0xb7, SA, &t->c->seg[i->in->src].sel);
+	gen_put(t, reg_of(&i->op[0]), SA);
+	return true;
+}
+
+static bool read_cr(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	const uint64_t *cr;
+	struct cold *k;
+
+	switch (i->op[1].reg.value) {
+	case ZYDIS_REGISTER_CR0: cr = &t->c->cr0; break;
+	case ZYDIS_REGISTER_CR2: cr = &t->c->cr2; break;
+	case ZYDIS_REGISTER_CR3: cr = &t->c->cr3; break;
+	case ZYDIS_REGISTER_CR4: cr = &t->c->cr4; break;
+	default: return false;
+	}
+	if (!kernel(t))
+		return false;
+	k = begin(t, n);
+	need_ring0(t, k);
+	em_load(&t->h, SA, cr);
+	gen_put(t, reg_of(&i->op[0]), SA);
+	done(t, n, k);
+	return true;
+}
+
+/* MOV with a segment or control register on one side. */
+static bool mov(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+
+	return i->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT ? i->z.opcode == 0x8c && read_selector(t, n) :
+	       i->z.opcode_map == ZYDIS_OPCODE_MAP_0F && i->z.opcode == 0x20 && read_cr(t, n);
+}
+
+/* The host's counter and an offset, where the guest's runs at the same rate. */
+static bool rdtsc(struct tr *t, unsigned n, bool p)
+{
+	struct em *e = &t->h;
+	struct cold *k = begin(t, n);
+
+	need_bit(e, k, &t->c->cr4, CR4_TSD, 5);
+	byte_op(e, 7, &t->c->tsc_scaled, 0);
+	cold_from(k, em_jcc(e, 5));
+	EM(e, 0x0f, 0x31, 0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0);    /* rdtsc ; shl rdx, 32 ; or rax, rdx */
+	em_op_abs(e, true, 0x03, SA, &t->c->msr.tsc_offset);
+	em_mov(e, H_RDX, SA);
+	EM(e, 0x48, 0xc1, 0xea, 0x20, 0x41, 0x89, 0xc5);                /* shr rdx, 32 ; mov r13d, eax */
+	if (p)
+		em_load32(e, H_R14, &t->c->msr.tsc_aux);
+	done(t, n, k);
+	return true;
+}
+
+/* -- memory -------------------------------------------------------------------------------------- */
+/* All registers but the guest's rax and rcx are where the host's instruction wants them. */
+static bool cmpxchg16b(struct tr *t, unsigned n)
+{
+	bool lock = t->t[n].z.attributes & ZYDIS_ATTRIB_HAS_LOCK;
+	struct em *e = &t->h;
+	struct cold *k;
+	bool ok;
+
+	if (t->map[R_RBX] != H_RBX)
+		return false;
+	k = begin(t, n);
+	t->align = 15;          /* before the page is looked for: as the handler */
+	ok = gen_operand(t, n, k, 16, true);
+	t->align = 0;
+	if (!ok)
+		return false;
+	gen_flags_before(t, n);
+	em_mov(e, H_RAX, H_R13);
+	em_mov(e, H_RCX, H_R14);
+	gen_point(t, n);
+	if (lock)
+		e8(e, 0xf0);
+	EM(e, 0x49, 0x0f, 0xc7, 0x0f);                          /* cmpxchg16b [r15] */
+	em_mov(e, H_R13, H_RAX);
+	gen_flags_after(t, n);
+	done(t, n, k);
+	return true;
+}
+
+/* pext rax, reg, 63: the bit's number in its word, without touching flags. */
+static void bit_number(struct em *e, unsigned reg, bool w)
+{
+	em_imm(e, SC, w ? 63 : 31);
+	EM(e, 0xc4, 0xe2);
+	e8(e, 0x82 | (~reg & 15) << 3);
+	EM(e, 0xf5, 0xc1);
+}
+
+/* BT and its kin with a register index, on memory: the word first, then the bit in it. */
+static bool bit_string(struct tr *t, unsigned n)
+{
+	const struct tinsn *i = &t->t[n];
+	bool w = i->z.operand_width == 64, lock = i->z.attributes & ZYDIS_ATTRIB_HAS_LOCK, look = i->z.mnemonic == ZYDIS_MNEMONIC_BT;
+	struct em *e = &t->h;
+	struct cold *k;
+	unsigned reg;
+	bool ok;
+
+	if (i->op[0].type != ZYDIS_OPERAND_TYPE_MEMORY || i->op[1].type != ZYDIS_OPERAND_TYPE_REGISTER || i->z.operand_width == 16 ||
+	    i->z.address_width != 64)
+		return false;
+	k = begin(t, n);
+	reg = gen_get(t, reg_of(&i->op[1]), SA);
+	if (w) {
+		em_mov(e, SA, reg);
+		EM(e, 0x48, 0xc1, 0xf8, 0x06, 0x48, 0xc1, 0xe0, 0x03);  /* sar rax, 6 ; shl rax, 3 */
+	} else {
+		e8(e, 0x48 | reg >> 3);                                 /* movsxd rax, reg */
+		e8(e, 0x63);
+		e8(e, 0xc0 | (reg & 7));
+		EM(e, 0x48, 0xc1, 0xf8, 0x05, 0x48, 0xc1, 0xe0, 0x02);  /* sar rax, 5 ; shl rax, 2 */
+	}
+	t->index = true;
+	ok = gen_operand(t, n, k, w ? 8 : 4, !look);
+	t->index = false;
+	if (!ok)
+		return false;
+	gen_flags_before(t, n);
+	bit_number(e, gen_get(t, reg_of(&i->op[1]), SA), w);
+	gen_point(t, n);
+	if (look) {
+		em_mem(e, w, 0x8b, SC, ST, -1, 0, 0);
+		e8(e, 0x40 | w << 3);                                   /* bt rcx, rax */
+		EM(e, 0x0f, 0xa3, 0xc1);
+	} else {
+		if (lock)
+			e8(e, 0xf0);
+		e8(e, 0x41 | w << 3);                                   /* op [r15], rax */
+		e8(e, 0x0f);
+		e8(e, i->z.opcode);
+		e8(e, 0x07);
+	}
+	gen_flags_after(t, n);
+	done(t, n, k);
+	return true;
+}
+
+/* -- which --------------------------------------------------------------------------------------- */
+bool gen_sys_may(const struct tr *t, const struct tinsn *i)
+{
+	if (!tr_64(t) || t->j->lock)    /* lockstep: interpreted, once */
+		return false;
+	switch (i->z.mnemonic) {
+	case ZYDIS_MNEMONIC_CLI: case ZYDIS_MNEMONIC_PUSHFQ: case ZYDIS_MNEMONIC_STAC: case ZYDIS_MNEMONIC_CLAC: case ZYDIS_MNEMONIC_SWAPGS:
+	case ZYDIS_MNEMONIC_RDFSBASE: case ZYDIS_MNEMONIC_RDGSBASE: case ZYDIS_MNEMONIC_WRFSBASE: case ZYDIS_MNEMONIC_WRGSBASE:
+	case ZYDIS_MNEMONIC_RDTSC: case ZYDIS_MNEMONIC_RDTSCP:
+		return true;
+	case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_MOV:
+		return !(i->in->flags & IF_END);
+	default:
+		return false;
+	}
+}
+
+bool gen_sys(struct tr *t, unsigned n)
+{
+	switch (t->t[n].z.mnemonic) {
+	case ZYDIS_MNEMONIC_CLI: return cli(t, n);
+	case ZYDIS_MNEMONIC_STI: return sti(t, n);
+	case ZYDIS_MNEMONIC_PUSHFQ: return pushf(t, n);
+	case ZYDIS_MNEMONIC_STAC: case ZYDIS_MNEMONIC_CLAC: return stac_clac(t, n);
+	case ZYDIS_MNEMONIC_SWAPGS: return swapgs(t, n);
+	case ZYDIS_MNEMONIC_RDFSBASE: return read_base(t, n, SEG_FS);
+	case ZYDIS_MNEMONIC_RDGSBASE: return read_base(t, n, SEG_GS);
+	case ZYDIS_MNEMONIC_WRFSBASE: return write_base(t, n, SEG_FS);
+	case ZYDIS_MNEMONIC_WRGSBASE: return write_base(t, n, SEG_GS);
+	case ZYDIS_MNEMONIC_RDTSC: return rdtsc(t, n, false);
+	case ZYDIS_MNEMONIC_RDTSCP: return rdtsc(t, n, true);
+	case ZYDIS_MNEMONIC_MOV: return mov(t, n);
+	default: return false;
+	}
+}
+
+bool gen_odd(struct tr *t, unsigned n)
+{
+	if (!tr_64(t) || t->row)
+		return false;
+	switch (t->t[n].z.mnemonic) {
+	case ZYDIS_MNEMONIC_CLD: case ZYDIS_MNEMONIC_STD: return cld_std(t, n);
+	case ZYDIS_MNEMONIC_CMPXCHG16B: return cmpxchg16b(t, n);
+	case ZYDIS_MNEMONIC_BT: case ZYDIS_MNEMONIC_BTS: case ZYDIS_MNEMONIC_BTR: case ZYDIS_MNEMONIC_BTC: return bit_string(t, n);
+	default: return false;
+	}
+}

@@ -1,0 +1,95 @@
+/*
+ * System instructions that the translator has code of its own for (jit/gen_sys.c), in a loop of the kernel's, with flags that matter around
+ * them: interpreted, translated when hot and translated at once the guest must end with the same registers.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "guest.h"
+
+#define MIX(reg) "rol $7, %r15; add %" #reg ", %r15;"
+#define FLAGS "lahf; seto %al; movzx %ax, %eax;" MIX(rax)
+#define RFLAGS "pushfq; pop %rax;" MIX(rax)
+#define BIT(op) "test %r15, %r15; " op "; setc %al; setz %ah; movzx %ax, %eax;" MIX(rax)
+
+/*
+ * r8 counts down; r15 is the hash of all that was seen, r14 gives flags, r13 counts page faults, r11 time that ran backwards. The page at 2 MiB is
+ * the user's: only STAC makes it reachable.
+ */
+GUEST_ASM(loop, 64,
+	"mov %cr4, %rax; or $0x210000, %rax; mov %rax, %cr4; mov $400, %r8d; xor %r15d, %r15d; xor %r12d, %r12d; xor %r11d, %r11d; xor %r13d, %r13d;"
+	"mov $0x9e3779b97f4a7c15, %r14;"
+	"1: add %r15, %r14; cli;" FLAGS RFLAGS
+	"add %r15, %r14; sti; nop;" FLAGS RFLAGS
+	"sub %r15, %r14; std; pushfq; cld; pop %rax;" MIX(rax) FLAGS RFLAGS
+	"add %r15, %r14; swapgs;" FLAGS "rdgsbase %rax;" MIX(rax)
+	"mov %r15, %rax; shl $17, %rax; sar $17, %rax; wrgsbase %rax; swapgs; rdgsbase %rax;" MIX(rax)
+	"mov %r15, %rbx; shl $17, %rbx; sar $17, %rbx; wrfsbase %rbx; rdfsbase %rax;" MIX(rax)
+	"wrfsbase %r15d; rdfsbase %rax;" MIX(rax) "rdfsbase %eax;" MIX(rax)
+	"mov %ds, %eax;" MIX(rax) "mov %cs, %r10;" MIX(r10) "mov %cr0, %rax;" MIX(rax) "mov %cr2, %rax;" MIX(rax) "mov %cr3, %r10;" MIX(r10)
+	"mov %cr4, %rax;" MIX(rax)
+	"mov %r15, %rcx; and $0xfff, %ecx; sub $0x800, %rcx; mov $0x100800, %edi;"
+	BIT("bts %rcx, (%rdi)") BIT("bt %rcx, (%rdi)") BIT("lock btr %rcx, (%rdi)") BIT("btc %rcx, (%rdi)")
+	BIT("btr %ecx, 4(%rdi)") BIT("lock bts %ecx, 4(%rdi)") BIT("bt %ecx, -4(%rdi,%r8,8)") "mov %r15, %r10; and $0x7f, %r10d;" BIT("btc %r10, (%rdi)")
+	"mov $0x101000, %edi; mov (%rdi), %rax; mov 8(%rdi), %rdx; mov %r15, %rbx; mov %r8, %rcx; test $1, %r8b; jz 2f; inc %rax;"
+	"2: cmp %r8, %r15; lock cmpxchg16b (%rdi); setz %bl; setc %bh;" MIX(rax) MIX(rdx) MIX(rbx)
+	"mov (%rdi), %rax; mov 8(%rdi), %rdx; cmpxchg16b (%rdi); setz %bl;" MIX(rbx)
+	"add %r15, %r14; stac;" FLAGS "mov 0x200000, %rax; add %r15, %rax; mov %rax, 0x200000;" MIX(rax) RFLAGS "stac; stac; clac;" RFLAGS
+	"test $15, %r8b; jnz 3f; mov 0x200008, %rax; stac; 3: clac; clac;" RFLAGS
+	"rdtsc; shl $32, %rdx; or %rdx, %rax; cmp %r12, %rax; adc $0, %r11; mov %rax, %r12;"
+	"rdtscp; shl $32, %rdx; or %rdx, %rax; cmp %r12, %rax; adc $0, %r11; mov %rax, %r12;" MIX(rcx)
+	"dec %r8d; jnz 1b; out %al, $0x80; hlt");
+/* #PF: with EFLAGS.AC the access may be made. */
+GUEST_ASM(on_fault, 64, "inc %r13; add $8, %rsp; orl $0x40000, 16(%rsp); iretq");
+
+static struct kvm_regs run(const char *mode, struct softkvm_stats *s)
+{
+	const uint64_t kernel = 0x83, user = 0x200087;
+	struct kvm_regs r;
+	struct guest g;
+
+	setenv("LODGE_SOFT_MODE", mode, 1);
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+	guest_load(&g, 0x10000, loop, (size_t)(loop_end - loop));
+	guest_load(&g, 0x20000, on_fault, (size_t)(on_fault_end - on_fault));
+	guest_long64(&g, 0, 0x10000);
+	guest_load(&g, 0x5000, &kernel, 8);
+	guest_load(&g, 0x5008, &user, 8);
+	guest_gate(&g, 64, 14, 0x20000, 0);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+	guest_get_regs(&g, 0, &r);
+	assert_int_equal(softkvm_vcpu_stats(g.vcpu[0].f, s), 0);
+	guest_destroy(&g);
+	return r;
+}
+
+static void all_modes_agree(void **state)
+{
+	static const char *const modes[] = { "interp", "translate", "translate-at-once" };
+	struct kvm_regs r[3];
+	struct softkvm_stats s[3];
+
+	for (unsigned m = 0; m < 3; m++) {
+		r[m] = run(modes[m], &s[m]);
+		print_message("%s: %016llx, %llu calls of handlers\n", modes[m], (unsigned long long)r[m].r15, (unsigned long long)s[m].handler_calls);
+		assert_int_equal(r[m].r8, 0);
+		assert_int_equal(r[m].r11, 0);
+		assert_int_equal(r[m].r13, 400 / 16);
+		assert_int_equal(r[m].r14, r[0].r14);
+		assert_int_equal(r[m].r15, r[0].r15);
+	}
+	assert_true(s[2].translations > 0);
+	/* A round has some eighty instructions of these kinds: now and then one is to be their handlers'. */
+	assert_true(s[2].handler_calls < 400 * 12);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = { cmocka_unit_test(all_modes_agree) };
+
+	if (!__builtin_cpu_supports("bmi2")) {
+		printf("no translator here\n");
+		return 77;
+	}
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
