@@ -120,7 +120,7 @@ struct block_cache {
 	size_t size, used;
 	unsigned grown;                 /* times that the arena's bound was doubled */
 	uint64_t full_insns, full_blocks;       /* statistics when it was full last */
-	struct { uint64_t since, insns; unsigned times; } rest;  /* rest.c */
+	struct { uint64_t since, insns; bool again; } rest;  /* rest.c */
 	uint32_t gen[2], last_gen;      /* upper half of code_stamp, [1] at CPL 3; no value is used twice */
 	uint32_t seen_fetch_gen[2];
 	struct { uint32_t fetch_gen, gen; } known[8];   /* at CPL 3: values of fetch_gen that may come back */

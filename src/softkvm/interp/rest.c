@@ -1,7 +1,7 @@
 /*
- * Memory of a guest at rest. Most of what was decoded and translated while it booted, or for another piece of work that is done, is never
- * wanted again, and nothing tells which of it: where a vCPU does next to nothing for a while, all is given back. What is needed again
- * costs its making once more, some tenths of a second at most; so the next rest has to be twice as long, up to a minute.
+ * Memory of a guest at rest. Most of what was decoded and translated while it booted is never wanted again, and nothing tells which of
+ * it: where a vCPU does next to nothing for a second, all is given back. That is done once. What it works on later is given back only
+ * after ten minutes of rest: making it anew costs a large program seconds, and a user who stops to think should not pay for it.
  */
 #include <stdatomic.h>
 #include <sys/mman.h>
@@ -9,9 +9,10 @@
 #include "softkvm/interp/block.h"
 #include "softkvm/sys.h"
 
-#define REST_NS 1000000000u     /* the first time, of no more ... */
+#define REST_NS 1000000000u     /* after the boot, with no more instructions ... */
 #define REST_INSNS 4000000u     /* ... than timer ticks make in a second */
-#define REST_TIMES 6u           /* that it doubles */
+#define REST_LATER 600u         /* times as long afterwards ... */
+#define REST_WORK 100u          /* ... and times as many instructions */
 #define REST_BYTES (4u << 20)   /* of all vCPUs, to be worth it */
 
 static bool pays(const struct cpu *c)
@@ -24,21 +25,22 @@ static bool pays(const struct cpu *c)
 uint64_t engine_rest_due(struct cpu *c, uint64_t now)
 {
 	struct block_cache *bc = c->blocks;
+	uint64_t ns = (uint64_t)REST_NS * (bc->rest.again ? REST_LATER : 1);
 
 	if (!pays(c))
 		return UINT64_MAX;
-	if (!bc->rest.since || (c->stats.insns - bc->rest.insns) >> bc->rest.times > REST_INSNS) {
+	if (!bc->rest.since || c->stats.insns - bc->rest.insns > (uint64_t)REST_INSNS * (bc->rest.again ? REST_WORK : 1)) {
 		bc->rest.since = now;
 		bc->rest.insns = c->stats.insns;
 	}
-	return bc->rest.since + ((uint64_t)REST_NS << bc->rest.times);
+	return bc->rest.since + ns;
 }
 
 void engine_rest(struct cpu *c)
 {
 	struct block_cache *bc = c->blocks;
 
-	bc->rest.times += bc->rest.times < REST_TIMES;
+	bc->rest.again = true;
 	bc->rest.since = 0;
 	block_no_insn(c);
 	block_flush(c);
