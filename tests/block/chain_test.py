@@ -108,6 +108,7 @@ class Disk:
         self.img("snapshot", "-" + what, s, self.name())
         if what == "a":
             self.now = bytearray(self.snaps[s])
+            self.must.clear()       # a smaller disk has no more than that
             self.touched(0, len(self.now))
         else:
             del self.snaps[s]
