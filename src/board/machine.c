@@ -261,8 +261,10 @@ static void memory_map(struct machine *m)
 
 static int create_memory(struct machine *m, struct err *err)
 {
-	int r = guest_mem_create(&m->env.mem, m->vm, err);
+	int r = guest_mem_check(&m->cfg.mem_backing, m->cfg.mem_size, err);
 
+	if (!r)
+		r = guest_mem_create(&m->env.mem, m->vm, err);
 	if (r)
 		return r;
 	m->low_ram = m->cfg.mem_size >= LOW_SPLIT ? LOW_MAX : m->cfg.mem_size;

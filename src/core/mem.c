@@ -182,15 +182,14 @@ static uint64_t host_available(void)
 	return free == UINT64_MAX ? free : free + swap;
 }
 
-/* Memory that is not there is found out by the kernel's killing somebody: ask before. Huge pages were reserved when they were mapped. */
-static int prealloc_check(const struct slot *s, bool huge, struct err *err)
+int guest_mem_check(const struct mem_backing *b, uint64_t size, struct err *err)
 {
-	uint64_t there = huge ? UINT64_MAX : host_available();
+	uint64_t there = b->prealloc && !b->huge ? host_available() : UINT64_MAX;      /* huge pages are reserved when they are mapped */
 
-	if (s->r.size <= there)
+	if (size <= there)
 		return 0;
-	return err_set(err, -ENOMEM, "memory '%s': cannot allocate %llu MiB now: the host has %llu", s->name,
-		       (unsigned long long)(s->r.size >> 20), (unsigned long long)(there >> 20));
+	return err_set(err, -ENOMEM, "cannot allocate %llu MiB of memory now: the host has %llu", (unsigned long long)(size >> 20),
+		       (unsigned long long)(there >> 20));
 }
 
 static int prealloc_slot(struct slot *s, struct err *err)
@@ -265,8 +264,6 @@ static int add_locked(struct guest_mem *m, struct slot *s, const struct mem_back
 		r = err_set(err, -EINVAL, "memory '%s': size and address must be multiples of 2 MiB for huge pages", s->name);
 	if (!r)
 		r = s->r.fd >= 0 ? map_foreign(s, s->r.fd, s->r.fd_off, err) : map_slot(s, b && b->huge, b && b->private, err);
-	if (!r && b && b->prealloc)
-		r = prealloc_check(s, b->huge, err);
 	if (!r && b && b->prealloc)
 		r = prealloc_slot(s, err);
 	if (!r && b && b->no_dump && madvise(s->r.host, s->r.size, MADV_DONTDUMP))

@@ -29,6 +29,11 @@ struct mem_backing {
 int guest_mem_create(struct guest_mem **out, struct kvm_vm *vm, struct err *err);
 void guest_mem_destroy(struct guest_mem *m);
 
+/*
+ * Before `size` bytes in all are added: -ENOMEM where they are to be allocated now and are not there. The kernel would find that out by
+ * killing somebody.
+ */
+int guest_mem_check(const struct mem_backing *b, uint64_t size, struct err *err);
 /* Map `size` bytes of new RAM at `gpa`; both page aligned. `name` shows in errors and in the memory map. */
 int guest_mem_add_ram(struct guest_mem *m, const char *name, uint64_t gpa, uint64_t size,
 		      const struct mem_backing *b, struct err *err);

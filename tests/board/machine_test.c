@@ -171,6 +171,9 @@ int main(int argc, char **argv)
 	unlink(m2);
 	expect_error("missing kernel", (struct run){ "/nonexistent" }, "No such file");
 	expect_error("directory", (struct run){ "/tmp" }, "directory");
+	write_file(m1, "\x1f\x8b\x08");
+	expect_error("compressed kernel", (struct run){ m1 }, "zcat");
+	unlink(m1);
 	expect_error("not a kernel", (struct run){ "/etc/passwd" }, "not a Linux bzImage");
 	expect_error("unknown feature", (struct run){ guest_mb, .cpu = "host,+nonsense" }, "nonsense");
 	expect_error("unknown model", (struct run){ guest_mb, .cpu = "i486dx" }, "i486dx");

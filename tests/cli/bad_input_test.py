@@ -177,6 +177,7 @@ with tempfile.TemporaryDirectory() as tmp:
     for size in ("0", "-1", "12Q", "", "99999999T", "1.5.2G", "abc"):
         check(["--memory"], *run, "--kernel", k, "--memory", size)
         check(["-m"], *qemu, "-kernel", k, "-m", size)
+    check(["cannot allocate"], *qemu, "-kernel", k, "-m", "1T", "-mem-prealloc")
     for n in ("0", "-1", "65", "x", "99999999999999999999"):
         check(["--cpus"], *run, "--kernel", k, "--cpus", n)
         check(["-smp"], *qemu, "-kernel", k, "-smp", n)

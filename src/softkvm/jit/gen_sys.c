@@ -13,11 +13,6 @@ static struct cold *begin(struct tr *t, unsigned n)
 	return cold_new(t, n, 1);
 }
 
-static void done(struct tr *t, unsigned n, struct cold *k)
-{
-	cold_done(t, n, k);
-}
-
 static bool kernel(const struct tr *t) { return !(t->k->mode & BM_USER); }
 
 /* op byte [p], v ; with 80 /reg. */
@@ -50,6 +45,18 @@ static void need_ring0(struct tr *t, struct cold *k)
 	cold_from(k, em_jcc(&t->h, 5));
 }
 
+/* begin() for what only ring 0 may do; NULL: ring 3, which is the handler's business. */
+static struct cold *begin_ring0(struct tr *t, unsigned n)
+{
+	struct cold *k;
+
+	if (!kernel(t))
+		return NULL;
+	k = begin(t, n);
+	need_ring0(t, k);
+	return k;
+}
+
 static void set_flag(struct em *e, struct cpu *c, uint32_t bit, bool on)
 {
 	word_op(e, on ? 1 : 4, &c->eflags, on ? bit : ~bit);
@@ -65,14 +72,12 @@ static bool cld_std(struct tr *t, unsigned n)
 
 static bool cli(struct tr *t, unsigned n)
 {
-	struct cold *k;
+	struct cold *k = begin_ring0(t, n);
 
-	if (!kernel(t))
+	if (!k)
 		return false;
-	k = begin(t, n);
-	need_ring0(t, k);
 	set_flag(&t->h, t->c, FL_IF, false);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
@@ -80,18 +85,16 @@ static bool cli(struct tr *t, unsigned n)
 static bool sti(struct tr *t, unsigned n)
 {
 	struct em *e = &t->h;
-	struct cold *k;
+	struct cold *k = begin_ring0(t, n);
 
-	if (!kernel(t))
+	if (!k)
 		return false;
-	k = begin(t, n);
-	need_ring0(t, k);
 	byte_op(e, 7, &t->c->irq_blocked, 0);
 	cold_from(k, em_jcc(e, 5));
 	word_op(e, 7, &t->c->requests, 0);
 	cold_from(k, em_jcc(e, 5));
 	set_flag(e, t->c, FL_IF, true);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
@@ -116,7 +119,7 @@ static bool pushf(struct tr *t, unsigned n)
 	gen_point(t, n);
 	em_mem(e, true, 0x89, SA, ST, -1, 0, 0);
 	em_mem(e, true, 0x8d, H_R12, H_R12, -1, 0, -8);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
@@ -168,17 +171,15 @@ static bool stac_clac(struct tr *t, unsigned n)
 static bool swapgs(struct tr *t, unsigned n)
 {
 	struct em *e = &t->h;
-	struct cold *k;
+	struct cold *k = begin_ring0(t, n);
 
-	if (!kernel(t))
+	if (!k)
 		return false;
-	k = begin(t, n);
-	need_ring0(t, k);
 	em_load(e, SA, &t->c->seg[SEG_GS].base);
 	em_load(e, SC, &t->c->msr.kernel_gs_base);
 	em_store(e, SC, &t->c->seg[SEG_GS].base);
 	em_store(e, SA, &t->c->msr.kernel_gs_base);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
@@ -191,7 +192,7 @@ static bool read_base(struct tr *t, unsigned n, unsigned seg)
 	need_bit(&t->h, k, &t->c->cr4, CR4_FSGSBASE, 4);
 	em_op_abs(&t->h, t->t[n].z.operand_width == 64, 0x8b, SA, &t->c->seg[seg].base);
 	gen_put(t, reg_of(&t->t[n].op[0]), SA);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
@@ -211,7 +212,7 @@ static bool write_base(struct tr *t, unsigned n, unsigned seg)
 	EM(e, 0x48, 0x39, 0xc8);
 	cold_from(k, em_jcc(e, 5));
 	em_store(e, SC, &t->c->seg[seg].base);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
@@ -240,13 +241,12 @@ static bool read_cr(struct tr *t, unsigned n)
 	case ZYDIS_REGISTER_CR4: cr = &t->c->cr4; break;
 	default: return false;
 	}
-	if (!kernel(t))
+	k = begin_ring0(t, n);
+	if (!k)
 		return false;
-	k = begin(t, n);
-	need_ring0(t, k);
 	em_load(&t->h, SA, cr);
 	gen_put(t, reg_of(&i->op[0]), SA);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
@@ -274,7 +274,7 @@ static bool rdtsc(struct tr *t, unsigned n, bool p)
 	EM(e, 0x48, 0xc1, 0xea, 0x20, 0x41, 0x89, 0xc5);                /* shr rdx, 32 ; mov r13d, eax */
 	if (p)
 		em_load32(e, H_R14, &t->c->msr.tsc_aux);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
@@ -304,7 +304,7 @@ static bool cmpxchg16b(struct tr *t, unsigned n)
 	EM(e, 0x49, 0x0f, 0xc7, 0x0f);                          /* cmpxchg16b [r15] */
 	em_mov(e, H_R13, H_RAX);
 	gen_flags_after(t, n);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
@@ -362,7 +362,7 @@ static bool bit_string(struct tr *t, unsigned n)
 		e8(e, 0x07);
 	}
 	gen_flags_after(t, n);
-	done(t, n, k);
+	cold_done(t, n, k);
 	return true;
 }
 
