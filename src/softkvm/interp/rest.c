@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include "softkvm/interp/block.h"
+#include "softkvm/jit/jit.h"
 #include "softkvm/sys.h"
 
 #define REST_NS 1000000000u     /* after the boot, with no more instructions ... */
@@ -44,5 +45,6 @@ void engine_rest(struct cpu *c)
 	bc->rest.since = 0;
 	block_no_insn(c);
 	block_flush(c);
+	jit_give_back(c);
 	madvise(bc->arena, bc->size, MADV_DONTNEED);    /* no more than a favour */
 }

@@ -1,10 +1,4 @@
-/* Bytes of machine code, the code area, and the thunks between C and translated code. */
-#include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
+/* Bytes of machine code, and the thunks between C and translated code. */
 #include "softkvm/jit/internal.h"
 
 const int8_t jit_map[16] = {
@@ -245,76 +239,4 @@ void jit_thunks(struct jit *j)
 	jit_map_thunks(j, &j->maps[0], jit_map);
 	j->hot = JIT_THUNKS;
 	j->cold = 0;
-}
-
-/* -- the code area ------------------------------------------------------------------------------- */
-static int map_memfd(struct jit *j, size_t bytes)
-{
-	int fd = memfd_create("softkvm-code", MFD_CLOEXEC);
-
-	if (fd < 0)
-		return -errno;
-	if (ftruncate(fd, (off_t)bytes) == 0) {
-		j->rw = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-		j->rx = mmap(NULL, bytes, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_32BIT, fd, 0);
-	}
-	close(fd);
-	return 0;
-}
-
-/* perf(1) uses its map for memory without a name only: shared memory that mremap() maps a second time. */
-static int map_nameless(struct jit *j, size_t bytes)
-{
-	j->rx = mmap(NULL, bytes, PROT_READ, MAP_SHARED | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
-	if (j->rx == MAP_FAILED)
-		return -errno;
-	j->rw = mremap(j->rx, 0, bytes, MREMAP_MAYMOVE);
-	if (j->rw == MAP_FAILED || mprotect(j->rw, bytes, PROT_READ | PROT_WRITE) || mprotect(j->rx, bytes, PROT_READ | PROT_EXEC))
-		return -errno;
-	return 0;
-}
-
-int jit_code_map(struct jit *j, size_t bytes)
-{
-	int r = j->perf_fd >= 0 ? map_nameless(j, bytes) : map_memfd(j, bytes);
-
-	j->size = bytes;
-	j->hot_size = bytes / 8 * 5;
-	if (r)
-		return r;
-	return !j->rw || j->rw == MAP_FAILED || !j->rx || j->rx == MAP_FAILED || !low_is(j->rx, bytes) ? -ENOMEM : 0;
-}
-
-static void trim(uint8_t *from, const uint8_t *end, int how)
-{
-	from = (uint8_t *)ALIGN_UP((uintptr_t)from, 4096);
-	if (from < end)
-		madvise(from, (size_t)(end - from), how);       /* no more than a favour */
-}
-
-void jit_code_trim(struct jit *j)
-{
-	trim(j->rw + j->hot, j->rw + (j->hot_size & ~(size_t)4095), MADV_REMOVE);
-	trim(j->rw + j->hot_size + j->cold, j->rw + j->size, MADV_REMOVE);
-	trim(j->low->arena + j->arena, (uint8_t *)j->low + (j->low_size & ~(size_t)4095), MADV_DONTNEED);
-	trim((uint8_t *)(j->points + j->npoints), (uint8_t *)(j->points + j->points_max), MADV_DONTNEED);
-}
-
-void jit_code_unmap(struct jit *j)
-{
-	if (j->rw && j->rw != MAP_FAILED)
-		munmap(j->rw, j->size);
-	if (j->rx && j->rx != MAP_FAILED)
-		munmap(j->rx, j->size);
-}
-
-void *jit_arena(struct jit *j, size_t size)
-{
-	uint8_t *p = j->low->arena + j->arena;
-
-	size = ALIGN_UP(size, 16);
-	if (j->arena_size - j->arena < size)
-		return NULL;
-	j->arena += size;
-	return p;
 }

@@ -167,6 +167,7 @@ struct jit {
 	size_t size, hot_size;
 	size_t hot, cold;               /* used so far; cold counts from hot_size */
 	size_t written;                 /* bytes since `rw` was last unmapped */
+	size_t huge[2];                 /* in huge pages up to here: hot, cold; offsets in the area */
 	struct jit_low *low;
 	uint32_t mxcsr_mask;            /* MXCSR bits the host has */
 	size_t low_size, arena_size, arena;
@@ -241,8 +242,11 @@ void map_in(struct em *e, struct tr *t);
 void map_out(struct em *e, struct tr *t);
 void map_of(int8_t map[16], unsigned key);      /* async-signal-safe */
 
+/* area.c */
 int jit_code_map(struct jit *j, size_t bytes);
+void jit_code_grown(struct jit *j);     /* more is in use than before */
 void jit_code_trim(struct jit *j);      /* give back the memory of what is not used now */
+void jit_records_huge(void *p, size_t bytes);   /* memory that fills slowly */
 void jit_code_unmap(struct jit *j);
 void *jit_arena(struct jit *j, size_t size);                            /* low memory, 16-byte aligned; NULL: full */
 

@@ -43,6 +43,8 @@ void jit_cpu_free(struct cpu *c);
 enum jit_result jit_run(struct cpu *c, struct block *b, uint32_t mode);
 /* The block cache was emptied: forget all translations. Never while translated code runs. */
 void jit_flush(struct cpu *c);
+/* The host may have the memory of what was forgotten. */
+void jit_give_back(struct cpu *c);
 /*
  * Blocks are about to move (interp/collect.c). jit_blocks_begin(): forget translations that nobody can come to; false: there are none that could be
  * kept. jit_blocks_visit(): replace each block of each translation by what `visit` makes of it, which may be asked for one more than once.

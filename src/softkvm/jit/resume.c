@@ -22,6 +22,7 @@ int points_map(struct jit *j, size_t bytes)
 
 	if (p == MAP_FAILED)
 		return -errno;
+	jit_records_huge(p, bytes);
 	j->points = p;
 	j->points_max = (uint32_t)(bytes / sizeof *j->points);
 	return 0;

@@ -36,6 +36,7 @@ static int init(struct jit *j, const struct jit_config *cfg)
 	j->low = low_alloc(j->low_size);
 	if (!j->tr || !j->low || !low_is(j->low, j->low_size))
 		return -ENOMEM;
+	jit_records_huge(j->low, j->low_size);
 	if ((r = jit_code_map(j, 9 * part)) || (r = points_map(j, part)))
 		return r;
 	return cfg->mode == JIT_LOCKSTEP ? lockstep_init(j) : 0;
@@ -99,7 +100,12 @@ void jit_flush(struct cpu *c)
 	memset(j->low->ind, 0, sizeof j->low->ind);
 	memset(j->pages, 0, sizeof j->pages);
 	memset(j->at, 0, sizeof j->at);
-	jit_code_trim(j);
+}
+
+void jit_give_back(struct cpu *c)
+{
+	if (c->jit)
+		jit_code_trim(c->jit);
 }
 
 static struct jit_code *code_of(const struct jit *j, const struct block *b)
