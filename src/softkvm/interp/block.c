@@ -26,6 +26,14 @@ static uint64_t grown_total(const struct cpu *c)
 	return c->vm && c->vm->policy.translate ? c->vm->policy.code_bytes - c->vm->policy.code_bytes / 8 * CODE_EIGHTHS : 0;
 }
 
+/* Empty, lines on cache lines; NULL: no memory. */
+static uint32_t *hash_map(unsigned bits)
+{
+	void *p = mmap(NULL, sizeof(uint32_t) << bits, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	return p == MAP_FAILED ? NULL : p;
+}
+
 int engine_cpu_init(struct cpu *c)
 {
 	struct block_cache *bc = calloc(1, sizeof *bc);
@@ -36,18 +44,13 @@ int engine_cpu_init(struct cpu *c)
 	bc->arena = mmap(NULL, bc->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	bc->scratch = aligned_alloc(64, ALIGN_UP(block_size(1, 15), 64));
 	bc->hash_bits = BLOCK_HASH_BITS;
-	bc->hash = calloc((size_t)1 << bc->hash_bits, sizeof *bc->hash);
-	if (bc->arena == MAP_FAILED || !bc->scratch || !bc->hash) {
-		if (bc->arena != MAP_FAILED)
-			munmap(bc->arena, bc->size);
-		free(bc->hash);
-		free(bc->scratch);
-		free(bc);
-		return -ENOMEM;
-	}
+	bc->hash = hash_map(bc->hash_bits);
 	bc->gen[1] = bc->last_gen = 1;
 	c->blocks = bc;
-	return 0;
+	if (bc->arena != MAP_FAILED && bc->scratch && bc->hash)
+		return 0;
+	engine_cpu_free(c);
+	return -ENOMEM;
 }
 
 void engine_cpu_free(struct cpu *c)
@@ -56,8 +59,10 @@ void engine_cpu_free(struct cpu *c)
 
 	if (!bc)
 		return;
-	munmap(bc->arena, bc->size);
-	free(bc->hash);
+	if (bc->arena != MAP_FAILED)
+		munmap(bc->arena, bc->size);
+	if (bc->hash)
+		munmap(bc->hash, sizeof *bc->hash << bc->hash_bits);
 	free(bc->scratch);
 	free(bc);
 	c->blocks = NULL;
@@ -111,7 +116,7 @@ void block_flush(struct cpu *c)
 
 	memset(bc->fast, 0, sizeof bc->fast);
 	memset(bc->fields, 0, sizeof bc->fields);
-	memset(bc->hash, 0, sizeof *bc->hash << bc->hash_bits);
+	block_hash_clear(bc);
 	bc->used = 0;
 	bc->want = NULL;
 	quick_forget(&bc->quick);       /* the guest's features may be others now */
@@ -345,30 +350,92 @@ static void build(struct cpu *c, struct build *b)
 	}
 }
 
-static unsigned hash_index(const struct block_cache *bc, uint64_t gpa, uint32_t mode)
-{
-	uint64_t h = (gpa ^ (uint64_t)(mode & BM_PHYS_MASK) << 40) * 0x9e3779b97f4a7c15ULL;
+/* -- the hash ---------------------------------------------------------------------------------- */
+#define HASH_GONE 1u            /* an entry whose block was given up */
 
-	return (unsigned)(h >> (64 - bc->hash_bits));
+static uint64_t hash_of(uint64_t gpa, uint32_t mode)
+{
+	return (gpa ^ (uint64_t)(mode & BM_PHYS_MASK) << 40) * 0x9e3779b97f4a7c15ULL;
+}
+
+/* Its first entry; they go on in the next lines where that is full. */
+static size_t hash_line(const struct block_cache *bc, uint64_t h) { return (size_t)(h >> (64 - bc->hash_bits)) & ~(size_t)(BLOCK_HASH_LINE - 1); }
+
+static uint8_t hash_tag(uint64_t h) { return (uint8_t)(h >> 24); }
+
+/* Some entries are always 0. */
+static void hash_put(struct block_cache *bc, uint32_t *hash, uint32_t entry, uint64_t h)
+{
+	size_t n = hash_line(bc, h), mask = ((size_t)1 << bc->hash_bits) - 1;
+
+	while (hash[n])
+		n = (n + 1) & mask;
+	hash[n] = entry;
+	bc->hashed++;
+}
+
+/* Twice the entries, for twice the blocks. */
+static void hash_grow(struct block_cache *bc)
+{
+	uint32_t *old = bc->hash, *new = hash_map(bc->hash_bits + 1);
+	size_t n = (size_t)1 << bc->hash_bits;
+
+	if (!new)
+		return;
+	bc->hash = new;
+	bc->hash_bits++;
+	bc->hashed = 0;
+	for (size_t i = 0; i < n; i++) {
+		const struct block *b = block_hashed(bc, old[i]);
+
+		if (b)
+			hash_put(bc, new, old[i], hash_of(b->gpa, b->mode));
+	}
+	munmap(old, sizeof *old * n);
+}
+
+void block_hash_clear(struct block_cache *bc)
+{
+	memset(bc->hash, 0, sizeof *bc->hash << bc->hash_bits);
+	bc->hashed = 0;
 }
 
 void block_hash_add(struct block_cache *bc, struct block *b)
 {
-	struct block **head = &bc->hash[hash_index(bc, b->gpa, b->mode)];
+	uint64_t h = hash_of(b->gpa, b->mode);
+	size_t n = (size_t)1 << bc->hash_bits;
 
-	b->hash_next = *head;
-	*head = b;
+	if (bc->hashed >= n / 4 * 3)
+		hash_grow(bc);
+	if (bc->hashed < n / 8 * 7)     /* else there was no memory: it is not found again by its address */
+		hash_put(bc, bc->hash, (uint32_t)((size_t)((uint8_t *)b - bc->arena) / BLOCK_ALIGN + 1) << 8 | hash_tag(h), h);
+}
+
+static uint32_t *hash_look(const struct block_cache *bc, uint64_t gpa, uint32_t mode, struct block **found)
+{
+	uint64_t h = hash_of(gpa, mode);
+	size_t n = hash_line(bc, h), mask = ((size_t)1 << bc->hash_bits) - 1;
+	uint8_t tag = hash_tag(h);
+
+	for (; bc->hash[n]; n = (n + 1) & mask) {
+		struct block *b = (uint8_t)bc->hash[n] == tag ? block_hashed(bc, bc->hash[n]) : NULL;
+
+		if (b && b->gpa == gpa && b->mode == (mode & BM_PHYS_MASK)) {
+			*found = b;
+			return &bc->hash[n];
+		}
+	}
+	return NULL;
 }
 
 struct block *block_hash_find(const struct block_cache *bc, uint64_t gpa, uint32_t mode)
 {
-	struct block *b = bc->hash[hash_index(bc, gpa, mode)];
+	struct block *b;
 
-	while (b && (b->gpa != gpa || b->mode != (mode & BM_PHYS_MASK)))
-		b = b->hash_next;
-	return b;
+	return hash_look(bc, gpa, mode, &b) ? b : NULL;
 }
 
+/* -- the arena --------------------------------------------------------------------------------- */
 /* This vCPU's share. */
 static size_t arena_limit(const struct cpu *c)
 {
@@ -379,27 +446,6 @@ static size_t arena_limit(const struct cpu *c)
 		first = MIN(first, BLOCK_ARENA_JIT);
 
 	return (size_t)MIN(MAX(first, MIN(first << c->blocks->grown, grown_total(c) / n)), c->blocks->size);
-}
-
-/* Twice the chains, for twice the blocks. Without memory for them they just get longer. */
-static void hash_grow(struct block_cache *bc)
-{
-	struct block **old = bc->hash, **new = calloc((size_t)2 << bc->hash_bits, sizeof *new), *b, *next;
-	size_t n = (size_t)1 << bc->hash_bits;
-
-	if (!new)
-		return;
-	bc->hash = new;
-	bc->hash_bits++;
-	for (size_t i = 0; i < n; i++)
-		for (b = old[i]; b; b = next) {
-			struct block **to = &new[hash_index(bc, b->gpa, b->mode)];
-
-			next = b->hash_next;
-			b->hash_next = *to;
-			*to = b;
-		}
-	free(old);
 }
 
 /* The arena is full. True: it may hold more from now on. A boot executes much code once: that is no reason. */
@@ -418,7 +464,6 @@ static bool arena_grow(struct cpu *c)
 		bc->grown--;
 		return false;
 	}
-	hash_grow(bc);
 	return true;
 }
 
@@ -427,11 +472,15 @@ static struct block *block_alloc(struct cpu *c, size_t need)
 	struct block_cache *bc = c->blocks;
 	struct block *b;
 
-	need = ALIGN_UP(need, BLOCK_ALIGN);
+	need = ALIGN_UP(need, BLOCK_ALIGN) + BLOCK_LINKS;
 	if (bc->used + need > arena_limit(c) && (!arena_grow(c) || bc->used + need > arena_limit(c)) && !block_collect(c, arena_limit(c)))
 		block_flush(c);
-	b = (struct block *)(bc->arena + bc->used);
-	bc->used += need;
+	if (!bc->used)
+		bc->linked = !c->jit;
+	if (bc->linked)
+		memset(bc->arena + bc->used, 0, BLOCK_LINKS);
+	b = (struct block *)(bc->arena + bc->used + (bc->linked ? BLOCK_LINKS : 0));
+	bc->used += need - (bc->linked ? 0 : BLOCK_LINKS);
 	return b;
 }
 
@@ -461,16 +510,11 @@ static struct block *block_finish(struct cpu *c, struct build *s)
 	struct block_cache *bc = c->blocks;
 	struct block *b = s->keep ? block_alloc(c, built_size(s)) : bc->scratch;
 
-	memset(b, 0, sizeof *b);
-	b->n = (uint8_t)s->n;
-	b->bytes = (uint16_t)s->bytes;
-	b->gpa = s->gpa;
-	b->mode = s->mode & BM_PHYS_MASK;
-	b->cross = s->cross;
-	b->lines = s->page[0].lines;
-	b->host = s->page[0].host + (s->gpa & 4095);
-	b->ver = s->cross || !s->keep ? &never_matches : s->page[0].ver;
-	b->ver_value = s->cross || !s->keep ? 1 : s->ver[0];
+	*b = (struct block){
+		.n = (uint8_t)s->n, .bytes = (uint16_t)s->bytes, .gpa = s->gpa, .mode = s->mode & BM_PHYS_MASK, .cross = s->cross,
+		.linked = s->keep && bc->linked, .lines = s->page[0].lines, .host = s->page[0].host + (s->gpa & 4095),
+		.ver = s->cross || !s->keep ? &never_matches : s->page[0].ver, .ver_value = s->cross || !s->keep ? 1 : s->ver[0],
+	};
 	finish_insns(b, s);
 	if (s->keep) {
 		block_hash_add(bc, b);
@@ -498,16 +542,12 @@ static bool same_pages(struct cpu *c, const struct block *b, const struct code_p
 
 static struct block *hash_find(struct cpu *c, uint64_t gpa, uint32_t mode, const struct code_page *pg, uint64_t lin)
 {
-	struct block **p = &c->blocks->hash[hash_index(c->blocks, gpa, mode)], *b;
+	struct block *b;
+	uint32_t *e = hash_look(c->blocks, gpa, mode, &b);
 
-	for (; (b = *p); p = &b->hash_next) {
-		if (b->gpa != gpa || b->mode != (mode & BM_PHYS_MASK))
-			continue;
-		if (same_pages(c, b, pg, lin) && block_valid(c, b))
-			return b;
-		*p = b->hash_next;
-		return NULL;
-	}
+	if (!e || (same_pages(c, b, pg, lin) && block_valid(c, b)))
+		return e ? b : NULL;
+	*e = HASH_GONE;
 	return NULL;
 }
 

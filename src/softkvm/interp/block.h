@@ -3,7 +3,7 @@
  * Private to interp/.
  *
  * Finding a block. By linear address in a direct-mapped table that is valid for one `code_stamp`
- * (generation of the instruction TLB at this privilege, and mode), else by physical address in a hash. A
+ * (generation of the instruction TLB at this privilege, and mode), else by physical address in a hash. Without a translator a
  * branch remembers where it went last (struct block_link) and goes there without leaving the handler.
  *
  * Staying right. A block remembers the version of its page (mmu_code_mark()); whoever stores to the page
@@ -55,27 +55,35 @@ struct block_link {
 	struct block *blk;
 };
 
+/*
+ * One cache line; what a lookup by linear address and the translator look at comes first. Where nothing is translated two links lie in front
+ * of it (block_link()): with a translator the interpreter follows none.
+ */
 struct block {
 	const _Atomic uint32_t *ver;    /* what links check; a crossing block points to a version that never matches */
 	uint32_t ver_value;
-	uint8_t n;                      /* instructions */
-	bool cross;                     /* the one instruction goes on in another page: struct block_cross */
 	uint16_t bytes;
-	uint64_t gpa;
-	uint32_t mode;
-	bool kept, hashed;              /* collect.c */
-	uint8_t patched;                /* immediates and displacements that changed since: patch.c */
-	_Atomic uint64_t *lines;        /* of its (first) page: mmu_code_lines() */
-	struct block_link link[2];      /* fall-through or not taken; taken */
-	struct block *hash_next;
+	uint8_t n;                      /* instructions */
+	bool cross : 1;                 /* the one instruction goes on in another page: struct block_cross */
+	bool linked : 1;                /* has links */
+	bool kept : 1, hashed : 1;      /* collect.c */
 	struct jit_code *code;          /* its translation, if code_gen is the translator's; see jit/jit.h */
 	uint32_t code_gen;
-	uint32_t runs;                  /* times interpreted while a translator waited */
+	uint8_t runs;                   /* times interpreted while a translator waited */
+	uint8_t patched;                /* immediates and displacements that changed since: patch.c */
+	uint64_t gpa;
+	uint32_t mode;
+	uint32_t moves;                 /* collect.c */
+	_Atomic uint64_t *lines;        /* of its (first) page: mmu_code_lines() */
 	const uint8_t *host;            /* first byte in host memory */
 	/* n, then one with op_block_end unless the last is a branch; then the bytes this was decoded from; then block_cross. */
 	_Alignas(32) struct insn insn[];
 };
-_Static_assert(sizeof(struct block) <= 128, "block: small ones are most of the arena");
+_Static_assert(sizeof(struct block) == 64, "block: small ones are most of the arena");
+
+/* n = 0: fall-through or not taken; 1: taken. */
+static inline struct block_link *block_link(struct block *b, unsigned n) { return (struct block_link *)b - 1 - n; }
+#define BLOCK_LINKS ALIGN_UP(2 * sizeof(struct block_link), BLOCK_ALIGN)
 
 /* Of a block that crosses a page end: the pages' own versions, and the second page. */
 struct block_cross {
@@ -110,14 +118,17 @@ struct block_field { const struct insn *insn; uint8_t at, len; };
 #define CODE_STAMP_NONE 1      /* no block or link ever has this */
 
 #define BLOCK_FAST_BITS 14
-#define BLOCK_HASH_BITS 15              /* at first */
+#define BLOCK_HASH_BITS 16              /* at first */
+#define BLOCK_HASH_LINE 16              /* entries in a cache line */
 
 struct block_cache {
 	struct block_fast fast[1 << BLOCK_FAST_BITS];
-	struct block **hash;
-	unsigned hash_bits;
+	/* By physical address: 24 bits say which block of the arena, 0: none; 8 are some of the hash, so that a lookup touches one line. 0 ends a search. */
+	uint32_t *hash;
+	unsigned hash_bits, hashed;     /* hashed: entries that are not 0 */
 	uint8_t *arena;
 	size_t size, used;
+	bool linked;                    /* its blocks have links */
 	unsigned grown;                 /* times that the arena's bound was doubled */
 	uint64_t full_insns, full_blocks;       /* statistics when it was full last */
 	struct { uint64_t since, insns; bool again; } rest;  /* rest.c */
@@ -166,6 +177,12 @@ void block_flush(struct cpu *c);
 /* collect.c: forget what is not translated. False: nothing was forgotten, as too much would be left, or there is no translator. */
 bool block_collect(struct cpu *c, size_t limit);
 void block_hash_add(struct block_cache *bc, struct block *b);
+void block_hash_clear(struct block_cache *bc);
+/* That of an entry; NULL: it has none. */
+static inline struct block *block_hashed(const struct block_cache *bc, uint32_t entry)
+{
+	return entry >> 8 ? (struct block *)(bc->arena + ((size_t)(entry >> 8) - 1) * BLOCK_ALIGN) : NULL;
+}
 /*
  * patch.c: its bytes have changed (which is noticed from here on). Take over immediates and displacements; false: it is other code. What
  * was translated from it finds its instructions changed: jit_revived().

@@ -13,16 +13,19 @@ static struct block *mark(struct block *b)
 	return b;
 }
 
-static struct block *moved_to(struct block *b) { return b->hash_next; }
+static struct block *moved_to(struct block *b) { return (struct block *)((uint8_t *)b - (size_t)b->moves * BLOCK_ALIGN); }
 
 static struct block *after(struct block *b) { return (struct block *)((uint8_t *)b + block_bytes(b)); }
 
 /* Blocks that a lookup gave up stay out of the hash. */
 static void mark_hashed(struct block_cache *bc)
 {
-	for (size_t n = 0; n < (size_t)1 << bc->hash_bits; n++)
-		for (struct block *b = bc->hash[n]; b; b = b->hash_next)
+	for (size_t n = 0; n < (size_t)1 << bc->hash_bits; n++) {
+		struct block *b = block_hashed(bc, bc->hash[n]);
+
+		if (b)
 			b->hashed = true;
+	}
 }
 
 /* Where each of the kept will be; how many bytes they take. */
@@ -33,7 +36,7 @@ static size_t plan(struct block_cache *bc)
 
 	for (struct block *b = (struct block *)bc->arena; b < end; b = after(b))
 		if (b->kept) {
-			b->hash_next = (struct block *)to;
+			b->moves = (uint32_t)((size_t)((uint8_t *)b - to) / BLOCK_ALIGN);
 			to += block_bytes(b);
 		}
 	return (size_t)(to - bc->arena);
@@ -53,14 +56,13 @@ static void move(struct block_cache *bc)
 {
 	struct block *end = (struct block *)(bc->arena + bc->used), *next;
 
-	memset(bc->hash, 0, sizeof *bc->hash << bc->hash_bits);
+	block_hash_clear(bc);
 	for (struct block *b = (struct block *)bc->arena, *to; b < end; b = next) {
 		next = after(b);
 		if (!b->kept)
 			continue;
-		to = b->hash_next;
+		to = moved_to(b);
 		memmove(to, b, block_bytes(b));
-		memset(to->link, 0, sizeof to->link);
 		if (to->hashed)
 			block_hash_add(bc, to);
 		to->kept = to->hashed = false;
@@ -79,7 +81,7 @@ bool block_collect(struct cpu *c, size_t limit)
 {
 	struct block_cache *bc = c->blocks;
 
-	if (!jit_blocks_begin(c))
+	if (bc->linked || !jit_blocks_begin(c))
 		return false;
 	jit_blocks_visit(c, mark);
 	if (kept_bytes(bc) > limit / 4 * 3) {

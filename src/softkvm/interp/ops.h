@@ -209,7 +209,10 @@ static ALWAYS_INLINE bool chain_ok(struct cpu *c, const struct block *b)
 /* cpu->rip is set: go on at the block that link `n` remembers, or let the loop find it. */
 #if THREADED
 #define CHAIN(n) do {                                                           \
-		struct block_link *k_ = &c->blk->link[n];                       \
+		struct block_link *k_;                                          \
+		if (!c->blk->linked)                                            \
+			return;                                                 \
+		k_ = block_link(c->blk, n);                                     \
 		if (likely(k_->stamp == c->code_stamp && k_->rip == c->rip)) { \
 			struct block *b_ = k_->blk;                             \
 			if (likely(chain_ok(c, b_))) {                          \
