@@ -168,6 +168,22 @@ static void thunk_call(struct jit *j, struct em *e, const int8_t *map)
 	e8(e, 0xc3);
 }
 
+uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size)
+{
+	uint8_t *from;
+
+	EM(e, 0xc4, 0xc3, 0x7b, 0xf0, 0xcf, 0x08);      /* rorx ecx, r15d, 8 */
+	EM(e, 0x81, 0xe1, 0xf0, 0xff, 0x00, 0x00);      /* and ecx, 0xfff0 */
+	EM(e, 0x4c, 0x33, 0xb9);                        /* xor r15, [rcx + tag] */
+	e32(e, (uint32_t)(uintptr_t)t);
+	EM(e, 0x49, 0x81, 0xff);                        /* cmp r15, 4096 - size */
+	e32(e, 4096 - size);
+	from = em_jcc(e, 7);                            /* ja */
+	EM(e, 0x4c, 0x03, 0xb9);                        /* add r15, [rcx + host] */
+	e32(e, (uint32_t)(uintptr_t)t + 8);
+	return from;
+}
+
 /*
  * A TLB check failed with the index in rcx and the tag's difference in r15; the size is on the stack. r15: the host address, not 0
  * (ZF clear), or mmu_fill_r/w() would not. Other registers but rcx stay what they are.
@@ -176,14 +192,14 @@ static void thunk_fill(struct jit *j, struct em *e, const struct tlb *tlb, bool 
 {
 	EM(e, 0x4c, 0x33, 0xb9);                                /* xor r15, [rcx + tag]: the linear address */
 	e32(e, (uint32_t)(uintptr_t)(write ? tlb->w : tlb->r));
-	EM(e, 0x50, 0x52, 0x56, 0x57, 0x41, 0x50, 0x41, 0x51, 0x41, 0x52, 0x41, 0x53);  /* push rax, rdx, rsi, rdi, r8-r11 */
+	EM(e, 0x50, 0x52, 0x56, 0x57, 0x41, 0x50, 0x41, 0x51, 0x41, 0x52, 0x41, 0x53, 0x51);    /* push rax, rdx, rsi, rdi, r8-r11, rcx */
 	em_imm(e, H_RDI, (uintptr_t)j->c);
 	em_mov(e, H_RSI, ST);
-	EM(e, 0x48, 0x8b, 0x54, 0x24, 0x48);                    /* mov rdx, [rsp + 72] */
+	EM(e, 0x48, 0x8b, 0x54, 0x24, 0x50);                    /* mov rdx, [rsp + 80] */
 	em_imm(e, H_RAX, (uintptr_t)(write ? mmu_fill_w : mmu_fill_r));
 	EM(e, 0xff, 0xd0);                                      /* call rax */
 	em_mov(e, ST, H_RAX);
-	EM(e, 0x41, 0x5b, 0x41, 0x5a, 0x41, 0x59, 0x41, 0x58, 0x5f, 0x5e, 0x5a, 0x58);
+	EM(e, 0x59, 0x41, 0x5b, 0x41, 0x5a, 0x41, 0x59, 0x41, 0x58, 0x5f, 0x5e, 0x5a, 0x58);
 	EM(e, 0x4d, 0x85, 0xff, 0xc2, 0x08, 0x00);              /* test r15, r15 ; ret 8 */
 }
 
@@ -194,6 +210,65 @@ static void thunks_fill(struct jit *j, struct em *e)
 			j->fill[m][w] = (uint32_t)(e->p - j->rw);
 			thunk_fill(j, e, j->c->tlbs[m], w);
 		}
+}
+
+/*
+ * check: translated code calls it, ST being a linear address; it returns with a host address, or the handlers run (fail) and code goes on behind them.
+ * miss: the same for a check in the code itself that has failed.
+ */
+static void thunk_check(struct jit *j, struct em *e, unsigned mode, bool write, unsigned order)
+{
+	const struct tlb *tlb = j->c->tlbs[mode];
+	uint8_t *from;
+
+	while ((uintptr_t)e->p & 63)            /* a cache line for each */
+		e8(e, 0xcc);
+	j->check[mode][write][order] = (uint32_t)(e->p - j->rw);
+	from = em_check(e, write ? tlb->w : tlb->r, 1u << order);
+	e8(e, 0xc3);
+	em_here(e, from);
+	j->miss[mode][write][order] = (uint32_t)(e->p - j->rw);
+	e8(e, 0x6a);                            /* push size ; call */
+	e8(e, 1u << order);
+	e8(e, 0xe8);
+	e32(e, 0);
+	em_to(e->p - 4, j->rw + j->fill[mode][write]);
+	em_to(em_jcc(e, 4), j->rw + j->fail);
+	e8(e, 0xc3);
+}
+
+static void thunks_check(struct jit *j, struct em *e)
+{
+	for (unsigned m = 0; m < TLB_MODES; m++)
+		for (unsigned w = 0; w < 2; w++)
+			for (unsigned order = 0; order < CHECK_SIZES; order++)
+				thunk_check(j, e, m, w, order);
+}
+
+static void move_regs(struct em *e, struct jit *j, bool store)
+{
+	for (unsigned h = 0; h < 16; h++)
+		if (h != SA && h != SC && h != ST && h != H_RSP)
+			em_op_abs(e, true, store ? 0x89 : 0x8b, h, &j->low->regs[h]);
+}
+
+/* fail: the return address says which check it was, see jit_miss(). One for all choices of registers. */
+static void thunk_fail(struct jit *j, struct em *e)
+{
+	j->fail = (uint32_t)(e->p - j->rw);
+	move_regs(e, j, true);
+	live_emit_save(e, j);
+	EM(e, 0x48, 0x8b, 0x34, 0x24);                          /* mov rsi, [rsp] */
+	em_imm(e, H_RDI, (uintptr_t)j);
+	thunk_call_c(e, jit_miss);
+	EM(e, 0x48, 0x85, 0xc0);                                /* test rax, rax */
+	em_to(em_jcc(e, 5), j->rw + j->call_out);
+	move_regs(e, j, false);
+	live_emit_load(e, j);
+	em_load(e, SA, &j->low->go_on);
+	EM(e, 0x48, 0x89, 0x04, 0x24);                          /* mov [rsp], rax */
+	em_flags(e, j->c);
+	e8(e, 0xc3);
 }
 
 /* `call` and `live` for code that keeps registers elsewhere: behind the code so far. */
@@ -235,6 +310,8 @@ void jit_thunks(struct jit *j)
 	em_here(&e, out);
 	em_to(em_jmp(&e), look);
 	thunks_fill(j, &e);
+	thunk_fail(j, &e);
+	thunks_check(j, &e);
 	j->hot = (size_t)(e.p - j->rw);
 	jit_map_thunks(j, &j->maps[0], jit_map);
 	j->hot = JIT_THUNKS;

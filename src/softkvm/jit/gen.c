@@ -139,22 +139,27 @@ static bool gen_address_at(struct tr *t, unsigned n, int64_t disp)
 	return true;
 }
 
+/* call thunk */
+static void put_call(struct em *e, struct tr *t, uint32_t thunk)
+{
+	e8(e, 0xe8);
+	e32(e, 0);
+	if (!e->full)
+		em_to(e->p - 4, t->j->rw + thunk);
+}
+
+/* In code that does not run much the check is called: what counts there is the room it takes. */
 void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
 {
-	uint32_t table = (uint32_t)(uintptr_t)(write ? t->tlb->w : t->tlb->r);
-	struct em *e = &t->h;
-	uint8_t *from;
+	struct fill *f = &k->fill[k->nfills++];
 
-	EM(e, 0xc4, 0xc3, 0x7b, 0xf0, 0xcf, 0x08);      /* rorx ecx, r15d, 8 */
-	EM(e, 0x81, 0xe1, 0xf0, 0xff, 0x00, 0x00);      /* and ecx, 0xfff0 */
-	EM(e, 0x4c, 0x33, 0xb9);                        /* xor r15, [rcx + tag] */
-	e32(e, table);
-	EM(e, 0x49, 0x81, 0xff);                        /* cmp r15, 4096 - size */
-	e32(e, 4096 - size);
-	from = em_jcc(e, 7);                            /* ja */
-	EM(e, 0x4c, 0x03, 0xb9);                        /* add r15, [rcx + host] */
-	e32(e, table + 8);
-	k->fill[k->nfills++] = (struct fill){ from, e->p, (uint8_t)size, write };
+	*f = (struct fill){ .order = size > 1 ? (uint8_t)(32 - __builtin_clz(size - 1)) : 0, .write = write };
+	if (t->k->in_line)
+		f->from = em_check(&t->h, write ? t->tlb->w : t->tlb->r, size);
+	else
+		put_call(&t->h, t, t->j->check[t->tlb_mode][write][f->order]);
+	f->back = t->h.p;
+	f->point = (uint16_t)gen_point_check(t);
 }
 
 bool gen_operand_at(struct tr *t, unsigned n, struct cold *k, int64_t disp, unsigned size, bool write)
@@ -234,42 +239,36 @@ static void call_handlers(struct em *e, struct tr *t, unsigned n, unsigned count
 		.first = (uint8_t)(ti->in - ti->b->insn), .count = (uint8_t)count, .need = need,
 	};
 	em_imm(e, H_RAX, (uintptr_t)s);
-	e8(e, 0xe8);
-	e32(e, 0);
-	if (!e->full)
-		em_to(e->p - 4, t->j->rw + t->thunks->call);
+	put_call(e, t, t->thunks->call);
 }
 
-/* Most failures want an entry, no more. */
-static void emit_fills(struct tr *t, const struct cold *k)
+/* Most failures want an entry, no more. For others, jit_miss() finds the point by the jump behind the call. */
+static void emit_fill(struct tr *t, const struct cold *k, const struct fill *f)
 {
+	struct jit_point *p = &t->points[f->point];
 	struct em *e = &t->cold;
-	uint8_t *on[FILLS_MAX];
 
-	for (unsigned n = 0; n < k->nfills; n++) {
-		const struct fill *f = &k->fill[n];
-
-		em_here(e, f->from);
-		e8(e, 0x6a);                            /* push size ; call */
-		e8(e, f->size);
-		e8(e, 0xe8);
-		e32(e, 0);
-		if (!e->full)
-			em_to(e->p - 4, t->j->rw + t->j->fill[t->tlb_mode][f->write]);
-		uint8_t *back = em_jcc(e, 5);
-		if (!e->full)
-			em_to(back, f->back);
-		on[n] = n + 1 < k->nfills ? em_jmp(e) : NULL;
-	}
-	for (unsigned n = 0; n + 1 < k->nfills; n++)
-		em_here(e, on[n]);
+	p->n = k->n;
+	p->count = k->count & 15;
+	p->need = k->need;
+	p->back = k->final ? 0 : (uint16_t)(k->back - (t->j->rw + t->k->hot));
+	if (!f->from)
+		return;
+	em_here(e, f->from);
+	put_call(e, t, t->j->miss[t->tlb_mode][f->write][f->order]);
+	uint8_t *back = em_jmp(e);
+	if (!e->full)
+		em_to(back, f->back);
 }
 
 static void cold_emit(struct tr *t, const struct cold *k)
 {
 	struct em *e = &t->cold;
 
-	emit_fills(t, k);
+	for (unsigned n = 0; n < k->nfills; n++)
+		emit_fill(t, k, &k->fill[n]);
+	if (!k->nfrom)
+		return;
 	for (unsigned n = 0; n < k->nfrom; n++)
 		em_here(e, k->from[n]);
 	call_handlers(e, t, k->n, k->count, k->need);
@@ -308,10 +307,7 @@ void gen_live(struct tr *t, struct cold *k, unsigned bit)
 	e8(&t->h, bit);
 	em_here(e, em_jcc(&t->h, 4));
 	em_imm(e, H_RAX, t->live | bit);
-	e8(e, 0xe8);
-	e32(e, 0);
-	if (!e->full)
-		em_to(e->p - 4, t->j->rw + t->thunks->live);
+	put_call(e, t, t->thunks->live);
 	e8(e, 0xf6);
 	em_abs(e, 0, &t->j->low->vec_ok);
 	e8(e, bit);
@@ -322,10 +318,10 @@ void gen_live(struct tr *t, struct cold *k, unsigned bit)
 }
 
 /* -- leaving a block ------------------------------------------------------------------------------ */
-/* Who is left by a link or found stale need not say where: run_code() knows. */
+/* Who is left by a link or at its entry need not say where: run_code() knows. */
 static void leave_mapped(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *l)
 {
-	if (l) {
+	if (l && !((uintptr_t)l & LEFT_BUDGET)) {
 		;
 	} else if (!t->k->page->moves && (int64_t)rip == (int32_t)rip) {
 		em_op_abs(e, true, 0xc7, 0, &t->c->rip);
@@ -403,10 +399,15 @@ static void jump_to_part(struct tr *t, unsigned p, uint8_t *rel32)
 
 void gen_jcc_part(struct tr *t, unsigned p, unsigned cc) { jump_to_part(t, p, em_jcc(&t->h, cc)); }
 
+static void leave_budget(struct em *e, struct tr *t, uint64_t rip)
+{
+	gen_leave(e, t, rip, (const struct jit_link *)((uintptr_t)t->k | LEFT_BUDGET));
+}
+
 static void leave_here(struct tr *t, uint8_t *rel32, uint64_t rip)
 {
 	em_here(&t->cold, rel32);
-	gen_leave(&t->cold, t, rip, NULL);
+	leave_budget(&t->cold, t, rip);
 }
 
 /* A jump back counts the instructions: loops end when the budget does. */
@@ -434,7 +435,7 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 		if (t->swapped) {
 			uint8_t *on = em_jcc(e, 15);
 
-			gen_leave(e, t, rip, NULL);
+			leave_budget(e, t, rip);
 			em_here(e, on);
 		} else {
 			leave_here(t, em_jcc(e, 14), rip);      /* jle */

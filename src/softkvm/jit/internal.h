@@ -18,7 +18,7 @@ enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI, H_R8, H_R9, H_R10
 extern const int8_t jit_map[16];
 
 #define JIT_THRESHOLD 8
-#define JIT_THUNKS 8192u        /* bytes at the start of the code area */
+#define JIT_THUNKS 16384u       /* bytes at the start of the code area */
 #define JIT_ALL_FLAGS 0x8d5u    /* OF SF ZF AF PF CF in RFLAGS' positions */
 
 /*
@@ -55,16 +55,17 @@ struct jit_page {
 #define JIT_PAGE_BITS 12
 #define JIT_AT_BITS 10
 
-/* What translated code is left by: a jit_link, NULL, or a jit_code with this bit whose entry found it stale. */
-#define LEFT_STALE 2u
+/* What translated code is left by: a jit_link, NULL, a jit_code whose entry found it stale or its count at the end, or one where the budget ended. */
+#define LEFT_ENTRY 2u
+#define LEFT_BUDGET 4u
 
 /* Thunks for a choice of registers. Number 0 is the usual one, in the fixed part of the code area. */
 #define JIT_SWAPS 4
 struct jit_map_thunks { uint32_t gen, call, live; };
 
 /*
- * Handler call: a number of instructions that follow each other in a decoded block. There are as many of these as instructions that
- * may miss, so they are small: the instructions are copied when they are called (struct jit, `called`).
+ * Handler call: a number of instructions that follow each other in a decoded block. The instructions are copied when they are
+ * called (struct jit, `called`).
  */
 struct jit_site {
 	uint32_t code;                  /* struct jit_code, in low memory */
@@ -91,6 +92,13 @@ struct jit_code {
 	uint32_t second_value;          /* of a block that crosses a page end: the other page's */
 	uint64_t stamp;                 /* and when both were looked at last */
 	uint32_t entry, body;           /* offsets in the code area: with and without the version check; in front of entry: page, for jit_ind */
+	uint32_t hot, points;           /* where its code begins in the code area, and its points in struct jit's */
+	uint16_t npoints;
+	bool in_line;                   /* checks are in it rather than called */
+	bool wanted;                    /* it should be made anew, with checks in line: heat.c */
+	int32_t entries;                /* until that is looked at; translated code counts down */
+	uint32_t heat_time;
+	uint8_t budgets;
 	uint32_t map;                   /* map.c */
 	uint32_t entry_same, body_same; /* the same for those who come with this map */
 	struct jit_link *links, *in;
@@ -142,22 +150,36 @@ struct jit_low {
 	uint8_t narrow;                 /* load 16 bytes only */
 	uint16_t fcw;                   /* on its way to the control word */
 	uint32_t host_mxcsr, mxcsr;     /* mxcsr: on its way there */
+	uint64_t regs[16], go_on;       /* of code whose check failed, by host register; where it goes on (jit_miss()) */
 	struct { _Alignas(32) uint8_t index[32], mask[32], data[32]; } gather;
 	_Alignas(64) uint8_t xs[576];   /* x87 state in XSAVE's form */
 	_Alignas(64) uint8_t arena[];   /* jit_code and jit_site */
 };
 /*
- * A place in translated code where the host may trap for reasons of its own (resume.c), by the offset of that instruction in the
- * code area, ascending.
+ * What is known of a place in translated code (resume.c), by its offset from the translation's begin, ascending. One where the host may trap for
+ * reasons of its own: which instruction of the guest it belongs to and where the guest's state is. And the place where code goes on behind a TLB check
+ * (`count` is not 0): which instructions go to their handlers when it fails, and where it goes on then. Often both.
  */
 struct jit_point {
-	uint32_t at;
-	uint32_t code;                  /* struct jit_code, in low memory */
-	int16_t rip;                    /* of the guest's instruction, from the translation's */
-	int8_t rsp;                     /* what the guest's rsp is ahead of the host's copy of it */
-	bool host_flags;                /* the guest's flags are the host's, rather than in aflags */
+	uint16_t at;
+	uint16_t back;                  /* 0: the last of them ends its block */
+	uint8_t n;                      /* the translation's instruction, counted over its parts */
+	uint8_t flags;                  /* POINT_* */
+	uint8_t count : 4;
+	int8_t rsp : 4;                 /* stack slots that the guest's rsp is ahead of the host's copy of it */
+	uint8_t need;                   /* JV_* that the code at `back` relies on */
+};
+_Static_assert(sizeof(struct jit_point) == 8, "jit_point: there are as many as memory operands");
+enum {
+	POINT_TRAP = 1,
+	POINT_HOST_FLAGS = 2,           /* the guest's flags are the host's, rather than in aflags */
+	POINT_32 = 4,                   /* stack slots are of 4 bytes */
 };
 #define POINTS_MAX (REGION_INSNS * 4)   /* of one translation */
+/* Translations in the order of their code. */
+struct jit_span { uint32_t hot, code; };
+_Static_assert(sizeof(struct jit_span) == sizeof(struct jit_point), "points lie behind spans");
+#define CHECK_SIZES 7           /* 1 to 64, by powers of two */
 
 enum { JV_SSE = 1, JV_VEX = 2, JV_EVEX = 4, JV_FP_SHIFT = 3 /* the same with MXCSR */, JV_VECTORS = 0x3f, JV_X87 = 64 };
 
@@ -173,9 +195,14 @@ struct jit {
 	size_t low_size, arena_size, arena;
 	uint32_t gen;
 	uint32_t enter, leave, abandon, call_out;       /* thunks */
-	uint32_t fill[TLB_MODES][2];    /* of reads, of writes */
+	/* Of reads and of writes: a check, one that has failed, and what looks for an entry then. */
+	uint32_t check[TLB_MODES][2][CHECK_SIZES], miss[TLB_MODES][2][CHECK_SIZES], fill[TLB_MODES][2], fail;
 	struct jit_point *points;       /* touched as they are used */
 	uint32_t npoints, points_max;
+	struct jit_span *spans;
+	uint32_t nspans, spans_max;
+	uint32_t heat_time;             /* budgets that ended in translated code */
+	unsigned in_line;               /* of two new translations, how many have their checks in line from the start; 0 but for tests */
 	struct jit_page *pages[1 << JIT_PAGE_BITS];
 	struct jit_page *at[1 << JIT_AT_BITS];          /* entered lately, by linear address */
 	struct jit_code *codes;         /* all that may be entered */
@@ -232,6 +259,8 @@ void em_here(struct em *e, uint8_t *rel32);                             /* that 
 void em_to(uint8_t *rel32, const uint8_t *target);
 void em_align(struct em *e);
 void em_flags(struct em *e, struct cpu *c);                             /* the host's from cpu->aflags; uses SA */
+/* ST, scratch SC: from linear address to host address of an access, if `t`, a TLB's table, has it. Returns the jump that is taken if not. */
+uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size);
 void jit_thunks(struct jit *j);
 void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map);
 
@@ -263,7 +292,12 @@ bool jit_fault(struct cpu *c, struct fault *f);
  * front of instruction n.
  */
 void gen_point(struct tr *t, unsigned n);
+unsigned gen_point_check(struct tr *t);        /* code goes on here behind a check: its index in tr.points */
 void points_keep(struct tr *t);         /* the translation is complete */
+/* The translation that holds that place in the code area, NULL; and the point there that has a `count`, or else flag POINT_TRAP. */
+struct jit_code *point_code(const struct jit *j, uint32_t at);
+const struct jit_point *point_find(const struct jit *j, const struct jit_code *k, uint32_t at, bool check);
+uint64_t jit_miss(struct jit *j, uint64_t from);
 int points_map(struct jit *j, size_t bytes);
 void points_unmap(struct jit *j);
 
@@ -285,7 +319,12 @@ unsigned live_begin(struct cpu *c, unsigned want);
 void jit_live(struct cpu *c, unsigned want);
 
 /* trans.c */
-struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode);
+struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode, bool in_line);
+
+/* heat.c: translations that run much get their checks in line. A count of entries has come to its end; the budget has, in a loop. */
+void heat_begin(const struct jit *j, struct jit_code *k);
+void heat_entered(struct jit *j, struct jit_code *k);
+void heat_budget(struct jit *j, struct jit_code *k);
 
 /* -- a translation under way ------------------------------------------------------------------------ */
 struct tinsn {
@@ -300,9 +339,9 @@ struct tinsn {
 };
 
 #define VEC_MAX 32
-/* A TLB check that failed: entered at `from`, goes on at `back` once the entry is there. */
+/* A TLB check: in line it fails to `from` and goes on at `back` once the entry is there. */
 #define FILLS_MAX 8
-struct fill { uint8_t *from, *back; uint8_t size; bool write; };
+struct fill { uint8_t *from, *back; uint16_t point; uint8_t order; bool write; };
 
 struct cold {
 	uint8_t *from[6];
@@ -359,6 +398,7 @@ struct tr {
 	struct { uint8_t *rel32; unsigned part; } fix[FIXUPS_MAX];
 	unsigned nfix;
 	unsigned n, ncold, npoints;
+	struct jit_point points[POINTS_MAX];
 	struct cold colds[REGION_INSNS * 2];
 	struct tinsn t[REGION_INSNS];
 };

@@ -29,6 +29,7 @@ static int init(struct jit *j, const struct jit_config *cfg)
 	j->bytes = cfg->bytes;
 	j->perf_fd = cfg->perf_fd;
 	j->mxcsr_mask = mxcsr_mask();
+	j->in_line = cfg->mode == JIT_AT_ONCE ? 2 : cfg->mode == JIT_LOCKSTEP ? 1 : 0;
 	j->threshold = cfg->mode == JIT_AT_ONCE ? 0 : cfg->mode == JIT_LOCKSTEP ? 3 : JIT_THRESHOLD;
 	j->tr = calloc(1, sizeof *j->tr);
 	j->arena_size = 6 * part;
@@ -93,7 +94,7 @@ void jit_flush(struct cpu *c)
 	j->hot = JIT_THUNKS;
 	j->cold = 0;
 	j->arena = 0;
-	j->npoints = 0;
+	j->npoints = j->nspans = 0;
 	j->stale = NULL;
 	j->codes = NULL;
 	j->gen++;
@@ -281,7 +282,7 @@ static struct jit_code *page_code(struct cpu *c, struct jit *j, uint64_t stamp)
 	if (!b || b->cross || b->ver != p->ver || b->ver_value != atomic_load_explicit(p->ver, memory_order_acquire))
 		return NULL;
 	k = code_of(j, b);
-	if (!k || k->page != p)
+	if (!k || k->page != p || k->wanted)
 		return NULL;
 	j->low->stamp = stamp;
 	ind_put(j, c->rip, k);
@@ -362,6 +363,15 @@ uint64_t jit_call_insn(struct jit_site *s)
 	return s->need && (s->need & ~live_begin(c, s->need));
 }
 
+static void left_at_entry(struct cpu *c, struct jit *j, struct jit_code *k)
+{
+	c->rip = jit_code_rip(k);
+	if (k->entries < 0)
+		heat_entered(j, k);
+	else
+		j->stale = k;
+}
+
 static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_code *k)
 {
 	uint64_t (*enter)(const uint8_t *) = (uint64_t (*)(const uint8_t *))(void *)(j->rx + j->enter);
@@ -372,15 +382,17 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 	c->stats.code_entries++;
 	r = enter(j->rx + k->body);
 	live_settle(c);
+	j->heat_time += c->budget <= 0;
 	if (r == 1) {
 		c->stats.left_for_loop++;
 		return JIT_LOOK;
 	}
-	*(r ? &c->stats.left_by_jump : &c->stats.left_by_budget) += 1;
+	*(r && !(r & LEFT_BUDGET) ? &c->stats.left_by_jump : &c->stats.left_by_budget) += 1;
 	j->stale = NULL;
-	if (r & LEFT_STALE) {
-		j->stale = (struct jit_code *)(uintptr_t)(r & ~(uint64_t)LEFT_STALE);
-		c->rip = jit_code_rip(j->stale);
+	if (r & LEFT_ENTRY) {
+		left_at_entry(c, j, (struct jit_code *)(uintptr_t)(r & ~(uint64_t)LEFT_ENTRY));
+	} else if (r & LEFT_BUDGET) {
+		heat_budget(j, (struct jit_code *)(uintptr_t)(r & ~(uint64_t)LEFT_BUDGET));
 	} else if (r) {
 		c->blocks->jit_want = (struct jit_link *)(uintptr_t)r;
 		c->rip = jit_link_rip(c->blocks->jit_want);
@@ -409,6 +421,7 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 	struct jit_link *want = c->blocks->jit_want;
 	struct jit_code *k = code_of(j, b);
 	uint64_t stamp = c->code_stamp;
+	bool same;
 
 	c->blocks->jit_want = NULL;
 	c->code_stamp = CODE_STAMP_NONE;        /* the interpreter follows no links of its own */
@@ -429,14 +442,19 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 	}
 	if (k && k->page->moves && k->mode == mode)
 		jit_page_move(j, k->page, c->rip);
-	if (unlikely(!k || jit_code_rip(k) != c->rip || k->mode != mode)) {
+	same = k && jit_code_rip(k) == c->rip && k->mode == mode;
+	if (unlikely(!same || k->wanted)) {
 		/* Code in the last page of 4 GiB may go on at 0: not worth a thought. */
 		if (!block_mode_translates(mode) || (mode & BM_ONE) || (!(mode & BM_CODE64) && c->rip >> 12 >= 0xfffff) ||
-		    b == c->blocks->scratch || c->tlb == c->tlbs[TLB_NONE] || j->off || b->runs++ < j->threshold)
+		    b == c->blocks->scratch || c->tlb == c->tlbs[TLB_NONE] || j->off || (!same && b->runs++ < j->threshold))
 			return JIT_NOT;
 		if (k)
 			b->runs = 0;
-		k = jit_translate(j, b, c->rip, mode);
+		k = jit_translate(j, b, c->rip, mode, same);
+		if (!k && same && (k = code_of(j, b))) {        /* with its checks in line it is too long */
+			k->in_line = true;
+			k->wanted = false;
+		}
 		if (!k)
 			return JIT_NOT;
 		want = NULL;

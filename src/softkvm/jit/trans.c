@@ -338,13 +338,21 @@ static uint8_t *check_version(struct em *e, const _Atomic uint32_t *ver, const u
 	return em_jcc(e, 5);
 }
 
+/* To the loop, as if it had not been entered; returns where that is. */
+static uint8_t *leave_entry(struct tr *t)
+{
+	uint8_t *at = t->cold.p;
+
+	gen_leave(&t->cold, t, t->k->rip, (const struct jit_link *)((uintptr_t)t->k | LEFT_ENTRY));
+	return at;
+}
+
 /* Is it still what memory holds? If not, leave by way of the cold part. */
-static void check(struct em *e, struct tr *t)
+static uint8_t *check(struct em *e, struct tr *t)
 {
 	const struct block_cross *x = t->b->cross ? block_cross(t->b) : NULL;
 	struct em *cold = &t->cold;
-	uint8_t *bad[3];
-	const struct jit_link *left = (const struct jit_link *)((uintptr_t)t->k | LEFT_STALE);
+	uint8_t *bad[3], *left;
 	unsigned n = 0;
 
 	if (x) {                /* its second page may be another by now */
@@ -359,45 +367,66 @@ static void check(struct em *e, struct tr *t)
 
 		while (n)
 			em_here(e, bad[--n]);
-		gen_leave(cold, t, t->k->rip, left);
+		left = leave_entry(t);
 		em_here(e, on);
-		return;
+		return left;
 	}
 	while (n)
 		em_here(cold, bad[--n]);
-	gen_leave(cold, t, t->k->rip, left);
+	return leave_entry(t);
+}
+
+/* Until it is known to run much, a translation counts how often it is entered. Flags are free at an entry. */
+static void count_entry(struct tr *t, uint8_t *leave)
+{
+	struct em *e = &t->h;
+	uint8_t *over;
+
+	e8(e, 0x83);                                    /* sub dword [entries], 1 ; js */
+	em_abs(e, 5, &t->k->entries);
+	e8(e, 1);
+	over = em_jcc(e, 8);
+	if (t->k->map) {
+		em_here(&t->cold, over);
+		map_out(&t->cold, t);
+		over = em_jmp(&t->cold);
+	}
+	if (!t->cold.full)
+		em_to(over, leave);
 }
 
 static void entry(struct tr *t)
 {
 	struct em *e = &t->h, *cold = &t->cold;
 	struct jit_code *k = t->k;
-	uint8_t *to;
+	uint8_t *to, *left;
 
 	t->mapped = false;
 	e8(e, 0xa9);                                    /* what is read there looks like a test eax, imm32 */
 	e32(e, (uint32_t)(uintptr_t)k->page);
 	k->entry = (uint32_t)(e->p - t->j->rw);
-	check(e, t);
+	left = check(e, t);
 	k->body = (uint32_t)(e->p - t->j->rw);
 	k->entry_same = k->entry;
 	map_in(e, t);
 	k->body_same = (uint32_t)(e->p - t->j->rw);
+	if (k->map) {
+		k->entry_same = (uint32_t)(cold->p - t->j->rw);
+		check(cold, t);
+		to = em_jmp(cold);
+		if (!cold->full)
+			em_to(to, e->p);
+	}
 	t->mapped = k->map;
-	if (!k->map)
-		return;
-	k->entry_same = (uint32_t)(cold->p - t->j->rw);
-	check(cold, t);
-	to = em_jmp(cold);
-	if (!cold->full)
-		em_to(to, e->p);
+	if (!k->in_line)
+		count_entry(t, left);
 }
 
 /* False: it turned out to need its handler. */
 static bool walk_insn(struct tr *t, unsigned n)
 {
 	struct em h = t->h, cold = t->cold;
-	unsigned ncold = t->ncold, nfix = t->nfix;
+	unsigned ncold = t->ncold, nfix = t->nfix, npoints = t->npoints;
 
 	if (t->t[n].by_handler) {
 		gen_handler(t, n);
@@ -409,6 +438,7 @@ static bool walk_insn(struct tr *t, unsigned n)
 	t->cold = cold;
 	t->ncold = ncold;
 	t->nfix = nfix;
+	t->npoints = npoints;
 	t->t[n].by_handler = true;
 	t->t[n].tested = JIT_ALL_FLAGS;
 	t->t[n].written = t->t[n].killed = 0;
@@ -504,7 +534,7 @@ static bool in(size_t used, size_t more, size_t size) { return used + more <= si
 
 static bool has_room(const struct jit *j, size_t (*size_of)(const struct jit *, size_t))
 {
-	return in(j->npoints, POINTS_MAX, size_of(j, j->points_max)) && in(j->hot, HOT_MAX + THUNKS_MAX, size_of(j, j->hot_size)) &&
+	return in(j->npoints, POINTS_MAX, size_of(j, j->points_max)) && in(j->nspans, 1, size_of(j, j->spans_max)) && in(j->hot, HOT_MAX + THUNKS_MAX, size_of(j, j->hot_size)) &&
 	       in(j->cold, COLD_MAX, size_of(j, j->size - j->hot_size)) && in(j->arena, ARENA_MAX, size_of(j, j->arena_size));
 }
 
@@ -522,7 +552,7 @@ static void count(struct tr *t, size_t bytes)
 	s->translations++;
 	s->translated_insns += t->n;
 	s->translated_bytes += bytes;
-	s->code_used = j->hot + j->cold + j->arena + j->npoints * sizeof *j->points;
+	s->code_used = j->hot + j->cold + j->arena + (j->npoints + j->nspans) * sizeof *j->points;
 }
 
 /* `k`, allocated last, keeps room for as many parts as there are. */
@@ -544,7 +574,7 @@ static void unmap_written(struct jit *j, size_t bytes)
 	madvise(j->rw, j->size, MADV_DONTNEED);
 }
 
-struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode)
+struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode, bool in_line)
 {
 	struct tr *t = j->tr;
 	struct jit_code *k;
@@ -556,8 +586,9 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	k = jit_arena(j, sizeof *k);
 	h = (struct em){ j->rw + j->hot, j->rw + j->hot + HOT_MAX, false };
 	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false };
-	*k = (struct jit_code){ .b = b, .c = j->c, .rip = rip, .mode = mode };
+	*k = (struct jit_code){ .b = b, .c = j->c, .rip = rip, .mode = mode, .in_line = in_line || (j->c->stats.translations & 1) < j->in_line };
 	code_valid(k, 0);
+	heat_begin(j, k);
 	t->j = j;
 	t->c = j->c;
 	t->b = b;
@@ -574,6 +605,7 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	map_choose(t);
 	h.p = j->rw + j->hot;
 	h.end = h.p + HOT_MAX;
+	k->hot = (uint32_t)j->hot;
 	arena = j->arena;
 	do {
 		j->arena = arena;

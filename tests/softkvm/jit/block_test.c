@@ -548,12 +548,11 @@ static void disasm(const struct code *c, unsigned at)
 }
 
 /* -- traps ------------------------------------------------------------------------------------------ */
-static struct jit_point *point_at(const struct jit *j, uint32_t at)
+static bool point_at(const struct jit *j, uint32_t at)
 {
-	for (uint32_t n = 0; n < j->npoints; n++)
-		if (j->points[n].at == at)
-			return &j->points[n];
-	return NULL;
+	const struct jit_code *k = point_code(j, at);
+
+	return k && point_find(j, k, at, false);
 }
 
 /* Host instructions since `from` that use the address of a checked operand, and of which a trap would not be understood. */
@@ -589,9 +588,13 @@ static void break_code(struct jit *j)
 {
 	bool all = below(2);
 
-	for (uint32_t n = 0; n < j->npoints; n++)
-		if (all || below(3) == 0)
-			memcpy(j->rw + j->points[n].at, "\x0f\x0b", 2);
+	for (const struct jit_code *k = j->codes; k; k = k->next)
+		for (uint32_t n = 0; n < k->npoints; n++) {
+			const struct jit_point *p = &j->points[k->points + n];
+
+			if ((p->flags & POINT_TRAP) && (all || below(3) == 0))
+				memcpy(j->rw + k->hot + p->at, "\x0f\x0b", 2);
+		}
 }
 
 /* -- main ------------------------------------------------------------------------------------------- */
@@ -783,6 +786,7 @@ int main(int argc, char **argv)
 		printf("no translator here\n");
 		return 77;
 	}
+	h.cpu.jit->in_line = 1;
 	for (unsigned n = 0; n < cases && bad < 5; n++) {
 		rng = (seed + n) * 0x9e3779b97f4a7c15ULL | 1;
 		rnd(), rnd();
