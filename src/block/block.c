@@ -381,12 +381,18 @@ void block_submit(struct block *b, struct block_req *r)
 		start(b, r);
 }
 
+static void leaf_unplug(struct block *b)
+{
+	uring_kick(b);
+	copy_kick(b);
+}
+
 void block_unplug(struct block *b)
 {
 	for (; b; b = b->child) {
-		uring_kick(b);
+		leaf_unplug(b);
 		if (b->qcow2 && b->qcow2->data != b->child)
-			uring_kick(b->qcow2->data);
+			leaf_unplug(b->qcow2->data);
 	}
 }
 

@@ -81,6 +81,7 @@ struct block {
 	pthread_rwlock_t rmw;           /* O_DIRECT: unaligned writes alone, aligned ones together */
 
 	struct uring *uring;            /* NULL: threads; else a list, one a loop */
+	struct copier *copier;          /* NULL: whoever asks copies alone */
 
 	struct overlay *overlay;
 	struct qcow2 *qcow2;
@@ -147,6 +148,18 @@ void uring_close(struct block *b);
 int uring_move(struct block *b, struct loop *const *l, unsigned n);
 bool uring_submit(struct block *b, struct block_req *r);
 void uring_kick(struct block *b);
+
+/* --- copy.c: long reads of a leaf with a ring and a page cache --- */
+void copy_open(struct block *b);
+void copy_close(struct block *b);       /* waits for helpers */
+/* False: not taken. With BLOCK_REQ_MORE it begins with copy_kick(). */
+bool copy_submit(struct block *b, struct block_req *r);
+void copy_kick(struct block *b);
+/* It is a long read, and somebody is there to do it meanwhile. */
+bool copy_has_helper(struct block *b, const struct block_req *r);
+/* All of it from the page cache, or false. */
+bool raw_read_cached(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len);
+
 int raw_flush_failed(struct block *b, int error);
 int raw_sync_flags(const struct block *b, unsigned flags);
 

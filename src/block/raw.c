@@ -250,7 +250,26 @@ static bool raw_submit(struct block *b, struct block_req *r)
 		return false;
 	if (b->mem_align && (!is_aligned(b, r->off, r->iov, r->iovcnt, r->len) || (r->op == BLOCK_WRITE && b->mem_align > 512)))
 		return false; /* with large blocks a write takes `rmw` */
-	return uring_submit(b, r);
+	return copy_submit(b, r) || uring_submit(b, r);
+}
+
+static int nowait_flags(struct block *b)
+{
+	return b->in_memory ? 0 : RWF_NOWAIT;
+}
+
+/* No waiting, no second try. */
+static bool try_transfer(struct block *b, bool write, uint64_t off, const struct iovec *iov, int n, uint64_t len, int flags)
+{
+	ssize_t done = write ? pwritev2(b->fd, iov, n, (off_t)off, flags) : preadv2(b->fd, iov, n, (off_t)off, flags);
+	if (done < 0 && (errno == EOPNOTSUPP || errno == EINVAL))
+		__atomic_store_n(&b->no_nowait, true, __ATOMIC_RELAXED);
+	return done >= 0 && (uint64_t)done == len;
+}
+
+bool raw_read_cached(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len)
+{
+	return try_transfer(b, false, off, iov, n, len, nowait_flags(b));
 }
 
 /* One attempt that does not wait. Partial success counts as none: the worker does the same again. */
@@ -261,21 +280,17 @@ static bool raw_fast(struct block *b, struct block_req *r)
 		r->ret = 0;
 		return true;
 	}
-	if ((r->op != BLOCK_READ && !write) || b->mem_align || r->len > FAST_MAX || r->iovcnt > IOV_MAX)
+	if ((r->op != BLOCK_READ && !write) || b->mem_align || r->len > FAST_MAX || r->iovcnt > IOV_MAX || copy_has_helper(b, r))
 		return false;
 	if (write && raw_sync_flags(b, r->flags))
 		return false;
-	int flags = b->in_memory ? 0 : RWF_NOWAIT;
+	int flags = nowait_flags(b);
 	if (flags && __atomic_load_n(&b->no_nowait, __ATOMIC_RELAXED)) {
 		if (!write)
 			return false; /* it may have to come from the disk */
 		flags = 0;      /* a copy into the page cache */
 	}
-	ssize_t n = write ? pwritev2(b->fd, r->iov, r->iovcnt, (off_t)r->off, flags) :
-			    preadv2(b->fd, r->iov, r->iovcnt, (off_t)r->off, flags);
-	if (n < 0 && (errno == EOPNOTSUPP || errno == EINVAL))
-		__atomic_store_n(&b->no_nowait, true, __ATOMIC_RELAXED);
-	if (n < 0 || (uint64_t)n != r->len)
+	if (!try_transfer(b, write, r->off, r->iov, r->iovcnt, r->len, flags))
 		return false;
 	r->ret = 0;
 	return true;
@@ -357,6 +372,7 @@ static int raw_resize(struct block *b, uint64_t size, enum block_prealloc p, str
 
 static void raw_close(struct block *b)
 {
+	copy_close(b);
 	uring_close(b);
 	if (b->fd >= 0)
 		close(b->fd);
@@ -456,5 +472,7 @@ int raw_open(struct block *b, const struct block_opts *o, struct err *err)
 		log_warn("%s: aio=%s has no effect in this program, which waits for each request in a thread", b->file,
 			 o->aio == AIO_NATIVE ? "native" : "io_uring");
 	b->in_memory = !fstatfs(b->fd, &fs) && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
+	if (!r && b->uring && !b->mem_align)
+		copy_open(b);
 	return r;
 }

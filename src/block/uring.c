@@ -54,8 +54,7 @@ static unsigned reap_some(struct uring *u)
 	struct { struct block_req *r; int res; } got[REAP];
 	struct io_uring_cqe *cqe;
 	unsigned n = 0;
-	if (pthread_mutex_trylock(&u->cq))
-		return 0; /* somebody is at it */
+	pthread_mutex_lock(&u->cq);
 	while (n < REAP && !io_uring_peek_cqe(&u->ring, &cqe)) {
 		got[n].r = io_uring_cqe_get_data(cqe);
 		got[n++].res = cqe->res;
@@ -76,15 +75,13 @@ static void reap(struct uring *u)
 		;
 }
 
-/* What another thread left while this one had the lock is announced by the eventfd: the counter is read before looking. */
+/* The counter is read before looking. */
 static void on_event(void *opaque, int fd, unsigned events)
 {
 	struct uring *u = opaque;
 	uint64_t v;
 	if (read(fd, &v, sizeof v) < 0 && errno != EAGAIN)
 		log_warn("%s: eventfd: %s", u->b->file, strerror(errno));
-	pthread_mutex_lock(&u->cq); /* wait for a submitter that may have looked too early */
-	pthread_mutex_unlock(&u->cq);
 	reap(u);
 }
 
@@ -109,12 +106,19 @@ static void prepare(struct uring *u, struct io_uring_sqe *sqe, struct block_req 
 	__atomic_add_fetch(&u->order, 1, __ATOMIC_RELEASE);
 }
 
+/*
+ * The submission side is locked. What completes meanwhile wakes nobody: the caller looks afterwards, and what the kernel did at once
+ * is the common case. (A completion is in its ring before the kernel reads the flag.)
+ */
 static int enter(struct uring *u)
 {
 	int r;
+	io_uring_cq_eventfd_toggle(&u->ring, false);
 	do
 		r = io_uring_submit(&u->ring);
 	while (r == -EINTR);
+	io_uring_cq_eventfd_toggle(&u->ring, true);
+	__atomic_add_fetch(&u->order, 1, __ATOMIC_SEQ_CST); /* the flag before the look */
 	return r;
 }
 

@@ -18,7 +18,7 @@
 #include "block/throttle.h"
 #include "loop/loop.h"
 
-enum { SIZE = 8 << 20, DEPTH = 24 };
+enum { SIZE = 8 << 20, DEPTH = 24, LONGEST = 512 * 512, ENTRIES = 257 };
 static char path[] = "/var/tmp/block-engine-XXXXXX";
 
 struct bed { struct loop *loop; struct workers *workers; pthread_t thread; struct block *b; };
@@ -54,7 +54,7 @@ static void bed_close(struct bed *t)
 
 /* --- many requests at once, each in its own piece of the disk, against an array --- */
 
-struct slot { struct block_req r; struct iovec v[2]; uint8_t *buf; uint64_t off; uint8_t fill; pthread_mutex_t *lock; pthread_cond_t *cond; bool busy; };
+struct slot { struct block_req r; struct iovec v[ENTRIES]; uint8_t *buf; uint64_t off; uint8_t fill; pthread_mutex_t *lock; pthread_cond_t *cond; bool busy; };
 
 static void slot_done(struct block_req *r)
 {
@@ -77,15 +77,16 @@ static void slot_check(struct slot *s, uint8_t *model)
 
 static void slot_start(struct bed *t, struct slot *s, unsigned i, uint8_t *model, bool more)
 {
-	uint64_t piece = SIZE / DEPTH / 4096 * 4096, len = 512 * (1 + (uint64_t)rand() % 64);
+	uint64_t piece = SIZE / DEPTH / 4096 * 4096, len = 512 * (1 + (uint64_t)rand() % (rand() % 4 ? 64 : LONGEST / 512));
 	s->off = i * piece + (uint64_t)rand() % ((piece - len) / 512) * 512;
 	s->fill = (uint8_t)rand();
 	enum block_op op = rand() % 9 ? rand() % 2 ? BLOCK_READ : BLOCK_WRITE : BLOCK_FLUSH;
 	memset(s->buf, s->fill, len);
-	uint64_t cut = len > 512 && rand() % 2 ? 512 : len;
-	s->v[0] = (struct iovec){ s->buf, cut };
-	s->v[1] = (struct iovec){ s->buf + cut, len - cut };
-	s->r = (struct block_req){ .op = op, .off = s->off, .len = op == BLOCK_FLUSH ? 0 : len, .iov = s->v, .iovcnt = cut == len ? 1 : 2, .done = slot_done, .lane = i,
+	uint64_t cut = rand() % 3 ? rand() % 3 ? 1024 : 65536 : 512, entry = len < 4 * cut || len > cut * (ENTRIES - 1) ? len : cut;
+	int n = 0;
+	for (uint64_t at = 0; at < len; at += entry)
+		s->v[n++] = (struct iovec){ s->buf + at, MIN(entry, len - at) };
+	s->r = (struct block_req){ .op = op, .off = s->off, .len = op == BLOCK_FLUSH ? 0 : len, .iov = s->v, .iovcnt = n, .done = slot_done, .lane = i,
 				   .flags = (rand() % 3 ? 0 : BLOCK_REQ_INLINE) | (rand() % 9 ? 0 : BLOCK_REQ_FUA) | (more ? BLOCK_REQ_MORE : 0) };
 	s->busy = true;
 	block_submit(t->b, &s->r);
@@ -98,7 +99,7 @@ static void deep_part(struct bed *t, unsigned rounds, unsigned from, unsigned to
 	pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 	pthread_cond_t cond = PTHREAD_COND_INITIALIZER;
 	for (unsigned i = from; i < to; i++) {
-		assert_int_equal(posix_memalign((void **)&s[i].buf, 4096, 64 * 512), 0);
+		assert_int_equal(posix_memalign((void **)&s[i].buf, 4096, LONGEST), 0);
 		s[i].lock = &lock;
 		s[i].cond = &cond;
 		s[i].r.op = BLOCK_FLUSH;
@@ -138,6 +139,9 @@ static void deep_part(struct bed *t, unsigned rounds, unsigned from, unsigned to
 static void check_all(struct bed *t, const uint8_t *model)
 {
 	block_drain(t->b);
+	int fd = open(path, O_RDWR); /* what is read now comes from the disk */
+	assert_int_equal(fdatasync(fd) || posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
+	close(fd);
 	uint8_t *all = malloc(SIZE);
 	assert_int_equal(image_read(t->b, 0, all, SIZE), 0);
 	assert_memory_equal(all, model, SIZE);
