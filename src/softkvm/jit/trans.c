@@ -410,6 +410,7 @@ static void entry(struct tr *t)
 	k->entry_same = k->entry;
 	map_in(e, t);
 	k->body_same = (uint32_t)(e->p - t->j->rw);
+	t->mapped = k->map;
 	if (k->map) {
 		k->entry_same = (uint32_t)(cold->p - t->j->rw);
 		check(cold, t);
@@ -417,7 +418,6 @@ static void entry(struct tr *t)
 		if (!cold->full)
 			em_to(to, e->p);
 	}
-	t->mapped = k->map;
 	if (!k->in_line)
 		count_entry(t, left);
 }
