@@ -110,6 +110,13 @@ void em_flags(struct em *e, struct cpu *c)
 	EM(e, 0x04, 0x7f, 0x9e);                                /* add al, 0x7f ; sahf */
 }
 
+void em_charge(struct em *e, struct cpu *c, uint32_t n)
+{
+	e8(e, n < 128 ? 0x83 : 0x81);                           /* sub dword [budget], n */
+	em_abs(e, 5, &c->budget);
+	n < 128 ? e8(e, n) : e32(e, n);
+}
+
 /* -- thunks -------------------------------------------------------------------------------------- */
 static void load_all(struct em *e, struct cpu *c, const int8_t *map)
 {
@@ -156,7 +163,8 @@ static void thunk_live(struct jit *j, struct em *e, const int8_t *map)
 static void thunk_call(struct jit *j, struct em *e, const int8_t *map)
 {
 	store_all(e, j->c, map);
-	EM(e, 0x89, 0xc7);                                      /* mov edi, eax */
+	EM(e, 0x89, 0xc6);                                      /* mov esi, eax */
+	em_imm(e, H_RDI, (uintptr_t)j->c);
 	live_emit_save(e, j);
 	thunk_call_c(e, jit_call_insn);
 	EM(e, 0x48, 0x85, 0xc0);                                /* test rax, rax */

@@ -348,6 +348,7 @@ void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *
 static void leave_by_link(struct tr *t, uint64_t rip)
 {
 	struct jit_link *l = jit_arena(t->j, sizeof *l);
+	int64_t off = (int64_t)(rip - t->k->rip);
 	struct em *e = &t->h;
 	uint8_t *j, *stale = NULL;
 
@@ -355,10 +356,11 @@ static void leave_by_link(struct tr *t, uint64_t rip)
 		t->failed = true;
 		return;
 	}
-	*l = (struct jit_link){ .from = t->k, .rip = rip, .page = (uint32_t)(uintptr_t)&t->j->low->no_stamp,
-				 .near = !t->b->cross && !((rip ^ t->k->rip) >> 12), .next = t->k->links };
-	t->k->links = l;
-	if (!l->near) {
+	if (tr_64(t) && off != (int32_t)off)
+		t->failed = true;
+	*l = (struct jit_link){ .from = low_of(t->k), .rip = (int32_t)off, .page = low_of(&t->j->low->no_stamp), .next = t->k->links };
+	t->k->links = low_of(l);
+	if (!jit_link_near(l)) {
 		em_load32(e, SC, &l->page);
 		em_load(e, SA, &t->j->low->stamp);
 		em_mem(e, true, 0x3b, SA, SC, -1, 0, 0);
@@ -377,7 +379,7 @@ static void leave_by_link(struct tr *t, uint64_t rip)
 	em_here(e, j);
 	if (t->k->map) {
 		map_out(e, t);
-		l->at2 = (uint32_t)(em_jmp(e) - t->j->rw);
+		em_jmp(e);              /* jit_link_at2() */
 	}
 	if (stale)
 		em_here(e, stale);
@@ -424,8 +426,7 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 	if (p >= 0 ? t->part[p].live : !flags_dead_at(t, rip))
 		gen_flags_save(t);
 	if (rip <= t->t[n].rip) {
-		em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
-		e32(e, p >= 0 && t->part[p].first <= n ? n + 1 - t->part[p].first : tr_count(t, n));
+		em_charge(e, t->c, p >= 0 && t->part[p].first <= n ? n + 1 - t->part[p].first : tr_count(t, n));
 		t->in_host = false;
 		if (p >= 0 && !(next && (unsigned)p == t->now + 1)) {
 			jump_to_part(t, (unsigned)p, em_jcc(e, 15));    /* jg */

@@ -143,8 +143,7 @@ static void lookup(struct tr *t, unsigned n, struct cold *k)
 	struct em *e = &t->h;
 	struct jit_ind *ind = t->j->low->ind;
 
-	em_op_abs(e, false, 0x81, 5, &t->c->budget);    /* sub dword [budget], n */
-	e32(e, tr_count(t, n));
+	em_charge(e, t->c, tr_count(t, n));
 	cold_from(k, em_jcc(e, 14));
 	EM(e, 0x0f, 0xb7, 0xc8, 0x48, 0xc1, 0xf8, 0x10);        /* movzx ecx, ax ; sar rax, 16 */
 	em_mem(e, true, 0x63, ST, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->high);        /* movsxd */

@@ -14,9 +14,9 @@ static struct jit_patch *patch_new(struct tr *t, unsigned n)
 		t->failed = true;
 		return NULL;
 	}
-	*p = (struct jit_patch){ .value = i->in->imm, .next = (uint32_t)(uintptr_t)t->k->patches, .part = tr_part_of(t, i->b),
+	*p = (struct jit_patch){ .value = i->in->imm, .next = t->k->patches, .part = tr_part_of(t, i->b),
 				 .insn = (uint8_t)(i->in - i->b->insn) };
-	t->k->patches = p;
+	t->k->patches = low_of(p);
 	return p;
 }
 
@@ -99,7 +99,7 @@ unsigned patch_count(const struct jit_code *k)
 
 void patch_values(const struct jit_code *k)
 {
-	for (struct jit_patch *p = k->patches; p; p = (struct jit_patch *)(uintptr_t)p->next)
+	for (struct jit_patch *p = LOW_PTR(struct jit_patch, k->patches); p; p = LOW_PTR(struct jit_patch, p->next))
 		p->value = k->part[p->part]->insn[p->insn].imm;
 }
 
@@ -114,9 +114,9 @@ void looks_keep(struct tr *t)
 		if (!s->dead)
 			continue;
 		l = jit_arena(t->j, sizeof *l + s->len);        /* has_room() saw to it */
-		*l = (struct jit_look){ .mask = s->mask, .next = (uint32_t)(uintptr_t)t->k->looks, .off = s->rip & 4095, .len = s->len };
+		*l = (struct jit_look){ .mask = s->mask, .next = t->k->looks, .off = s->rip & 4095, .len = s->len };
 		memcpy(l->bytes, s->bytes, s->len);
-		t->k->looks = l;
+		t->k->looks = low_of(l);
 	}
 }
 
@@ -125,7 +125,7 @@ bool looks_same(struct cpu *c, const struct jit_code *k)
 	const struct code_page page = block_page(k->b);
 	uint8_t now[64];
 
-	for (const struct jit_look *l = k->looks; l; l = (const struct jit_look *)(uintptr_t)l->next) {
+	for (const struct jit_look *l = LOW_PTR(struct jit_look, k->looks); l; l = LOW_PTR(struct jit_look, l->next)) {
 		mmu_code_lines(c, &page, l->off, l->len);
 		ram_copy(now, page.host + l->off, l->len);
 		for (unsigned n = 0; n < l->len; n++)

@@ -21,22 +21,21 @@ extern const int8_t jit_map[16];
 #define JIT_THUNKS 16384u       /* bytes at the start of the code area */
 #define JIT_ALL_FLAGS 0x8d5u    /* OF SF ZF AF PF CF in RFLAGS' positions */
 
+/* Addresses in low memory, by their lower halves; 0 is NULL. There are many. */
+typedef uint32_t low_ptr;
+
 /*
- * A direct jump to another block. In low memory: translated code reads `page`. `rip` holds while the page of `from` is
- * where it was translated: jit_link_rip().
+ * A direct jump to another block. In low memory: translated code reads `page`.
  */
 struct jit_link {
-	uint64_t rip;
-	uint32_t page;                  /* where the stamp of the page it leads to is, 0 of jit_low: not known; unless `near` */
-	struct jit_code *from;
+	low_ptr page;                   /* where the stamp of the page it leads to is, 0 of jit_low: not known; unless it is near */
+	low_ptr from;                   /* jit_code */
+	low_ptr to;                     /* jit_code where it leads, 0: nowhere yet */
+	low_ptr next, next_in;          /* jit_link of the same translation; that lead there */
+	int32_t rip;                    /* from that of `from` */
 	uint32_t at, unlinked;          /* offset of the rel32 in the code area, and where it leads while unlinked */
-	uint32_t at2;                   /* behind the registers' change to the usual places; 0: `at` is there. Unlinked it leads on */
-	bool near;                      /* within the page: needs no stamp */
-	struct jit_link *next;          /* of the same translation */
-	struct jit_code *to;            /* where it leads, NULL: nowhere yet */
-	struct jit_link *next_in;       /* that lead there */
 };
-_Static_assert(sizeof(struct jit_link) == 64, "jit_link: one cache line");
+_Static_assert(sizeof(struct jit_link) == 32, "jit_link: half a cache line");
 
 /*
  * Translations of a page for one mode. In low memory: translated code reads `stamp` of the page it goes to. A page that does not move has one
@@ -68,7 +67,7 @@ struct jit_map_thunks { uint32_t gen, call, live; };
  * called (struct jit, `called`).
  */
 struct jit_site {
-	uint32_t code;                  /* struct jit_code, in low memory */
+	low_ptr code;                   /* struct jit_code */
 	int16_t delta;                  /* of the block's first byte from the translation's */
 	uint16_t bytes;                 /* the block's, and its instructions */
 	uint8_t n;
@@ -85,30 +84,28 @@ _Static_assert(sizeof(struct jit_site) == 16, "jit_site: most are never used");
 
 struct jit_code {
 	struct block *b;
-	struct cpu *c;
 	uint64_t rip;
-	uint32_t mode;
+	uint64_t stamp;                 /* of a block that crosses a page end: when both pages were looked at last */
+	struct jit_page *page;          /* if that moves, `rip` was the address when it was made */
+	struct jit_code *next;          /* of all: struct jit, `codes` */
+	struct jit_code *page_next;
 	uint32_t ver_value;             /* read by the code's entry */
-	uint32_t second_value;          /* of a block that crosses a page end: the other page's */
-	uint64_t stamp;                 /* and when both were looked at last */
+	int32_t entries;                /* until heat.c looks at it; translated code counts down */
+	uint32_t second_value;          /* of a block that crosses a page end: the other page's version */
+	uint32_t mode;
 	uint32_t entry, body;           /* offsets in the code area: with and without the version check; in front of entry: page, for jit_ind */
+	uint32_t entry_same, body_same; /* the same for those who come with this map */
 	uint32_t hot, points;           /* where its code begins in the code area, and its points in struct jit's */
+	low_ptr links, in;              /* jit_link */
+	low_ptr patches;                /* jit_patch: immediates that it reads from memory */
+	low_ptr looks;                  /* jit_look: at code beyond its blocks (flags_dead_at()) */
+	uint32_t heat_time;
 	uint16_t npoints;
+	uint16_t map;                   /* map.c */
+	uint16_t patched;               /* patch_count() when it was made */
+	uint8_t nparts, budgets;        /* budgets: that ended in its loops */
 	bool in_line;                   /* checks are in it rather than called */
 	bool wanted;                    /* it should be made anew, with checks in line: heat.c */
-	int32_t entries;                /* until that is looked at; translated code counts down */
-	uint32_t heat_time;
-	uint8_t budgets;
-	uint32_t map;                   /* map.c */
-	uint32_t entry_same, body_same; /* the same for those who come with this map */
-	struct jit_link *links, *in;
-	unsigned nparts;
-	struct jit_patch *patches;      /* gen_patch.c: immediates that it reads from memory */
-	unsigned patched;               /* patch_count() when it was made */
-	struct jit_look *looks;         /* at code beyond its blocks (flags_dead_at()) */
-	struct jit_code *next;          /* of all: struct jit, `codes` */
-	struct jit_page *page;          /* if that moves, `rip` was the address when it was made */
-	struct jit_code *page_next;
 	struct block *part[REGION_PARTS];       /* [0] is b; there is memory for nparts of them */
 };
 
@@ -130,7 +127,22 @@ struct jit_look {
 
 /* Where it is now. */
 static inline uint64_t jit_code_rip(const struct jit_code *k) { return k->page->lin | (k->rip & 4095); }
-static inline uint64_t jit_link_rip(const struct jit_link *l) { return l->rip - l->from->rip + jit_code_rip(l->from); }
+#define LOW_PTR(type, v) ((type *)(uintptr_t)(v))
+static inline low_ptr low_of(const void *p) { return (low_ptr)(uintptr_t)p; }
+static inline struct jit_link *jit_link_at(low_ptr p) { return LOW_PTR(struct jit_link, p); }
+static inline struct jit_code *jit_link_from(const struct jit_link *l) { return LOW_PTR(struct jit_code, l->from); }
+static inline struct jit_code *jit_link_to(const struct jit_link *l) { return LOW_PTR(struct jit_code, l->to); }
+static inline uint64_t jit_link_rip(const struct jit_link *l)
+{
+	const struct jit_code *k = jit_link_from(l);
+	uint64_t rip = jit_code_rip(k) + (uint64_t)(int64_t)l->rip;
+
+	return k->mode & BM_CODE64 ? rip : (uint32_t)rip;
+}
+/* Within the page: it needs no stamp. */
+bool jit_link_near(const struct jit_link *l);
+/* The rel32 behind the registers' change to the usual places, which unlinked leads on; 0: `at` is behind it. */
+uint32_t jit_link_at2(const struct jit_link *l);
 
 /*
  * Recent targets of indirect jumps, at the index of the address' lowest 16 bits: the others (of an address that 48 bits hold), and the offset in the
@@ -259,6 +271,7 @@ void em_here(struct em *e, uint8_t *rel32);                             /* that 
 void em_to(uint8_t *rel32, const uint8_t *target);
 void em_align(struct em *e);
 void em_flags(struct em *e, struct cpu *c);                             /* the host's from cpu->aflags; uses SA */
+void em_charge(struct em *e, struct cpu *c, uint32_t n);                /* instructions, of the budget; the host's flags say what is left */
 /* ST, scratch SC: from linear address to host address of an access, if `t`, a TLB's table, has it. Returns the jump that is taken if not. */
 uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size);
 void jit_thunks(struct jit *j);
@@ -269,6 +282,7 @@ struct tr;
 void map_choose(struct tr *t);
 void map_in(struct em *e, struct tr *t);
 void map_out(struct em *e, struct tr *t);
+unsigned map_out_bytes(unsigned key);           /* what it emits */
 void map_of(int8_t map[16], unsigned key);      /* async-signal-safe */
 
 /* area.c */
@@ -281,7 +295,7 @@ void *jit_arena(struct jit *j, size_t size);                            /* low m
 
 /* run.c */
 void code_valid(struct jit_code *k, uint64_t stamp);    /* its first block is valid now, under that stamp (0: none) */
-uint64_t jit_call_insn(struct jit_site *s);
+uint64_t jit_call_insn(struct cpu *c, const struct jit_site *s);
 void jit_cut_incoming(struct jit *j, struct jit_code *k);        /* who leads to it has to ask anew */
 
 /* resume.c */

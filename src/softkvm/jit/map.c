@@ -56,7 +56,7 @@ static unsigned part_weight(const struct tr *t, unsigned p)
 /* Bit k: outside[k] comes in; bit 4 + v: inside[v] makes room. */
 static unsigned choose(const struct tr *t)
 {
-	unsigned w[16] = { 0 }, loops = 0, key = 0;
+	unsigned w[16] = { 0 }, loops = 0, key = 0, worth;
 
 	for (unsigned p = 0; p < t->nparts; p++) {
 		unsigned by = part_weight(t, p);
@@ -65,6 +65,8 @@ static unsigned choose(const struct tr *t)
 		for (unsigned n = 0; n < t->part[p].n; n++)
 			count_insn(w, &t->t[t->part[p].first + n], by);
 	}
+	/* A change takes 16 bytes, at the entry and at each exit: where size is what counts, seldom. */
+	worth = t->k->in_line ? (loops ? 8 : 6) : (loops ? 100 : 24);
 	for (unsigned round = 0; round < JIT_SWAPS; round++) {
 		unsigned in = JIT_SWAPS, out = ARRAY_SIZE(inside);
 
@@ -74,7 +76,7 @@ static unsigned choose(const struct tr *t)
 		for (unsigned v = 0; v < ARRAY_SIZE(inside); v++)
 			if (!(key >> (4 + v) & 1) && (out == ARRAY_SIZE(inside) || w[inside[v]] < w[inside[out]]))
 				out = v;
-		if (w[outside[in]] < w[inside[out]] + (loops ? 8 : 6))
+		if (w[outside[in]] < w[inside[out]] + worth)
 			break;
 		key |= 1u << in | 16u << out;
 	}
@@ -117,6 +119,8 @@ static void swap(struct em *e, struct tr *t, bool to_map)
 	}
 }
 
+unsigned map_out_bytes(unsigned key) { return 16 * (unsigned)__builtin_popcount(key & 15); }
+
 void map_in(struct em *e, struct tr *t) { swap(e, t, true); }
 void map_out(struct em *e, struct tr *t) { swap(e, t, false); }
 
@@ -136,7 +140,7 @@ static const struct jit_map_thunks *thunks(struct jit *j, unsigned key)
 /* After the region is known, before code is made. */
 void map_choose(struct tr *t)
 {
-	t->k->map = choose(t);
+	t->k->map = (uint16_t)choose(t);
 	t->thunks = thunks(t->j, t->k->map);
 	map_of(t->map, t->k->map);
 }

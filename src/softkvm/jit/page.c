@@ -57,9 +57,9 @@ void code_moves(struct jit *j, struct jit_code *k)
 
 	if (jit_ind_is(i, rip) && i->at == k->entry - 4)
 		*i = (struct jit_ind){ 0 };
-	for (struct jit_link *l = k->links; l; l = l->next)
+	for (struct jit_link *l = jit_link_at(k->links); l; l = jit_link_at(l->next))
 		l->page = none;
-	for (struct jit_link *l = k->in; l; l = l->next_in)
+	for (struct jit_link *l = jit_link_at(k->in); l; l = jit_link_at(l->next_in))
 		l->page = none;
 	k->stamp = 0;
 }

@@ -157,7 +157,7 @@ uint64_t jit_miss(struct jit *j, uint64_t from)
 	for (unsigned g = 0; g < 16; g++)
 		if (map[g] >= 0)
 			c->gpr[g] = j->low->regs[map[g]];
-	r = jit_call_insn(&(struct jit_site){
+	r = jit_call_insn(c, &(struct jit_site){
 		.code = (uint32_t)(uintptr_t)k, .delta = (int16_t)block_delta(k, b), .bytes = b->bytes, .n = b->n, .part = (uint8_t)part,
 		.first = (uint8_t)insn, .count = p->count, .need = p->need });
 	for (unsigned g = 0; g < 16; g++)

@@ -115,30 +115,46 @@ static struct jit_code *code_of(const struct jit *j, const struct block *b)
 }
 
 /* -- links --------------------------------------------------------------------------------------- */
+bool jit_link_near(const struct jit_link *l)
+{
+	const struct jit_code *k = jit_link_from(l);
+
+	return !k->b->cross && !((k->rip ^ (k->rip + (uint64_t)(int64_t)l->rip)) >> 12);
+}
+
+uint32_t jit_link_at2(const struct jit_link *l)
+{
+	uint32_t map = jit_link_from(l)->map;
+
+	return map ? l->unlinked + map_out_bytes(map) + 1 : 0;
+}
+
 static void link_cut(struct jit *j, struct jit_link *l)
 {
+	uint32_t at2 = jit_link_at2(l);
+
 	em_to(j->rw + l->at, j->rw + l->unlinked);
-	if (l->at2)
-		em_to(j->rw + l->at2, j->rw + l->at2 + 4);
+	if (at2)
+		em_to(j->rw + at2, j->rw + at2 + 4);
 }
 
 static void link_forget(struct jit_link *l)
 {
-	struct jit_link **p;
+	low_ptr *p;
 
-	for (p = &l->to->in; *p != l; p = &(*p)->next_in)
+	for (p = &jit_link_to(l)->in; *p != low_of(l); p = &jit_link_at(*p)->next_in)
 		;
 	*p = l->next_in;
-	l->to = NULL;
+	l->to = 0;
 }
 
 void jit_cut_incoming(struct jit *j, struct jit_code *k)
 {
 	struct jit_link *l;
 
-	while ((l = k->in)) {
+	while ((l = jit_link_at(k->in))) {
 		k->in = l->next_in;
-		l->to = NULL;
+		l->to = 0;
 		link_cut(j, l);
 	}
 }
@@ -146,21 +162,22 @@ void jit_cut_incoming(struct jit *j, struct jit_code *k)
 static void link_to(struct jit *j, struct jit_link *l, struct jit_code *to)
 {
 	/* What crosses a page end has to look at the other page. */
-	bool straight = l->near && !to->b->cross;
+	bool straight = jit_link_near(l) && !to->b->cross;
+	uint32_t at2 = jit_link_at2(l);
 
-	if (l->to == to)
+	if (l->to == low_of(to))
 		return;
 	if (l->to)
 		link_forget(l);
-	l->to = to;
+	l->to = low_of(to);
 	l->next_in = to->in;
-	to->in = l;
+	to->in = low_of(l);
 	j->c->stats.links++;
-	if (l->from->map == to->map) {
+	if (jit_link_from(l)->map == to->map) {
 		em_to(j->rw + l->at, j->rw + (straight ? to->body_same : to->entry_same));
 	} else {
 		link_cut(j, l);
-		em_to(j->rw + (l->at2 ? l->at2 : l->at), j->rw + (straight ? to->body : to->entry));
+		em_to(j->rw + (at2 ? at2 : l->at), j->rw + (straight ? to->body : to->entry));
 	}
 }
 
@@ -197,7 +214,7 @@ void jit_revived(struct cpu *c, struct block *b)
 	if (!k)
 		return;
 	/* What it is linked to in this page was not compared. */
-	for (struct jit_link *l = k->links; l; l = l->next) {
+	for (struct jit_link *l = jit_link_at(k->links); l; l = jit_link_at(l->next)) {
 		if (l->to)
 			link_forget(l);
 		link_cut(j, l);
@@ -213,12 +230,12 @@ void jit_revived(struct cpu *c, struct block *b)
 /* The jump `l` was left by turns out to lead to `to`, which is valid now. */
 static void resolve(struct jit *j, struct jit_link *l, struct jit_code *to)
 {
-	const struct jit_code *from = l->from;
+	const struct jit_code *from = jit_link_from(l);
 
 	if (jit_link_rip(l) != jit_code_rip(to) || from->mode != to->mode)
 		return;
-	if (!l->near) {
-		l->page = (uint32_t)(uintptr_t)to->page;
+	if (!jit_link_near(l)) {
+		l->page = low_of(to->page);
 		link_to(j, l, to);
 	} else if (from->page != to->page) {
 		return;         /* one of them moves, and is here by chance */
@@ -333,10 +350,9 @@ static bool call_handlers(struct cpu *c, const struct insn *i, const struct insn
  * Translated code hands instructions to their handlers. 0: go on behind them; 1: the loop must look before the next one;
  * else the address of the code to go on at (the last of them was the last of its block).
  */
-uint64_t jit_call_insn(struct jit_site *s)
+uint64_t jit_call_insn(struct cpu *c, const struct jit_site *s)
 {
 	const struct jit_code *k = (const struct jit_code *)(uintptr_t)s->code;
-	struct cpu *c = k->c;
 	struct insn *i = c->jit->called, *end = i + s->count;
 	bool on;
 

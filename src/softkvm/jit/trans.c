@@ -333,8 +333,8 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 	t->row = t->index = false;
 	t->align = 0;
 	t->rsp_off = 0;
-	t->k->links = NULL;
-	t->k->patches = NULL;
+	t->k->links = 0;
+	t->k->patches = 0;
 	for (unsigned p = 0; p < t->nparts; p++)
 		t->part[p].at = NULL;
 }
@@ -567,7 +567,7 @@ static void count(struct tr *t, size_t bytes)
 /* `k`, allocated last, keeps room for as many parts as there are. */
 static void keep_parts(struct jit *j, struct jit_code *k, const struct tr *t)
 {
-	k->nparts = t->nparts;
+	k->nparts = (uint8_t)t->nparts;
 	for (unsigned p = 0; p < t->nparts; p++)
 		k->part[p] = t->part[p].b;
 	j->arena -= ALIGN_UP(sizeof *k, 16) - ALIGN_UP(offsetof(struct jit_code, part) + t->nparts * sizeof k->part[0], 16);
@@ -595,7 +595,7 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	k = jit_arena(j, sizeof *k);
 	h = (struct em){ j->rw + j->hot, j->rw + j->hot + HOT_MAX, false };
 	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false };
-	*k = (struct jit_code){ .b = b, .c = j->c, .rip = rip, .mode = mode, .in_line = in_line || (j->c->stats.translations & 1) < j->in_line };
+	*k = (struct jit_code){ .b = b, .rip = rip, .mode = mode, .in_line = in_line || (j->c->stats.translations & 1) < j->in_line };
 	code_valid(k, 0);
 	heat_begin(j, k);
 	t->j = j;
@@ -629,7 +629,7 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	}
 	points_keep(t);
 	looks_keep(t);
-	k->patched = patch_count(k);
+	k->patched = (uint16_t)patch_count(k);
 	note(t, h.p);
 	em_align(&t->h);
 	j->hot = (size_t)(t->h.p - j->rw);
