@@ -70,6 +70,7 @@ struct block_opts {
 	/* Or, instead of `file`, a node's options, flat: driver=qcow2, file.driver=nbd, file.server.type=unix, ... */
 	const struct keyvals *options;
 	const struct keyvals *leaf;     /* the same of the leaf alone (driver=nbd, ...), under `format` */
+	struct { bool on, zeroes; uint64_t size, latency /* ns */; } null; /* driver=null-co: no file at all; set by block_name_resolve() */
 	const struct tls_store *tls;    /* credentials that options may name; may be NULL */
 	const char *format;             /* "raw"; NULL probes */
 	bool read_only, snapshot;       /* snapshot: writes go to a temporary file that is gone at the end */

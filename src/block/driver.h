@@ -83,6 +83,10 @@ struct block {
 	struct uring *uring;            /* NULL: threads; else a list, one a loop */
 	struct copier *copier;          /* NULL: whoever asks copies alone */
 
+	/* null-co */
+	uint64_t latency;               /* ns */
+	bool null_zeroes;
+
 	struct overlay *overlay;
 	struct qcow2 *qcow2;
 	struct nbd *nbd;
@@ -102,6 +106,7 @@ void block_free(struct block *b);
 int raw_open(struct block *b, const struct block_opts *o, struct err *err);
 /* o->leaf, or o->file as an NBD name. */
 int nbd_open(struct block *b, const struct block_opts *o, struct err *err);
+int null_open(struct block *b, const struct block_opts *o, struct err *err);
 /* The file, device or server that `o` names. */
 int leaf_open(struct block *b, const struct block_opts *o, struct err *err);
 

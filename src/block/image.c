@@ -214,6 +214,8 @@ int64_t image_disk_size(struct block *b)
 	struct stat st;
 	while (b->child)
 		b = b->child;
+	if (b->drv->file_length && b->fd < 0 && !b->nbd)
+		return 0; /* null-co */
 	return fstat(b->fd, &st) ? -errno : (int64_t)st.st_blocks * 512;
 }
 

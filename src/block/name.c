@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/parse.h"
 #include "base/util.h"
 #include "block/driver.h"
 #include "block/nbd.h"
@@ -15,13 +16,48 @@ static const char *const unsupported[] = { "http:", "https:", "ftp:", "ftps:", "
 					   "gluster+unix:", "nvme:", "blkdebug:", "blkverify:", "fat:", "sheepdog:", "vxhs:" };
 static const char *const formats[] = { "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx" };
 
+static const char *const null_drivers[] = { "null-co", "null-aio" };
+
+static bool null_is_name(const char *file)
+{
+	return !strncmp(file, "null-co:", 8) || !strncmp(file, "null-aio:", 9);
+}
+
+/* null-co:// and nothing behind it. */
+static int null_name(struct block_opts *o, struct err *err)
+{
+	const char *colon = strchr(o->file, ':');
+	if (strcmp(colon, "://"))
+		return err_set(err, -EINVAL, "The only allowed filename for this driver is '%.*s://'", (int)(colon - o->file), o->file);
+	o->null.on = true;
+	o->null.size = 1 << 30;
+	return 0;
+}
+
+static int null_keys(struct block_name *n, const char *driver, const char *what, struct err *err)
+{
+	struct keyvals *l = &n->leaf;
+	n->o.null.on = true;
+	n->o.null.size = 1 << 30;
+	if (n->o.file)
+		return err_set(err, -EINVAL, "%s: driver=%s has no filename", what, driver);
+	n->o.file = !strcmp(driver, "null-co") ? "null-co://" : "null-aio://";
+	const char *size = keyvals_get(l, "size");
+	if (size && (parse_size(size, 1, &n->o.null.size) || n->o.null.size > INT64_MAX - 511))
+		return err_set(err, -EINVAL, "%s: size=%s is not a size", what, size);
+	int r = keyvals_u64(l, what, "latency-ns", 0, 1000000000 /* a backing name may say it */, &n->o.null.latency, err);
+	if (!r)
+		r = keyvals_bool(l, what, "read-zeroes", &n->o.null.zeroes, err);
+	return r ? r : keyvals_end(l, what, err);
+}
+
 bool block_name_is_protocol(const char *file)
 {
 	for (size_t i = 0; i < ARRAY_SIZE(unsupported); i++) {
 		if (!strncmp(file, unsupported[i], strlen(unsupported[i])))
 			return true;
 	}
-	return nbd_is_name(file) || !strncmp(file, "json:", 5) || !strncmp(file, "file:", 5);
+	return null_is_name(file) || nbd_is_name(file) || !strncmp(file, "json:", 5) || !strncmp(file, "file:", 5);
 }
 
 static int check_name(const char *file, struct err *err)
@@ -107,12 +143,15 @@ static int leaf_keys(struct block_name *n, const char *what, struct err *err)
 		r = driver ? 0 : check_name(file, err);
 		return r ? r : keyvals_end(l, what, err);
 	}
+	for (size_t i = 0; driver && i < ARRAY_SIZE(null_drivers); i++)
+		if (!strcmp(driver, null_drivers[i]))
+			return null_keys(n, null_drivers[i], what, err);
 	if (driver && !strcmp(driver, "nbd")) {
 		n->o.leaf = l;
 		n->o.file = "nbd";
 		return 0;
 	}
-	return err_set(err, -ENOTSUP, "%s: driver=%s is not supported ("BLOCK_FORMATS" over file, host_device or nbd)", what,
+	return err_set(err, -ENOTSUP, "%s: driver=%s is not supported ("BLOCK_FORMATS" over file, host_device, nbd or null-co)", what,
 		       driver ? driver : "(none)");
 }
 
@@ -219,6 +258,8 @@ int block_name_resolve(struct block_name *n, const struct block_opts *o, struct 
 		int r = *text == '{' ? keyvals_parse(&n->all, "json:", text, NULL, err) : err_set(err, -EINVAL, "%s: is no JSON object", o->file);
 		return r ? r : from_options(n, "json:", err);
 	}
+	if (o->file && null_is_name(o->file))
+		return null_name(&n->o, err);
 	return check_name(o->file, err);
 }
 
@@ -232,5 +273,7 @@ void block_name_free(struct block_name *n)
 
 int leaf_open(struct block *b, const struct block_opts *o, struct err *err)
 {
+	if (o->null.on)
+		return null_open(b, o, err);
 	return o->leaf || nbd_is_name(o->file) ? nbd_open(b, o, err) : raw_open(b, o, err);
 }

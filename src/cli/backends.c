@@ -95,6 +95,10 @@ static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, str
 		bo.leaf = o->drives[i].leaf.n ? &o->drives[i].leaf : NULL;
 		bo.backing_options = o->drives[i].backing.n ? &o->drives[i].backing : NULL;
 		bo.data_options = o->drives[i].data.n ? &o->drives[i].data : NULL;
+		if (o->drives[i].empty) {
+			keep(b, PROP_DRIVE, bo.id, NULL);
+			continue;
+		}
 		ret = group_for(b, o->drives[i].group, &o->drives[i].limits, l, &bo.throttle, err);
 		if (!ret)
 			ret = open_disk(b, &bo, l, w, err);
@@ -169,8 +173,11 @@ static void *find(void *opaque, enum prop_type type, const char *id, struct err 
 	for (unsigned i = 0; i < b->n; i++) {
 		if (b->v[i].type != type)
 			continue;
-		if (!strcmp(b->v[i].id, id))
+		if (!strcmp(b->v[i].id, id)) {
+			if (!b->v[i].p)
+				err_set(err, -ENOMEDIUM, "the device needs media, but drive '%s' is empty", id);
 			return b->v[i].p;
+		}
 		if (n < ARRAY_SIZE(names))
 			names[n++] = b->v[i].id;
 	}

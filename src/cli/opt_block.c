@@ -122,8 +122,9 @@ static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what,
 	}
 	keyvals_sub(&d->backing, &d->text, "backing.");
 	keyvals_sub(&d->data, &d->text, "data-file.");
-	if (!*d->file && !d->leaf.n)
-		return err_set(err, -EINVAL, "%s: file= is missing (empty drives are not supported)", what);
+	d->empty = !*d->file && !d->leaf.n;
+	if (d->empty && device && strcmp(device, "scsi-cd"))
+		return err_set(err, -EINVAL, "%s: file= is missing: the disk needs media, but the drive is empty (only a CD drive may be)", what);
 	d->id = v ? vmopts_printf(o, "%s", v) : vmopts_printf(o, "#drive%u", o->auto_ids++);
 	if (device && (ret = drive_device(o, d, what, device, err)))
 		return ret;

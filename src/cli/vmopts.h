@@ -25,6 +25,7 @@ struct vm_drive {
 	struct keyvals leaf, backing, data; /* file.driver=..., backing.*, data-file.*, for the block layer */
 	char *id, *file;
 	const char *place;              /* index= or unit=, on the bus of `cls`; NULL: the next free one */
+	bool empty;                     /* a drive without a medium */
 	const char *cls;                /* of the device behind it, NULL: a -device names it */
 	struct throttle_limits limits;
 	const char *group;              /* throttling.group */

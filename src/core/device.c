@@ -130,7 +130,7 @@ static int set_backend(struct device *d, const struct prop *p, const char *value
 	char l[128];
 	struct err why = { 0 };
 	void *b = find && find->find ? find->find(find->opaque, p->type, value, &why) : NULL;
-	if (b) {
+	if (b || (why.code == -ENOMEDIUM && p->dflt)) {
 		*(void **)field(d, p) = b;
 		return 0;
 	}

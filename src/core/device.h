@@ -22,7 +22,7 @@ enum prop_type {
 	PROP_STR,       /* char *, owned by the device */
 	PROP_MAC,       /* uint8_t[6] */
 	PROP_PCI_ADDR,  /* int32_t devfn ("3", "3.1"), -1 when not given */
-	PROP_DRIVE,     /* struct block *, by -drive/-blockdev id */
+	PROP_DRIVE,     /* struct block *, by -drive/-blockdev id; `dflt`: the drive may be empty, which is NULL */
 	PROP_NETDEV,    /* struct net_backend *, by -netdev id */
 	PROP_CHARDEV,   /* struct chardev *, by -chardev id */
 	PROP_IOTHREAD,  /* struct iothread *, by -object iothread id */

@@ -99,8 +99,8 @@ static int32_t unit_boot(struct device *d, char *path, size_t len)
 	return u->bootindex;
 }
 
-#define UNIT_PROPS \
-	{ "drive", PROP_DRIVE, offsetof(struct scsi_unit, drive), .help = "id of a -drive or -blockdev" }, \
+#define UNIT_PROPS(may_be_empty) \
+	{ "drive", PROP_DRIVE, offsetof(struct scsi_unit, drive), may_be_empty, .help = "id of a -drive or -blockdev" }, \
 	{ "scsi-id", PROP_U32, offsetof(struct scsi_unit, target), UINT32_MAX, .help = "target; the next free one" }, \
 	{ "lun", PROP_U32, offsetof(struct scsi_unit, lun), 0, .max = SCSI_MAX_LUN, .help = "logical unit of the target" }, \
 	{ "channel", PROP_U32, offsetof(struct scsi_unit, channel), 0, .help = "0" }, \
@@ -116,7 +116,7 @@ static int32_t unit_boot(struct device *d, char *path, size_t len)
 	IO_ERROR_PROPS(struct scsi_unit)
 
 static const struct prop hd_props[] = {
-	UNIT_PROPS,
+	UNIT_PROPS(0),
 	{ "logical_block_size", PROP_SIZE, offsetof(struct scsi_unit, lbs), 0, .help = "0: the image's" },
 	{ "physical_block_size", PROP_SIZE, offsetof(struct scsi_unit, pbs), 0, .help = "0: as logical" },
 	{ "rotation_rate", PROP_U32, offsetof(struct scsi_unit, rotation_rate), 0, .max = 65534, .help = "1: a solid state disk, 0: not told" },
@@ -124,7 +124,7 @@ static const struct prop hd_props[] = {
 	{ "dpofua", PROP_BOOL, offsetof(struct scsi_unit, dpofua), 1, .help = "offer writes past the cache" },
 	{ NULL }
 };
-static const struct prop cd_props[] = { UNIT_PROPS, { NULL } };
+static const struct prop cd_props[] = { UNIT_PROPS(1), { NULL } };
 
 const struct device_class scsi_hd_class = {
 	.name = "scsi-hd", .desc = "SCSI disk", .bus = "SCSI", .props = hd_props, .size = sizeof(struct scsi_unit),

@@ -55,6 +55,13 @@ CASES = [
     (f"driver=raw,file.locking=off,{FILE}raw", "length"),
     ('json:{"driver":"qcow2","file":{"driver":"file","filename":"top.q"},"backing":null}', "read -P 0 64k 64k", "read -P 1 64k 64k"),
     ('json:{"driver":"qcow2","file":{"driver":"file","filename":"top.q"}}', "read -P 0 64k 64k", "read -P 1 64k 64k"),
+    ("driver=null-co,size=64k,read-zeroes=on", "length", "read -P 0 0 64k", "write -P 9 0 4k", "read -P 0 0 4k", "write -z 0 64k", "discard 0 4k", "read 64k 512", "map"),
+    ("driver=null-aio,size=1M,latency-ns=1000,read-zeroes=on", "length", "read -P 0 4k 8k", "flush", "truncate 2M"),
+    ("driver=null-co", "length"),
+    ("driver=null-co,filename=x", "length"),
+    ("driver=raw,offset=64k,file.driver=null-co,file.size=128k,file.read-zeroes=on", "length", "read -P 0 0 64k"),
+    ("driver=qcow2,file.driver=null-co,file.read-zeroes=on", "length"),
+    ('json:{"driver":"raw","file":{"driver":"null-co","size":131072,"read-zeroes":true}}', "length", "read -P 0 0 64k"),
     ('json:{"driver":"raw","offset":65536,"size":65536,"file":{"driver":"file","filename":"raw"}}', "length", "read -P 7 0 64k"),
 ]
 bad = 0
@@ -188,6 +195,22 @@ def drives(tmp, lodge):
                 fail(f"-drive {text}: status {p.returncode}: {p.stderr!r}")
 
 
+# Drives without a medium: good for a CD drive alone. The last word says what the message has to name.
+EMPTY = [
+    (["-drive", "if=none,id=d,media=cdrom", "-device", "virtio-scsi-pci", "-device", "scsi-cd,drive=d", "-device", "scsi-hd,drive=d"], "scsi-hd: property 'drive'"),
+    (["-drive", "if=scsi,media=cdrom", "-drive", "if=none,id=d", "-device", "virtio-blk-pci,drive=d"], "virtio-blk-pci: property 'drive'"),
+    (["-drive", "if=virtio"], "needs media"),
+]
+
+
+def empty(lodge):
+    for argv, names in EMPTY:
+        p = subprocess.run([lodge, "qemu", "-nodefaults", "-display", "none", "-accel", "soft", "-kernel", lodge, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                           timeout=300, check=False)
+        if p.returncode < 1 or names.encode() not in p.stderr:
+            fail(f"{argv}: status {p.returncode}: {p.stderr!r}")
+
+
 def holes(tmp, io):
     """What a deleted snapshot alone held is given back to the file system, unless the options say otherwise."""
     img = os.path.join(os.path.dirname(io), "lodge-qemu-img")
@@ -216,6 +239,7 @@ def main():
         cases(tmp, io)
         graphs(tmp, lodge)
         drives(tmp, lodge)
+        empty(lodge)
         holes(tmp, io)
     print(f"graph_test: {len(CASES)} descriptions, {len(GRAPHS)} graphs, {sum(map(len, DRIVES.values()))} drives, {bad} failures")
     return bool(bad)
