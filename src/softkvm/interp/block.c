@@ -4,7 +4,6 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #include "softkvm/jit/jit.h"
 #include "softkvm/vm.h"
@@ -20,34 +19,16 @@ static size_t block_size(unsigned n, unsigned bytes)
 }
 
 /* -- life -------------------------------------------------------------------------------------- */
-/* What the arenas of a VM may take together once they have grown: the rest of the memory for code is the translator's. */
-static uint64_t grown_total(const struct cpu *c)
-{
-	return c->vm && c->vm->policy.translate ? c->vm->policy.code_bytes - c->vm->policy.code_bytes / 8 * CODE_EIGHTHS : 0;
-}
-
-/* Empty, lines on cache lines; NULL: no memory. */
-static uint32_t *hash_map(unsigned bits)
-{
-	void *p = mmap(NULL, sizeof(uint32_t) << bits, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	return p == MAP_FAILED ? NULL : p;
-}
-
 int engine_cpu_init(struct cpu *c)
 {
 	struct block_cache *bc = calloc(1, sizeof *bc);
 
 	if (!bc)
 		return -ENOMEM;
-	bc->size = MAX((uint64_t)BLOCK_ARENA_TOTAL, grown_total(c));    /* of addresses; pages come as they are used */
-	bc->arena = mmap(NULL, bc->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	bc->scratch = aligned_alloc(64, ALIGN_UP(block_size(1, 15), 64));
-	bc->hash_bits = BLOCK_HASH_BITS;
-	bc->hash = hash_map(bc->hash_bits);
 	bc->gen[1] = bc->last_gen = 1;
 	c->blocks = bc;
-	if (bc->arena != MAP_FAILED && bc->scratch && bc->hash)
+	if (block_arena_init(c) && block_hash_init(bc) && bc->scratch)
 		return 0;
 	engine_cpu_free(c);
 	return -ENOMEM;
@@ -59,10 +40,8 @@ void engine_cpu_free(struct cpu *c)
 
 	if (!bc)
 		return;
-	if (bc->arena != MAP_FAILED)
-		munmap(bc->arena, bc->size);
-	if (bc->hash)
-		munmap(bc->hash, sizeof *bc->hash << bc->hash_bits);
+	block_arena_free(bc);
+	block_hash_free(bc);
 	free(bc->scratch);
 	free(bc);
 	c->blocks = NULL;
@@ -350,140 +329,6 @@ static void build(struct cpu *c, struct build *b)
 	}
 }
 
-/* -- the hash ---------------------------------------------------------------------------------- */
-#define HASH_GONE 1u            /* an entry whose block was given up */
-
-static uint64_t hash_of(uint64_t gpa, uint32_t mode)
-{
-	return (gpa ^ (uint64_t)(mode & BM_PHYS_MASK) << 40) * 0x9e3779b97f4a7c15ULL;
-}
-
-/* Its first entry; they go on in the next lines where that is full. */
-static size_t hash_line(const struct block_cache *bc, uint64_t h) { return (size_t)(h >> (64 - bc->hash_bits)) & ~(size_t)(BLOCK_HASH_LINE - 1); }
-
-static uint8_t hash_tag(uint64_t h) { return (uint8_t)(h >> 24); }
-
-/* Some entries are always 0. */
-static void hash_put(struct block_cache *bc, uint32_t *hash, uint32_t entry, uint64_t h)
-{
-	size_t n = hash_line(bc, h), mask = ((size_t)1 << bc->hash_bits) - 1;
-
-	while (hash[n])
-		n = (n + 1) & mask;
-	hash[n] = entry;
-	bc->hashed++;
-}
-
-/* Twice the entries, for twice the blocks. */
-static void hash_grow(struct block_cache *bc)
-{
-	uint32_t *old = bc->hash, *new = hash_map(bc->hash_bits + 1);
-	size_t n = (size_t)1 << bc->hash_bits;
-
-	if (!new)
-		return;
-	bc->hash = new;
-	bc->hash_bits++;
-	bc->hashed = 0;
-	for (size_t i = 0; i < n; i++) {
-		const struct block *b = block_hashed(bc, old[i]);
-
-		if (b)
-			hash_put(bc, new, old[i], hash_of(b->gpa, b->mode));
-	}
-	munmap(old, sizeof *old * n);
-}
-
-void block_hash_clear(struct block_cache *bc)
-{
-	memset(bc->hash, 0, sizeof *bc->hash << bc->hash_bits);
-	bc->hashed = 0;
-}
-
-void block_hash_add(struct block_cache *bc, struct block *b)
-{
-	uint64_t h = hash_of(b->gpa, b->mode);
-	size_t n = (size_t)1 << bc->hash_bits;
-
-	if (bc->hashed >= n / 4 * 3)
-		hash_grow(bc);
-	if (bc->hashed < n / 8 * 7)     /* else there was no memory: it is not found again by its address */
-		hash_put(bc, bc->hash, (uint32_t)((size_t)((uint8_t *)b - bc->arena) / BLOCK_ALIGN + 1) << 8 | hash_tag(h), h);
-}
-
-static uint32_t *hash_look(const struct block_cache *bc, uint64_t gpa, uint32_t mode, struct block **found)
-{
-	uint64_t h = hash_of(gpa, mode);
-	size_t n = hash_line(bc, h), mask = ((size_t)1 << bc->hash_bits) - 1;
-	uint8_t tag = hash_tag(h);
-
-	for (; bc->hash[n]; n = (n + 1) & mask) {
-		struct block *b = (uint8_t)bc->hash[n] == tag ? block_hashed(bc, bc->hash[n]) : NULL;
-
-		if (b && b->gpa == gpa && b->mode == (mode & BM_PHYS_MASK)) {
-			*found = b;
-			return &bc->hash[n];
-		}
-	}
-	return NULL;
-}
-
-struct block *block_hash_find(const struct block_cache *bc, uint64_t gpa, uint32_t mode)
-{
-	struct block *b;
-
-	return hash_look(bc, gpa, mode, &b) ? b : NULL;
-}
-
-/* -- the arena --------------------------------------------------------------------------------- */
-/* This vCPU's share. */
-static size_t arena_limit(const struct cpu *c)
-{
-	unsigned n = c->vm ? MAX(atomic_load_explicit(&c->vm->ncpus, memory_order_relaxed), 1u) : 1;
-	uint64_t first = MAX(BLOCK_ARENA_TOTAL / n, BLOCK_ARENA_MIN);
-
-	if (c->jit)
-		first = MIN(first, BLOCK_ARENA_JIT);
-
-	return (size_t)MIN(MAX(first, MIN(first << c->blocks->grown, grown_total(c) / n)), c->blocks->size);
-}
-
-/* The arena is full. True: it may hold more from now on. A boot executes much code once: that is no reason. */
-static bool arena_grow(struct cpu *c)
-{
-	struct block_cache *bc = c->blocks;
-	uint64_t blocks = c->stats.blocks_decoded - bc->full_blocks, insns = c->stats.insns - bc->full_insns;
-	size_t limit = arena_limit(c);
-
-	bc->full_blocks = c->stats.blocks_decoded;
-	bc->full_insns = c->stats.insns;
-	if (c->stats.blocks_decoded < BLOCK_GROW || insns / BLOCK_BUSY >= blocks)
-		return false;
-	bc->grown++;
-	if (arena_limit(c) == limit) {
-		bc->grown--;
-		return false;
-	}
-	return true;
-}
-
-static struct block *block_alloc(struct cpu *c, size_t need)
-{
-	struct block_cache *bc = c->blocks;
-	struct block *b;
-
-	need = ALIGN_UP(need, BLOCK_ALIGN) + BLOCK_LINKS;
-	if (bc->used + need > arena_limit(c) && (!arena_grow(c) || bc->used + need > arena_limit(c)) && !block_collect(c, arena_limit(c)))
-		block_flush(c);
-	if (!bc->used)
-		bc->linked = !c->jit;
-	if (bc->linked)
-		memset(bc->arena + bc->used, 0, BLOCK_LINKS);
-	b = (struct block *)(bc->arena + bc->used + (bc->linked ? BLOCK_LINKS : 0));
-	bc->used += need - (bc->linked ? 0 : BLOCK_LINKS);
-	return b;
-}
-
 /* Bytes `s` needs as a block. */
 static size_t built_size(const struct build *s)
 {
@@ -543,11 +388,11 @@ static bool same_pages(struct cpu *c, const struct block *b, const struct code_p
 static struct block *hash_find(struct cpu *c, uint64_t gpa, uint32_t mode, const struct code_page *pg, uint64_t lin)
 {
 	struct block *b;
-	uint32_t *e = hash_look(c->blocks, gpa, mode, &b);
+	uint32_t *e = block_hash_look(c->blocks, gpa, mode, &b);
 
 	if (!e || (same_pages(c, b, pg, lin) && block_valid(c, b)))
 		return e ? b : NULL;
-	*e = HASH_GONE;
+	*e = BLOCK_HASH_GONE;
 	return NULL;
 }
 

@@ -31,7 +31,7 @@
 #define BLOCK_ARENA_MIN (1u << 20)
 #define BLOCK_ARENA_JIT (7u << 20)      /* enough for one vCPU where a translator takes over what runs often */
 #define BLOCK_ALIGN 32u
-#define BLOCK_GROW 200000               /* decoded in all, before which no arena grows */
+#define BLOCK_GROW 150000               /* decoded in all, before which no arena grows */
 #define BLOCK_BUSY 8192                 /* instructions for each decoded block, below which an arena grows */
 
 /* Mode bits of a block: part of its key and of code_stamp. */
@@ -176,8 +176,17 @@ struct block *block_get(struct cpu *c, uint32_t mode);
 void block_flush(struct cpu *c);
 /* collect.c: forget what is not translated. False: nothing was forgotten, as too much would be left, or there is no translator. */
 bool block_collect(struct cpu *c, size_t limit);
+/* arena.c: memory for a block. What was decoded or translated may have been forgotten then. */
+struct block *block_alloc(struct cpu *c, size_t need);
+bool block_arena_init(struct cpu *c);
+void block_arena_free(struct block_cache *bc);
+/* hash.c. block_hash_look(): the entry of *found, which becomes BLOCK_HASH_GONE where that is given up; NULL: none. */
+#define BLOCK_HASH_GONE 1u
+bool block_hash_init(struct block_cache *bc);
+void block_hash_free(struct block_cache *bc);
 void block_hash_add(struct block_cache *bc, struct block *b);
 void block_hash_clear(struct block_cache *bc);
+uint32_t *block_hash_look(const struct block_cache *bc, uint64_t gpa, uint32_t mode, struct block **found);
 /* That of an entry; NULL: it has none. */
 static inline struct block *block_hashed(const struct block_cache *bc, uint32_t entry)
 {

@@ -194,9 +194,12 @@ static void undefined(struct insn *i)
 enum decode_result decode_insn(const struct cpu *c, const ZydisDecoder *z, uint32_t mode, const uint8_t *bytes, unsigned avail,
 			       unsigned off, struct insn *i)
 {
+	struct quick *q = c->blocks && (mode & BM_CODE64) ? &c->blocks->quick : NULL;
 	struct decoded d;       /* a kilobyte, all of which Zydis writes */
 	ZyanStatus st;
 
+	if (q && quick_insn(q, bytes, avail, off, i))
+		return DEC_OK;
 	d.bytes = bytes;
 	d.cpu = c;
 	d.code_bits = mode & BM_CODE64 ? 64 : mode & BM_CODE32 ? 32 : 16;
@@ -221,6 +224,8 @@ enum decode_result decode_insn(const struct cpu *c, const ZydisDecoder *z, uint3
 	    (!cpuid_has_isa(c, d.z.meta.isa_set) && d.z.mnemonic != ZYDIS_MNEMONIC_VMMCALL /* a hypercall, with or without SVM */) ||
 	    !families(i, &d))
 		undefined(i);
+	else if (q)
+		quick_insn_learn(q, bytes, avail, &d.z, i);
 	return DEC_OK;
 }
 

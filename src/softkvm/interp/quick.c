@@ -6,6 +6,9 @@
  * are the key of a form, of which the result of Zydis is remembered. All else in it is register numbers, the address, displacement and immediate:
  * they are put into a copy. Whatever is not in the lists, is cut off, or has other operands than those known here is left to Zydis,
  * which is also the twin that tests/softkvm/interp/quick_test compares with.
+ *
+ * What the interpreter makes of an integer instruction depends on all but its displacement and immediate in a way that nobody need know here: the result
+ * for the same prefix, REX, opcode, modrm and sib is remembered (struct quick_memo), and these two are filled in.
  */
 #include "softkvm/interp/quick.h"
 
@@ -19,26 +22,31 @@ enum {
 	Q_GROUP = 4,            /* modrm.reg is more opcode */
 	Q_FIRST = 8,            /* and only 0 is taken: with others modrm.rm is opcode as well */
 	Q_BRANCH = 16,          /* what 66 does depends on the processor's maker */
+	Q_BARE = 64,            /* REX makes it another instruction */
+	Q_FORM = 32,            /* more is made of it than a handler, operands and values as they are */
 };
 
 #define M (Q_OK | Q_MODRM)
 #define G (Q_OK | Q_MODRM | Q_GROUP)
 #define B (Q_OK | Q_BRANCH)
+#define V (M | Q_FORM)
 static const uint8_t one_byte[256] = {
 	[0x00 ... 0x03] = M, [0x04 ... 0x05] = Q_OK, [0x08 ... 0x0b] = M, [0x0c ... 0x0d] = Q_OK,
 	[0x10 ... 0x13] = M, [0x14 ... 0x15] = Q_OK, [0x18 ... 0x1b] = M, [0x1c ... 0x1d] = Q_OK,
 	[0x20 ... 0x23] = M, [0x24 ... 0x25] = Q_OK, [0x28 ... 0x2b] = M, [0x2c ... 0x2d] = Q_OK,
 	[0x30 ... 0x33] = M, [0x34 ... 0x35] = Q_OK, [0x38 ... 0x3b] = M, [0x3c ... 0x3d] = Q_OK,
 	[0x50 ... 0x5f] = Q_OK, [0x63] = M, [0x68] = Q_OK, [0x69] = M, [0x6a] = Q_OK, [0x6b] = M, [0x70 ... 0x7f] = B,
-	[0x80 ... 0x81] = G, [0x83] = G, [0x84 ... 0x8b] = M, [0x8d] = M, [0x98 ... 0x99] = Q_OK, [0xa8 ... 0xa9] = Q_OK,
+	[0x80 ... 0x81] = G, [0x83] = G, [0x84 ... 0x8b] = M, [0x8d] = M, [0x90] = Q_OK | Q_BARE, [0x98 ... 0x99] = Q_OK, [0x9c] = Q_OK,
+	[0xa4 ... 0xa5] = Q_OK, [0xa8 ... 0xab] = Q_OK,
 	[0xb0 ... 0xbf] = Q_OK, [0xc0 ... 0xc1] = G, [0xc3] = B, [0xc6 ... 0xc7] = G | Q_FIRST, [0xc9] = Q_OK, [0xd0 ... 0xd3] = G,
-	[0xe8 ... 0xe9] = B, [0xeb] = B, [0xf6 ... 0xf7] = G, [0xfe] = G, [0xff] = G | Q_BRANCH,
+	[0xe8 ... 0xe9] = B, [0xeb] = B, [0xf6 ... 0xf7] = G, [0xfa ... 0xfb] = Q_OK, [0xfe] = G, [0xff] = G | Q_BRANCH,
 };
 static const uint8_t two_byte[256] = {
-	[0x10 ... 0x17] = M, [0x1f] = G, [0x28 ... 0x2f] = M, [0x40 ... 0x4f] = M, [0x51 ... 0x6f] = M, [0x74 ... 0x76] = M, [0x7e ... 0x7f] = M,
-	[0x80 ... 0x8f] = B, [0x90 ... 0x9f] = M, [0xa3] = M, [0xab] = M, [0xaf] = M, [0xb3] = M, [0xb6 ... 0xb7] = M, [0xba] = G, [0xbb ... 0xbf] = M,
-	[0xc6] = M, [0xc8 ... 0xcf] = Q_OK, [0xd4] = M, [0xd6] = M, [0xda ... 0xdb] = M, [0xde ... 0xdf] = M, [0xeb] = M, [0xef] = M, [0xf8 ... 0xfe] = M,
+	[0x05] = Q_OK, [0x0b] = Q_OK, [0x10 ... 0x17] = V, [0x1f] = G, [0x28 ... 0x2f] = V, [0x40 ... 0x4f] = M, [0x51 ... 0x6f] = V, [0x74 ... 0x76] = V, [0x7e ... 0x7f] = V,
+	[0x80 ... 0x8f] = B, [0x90 ... 0x9f] = M, [0xa3] = M, [0xab] = M, [0xaf] = M, [0xb3] = M, [0xb6 ... 0xb7] = M, [0xba] = G | Q_FORM, [0xbb ... 0xbf] = M,
+	[0xc6] = V, [0xc8 ... 0xcf] = Q_OK, [0xd4] = V, [0xd6] = V, [0xda ... 0xdb] = V, [0xde ... 0xdf] = V, [0xeb] = V, [0xef] = V, [0xf8 ... 0xfe] = V,
 };
+#undef V
 #undef M
 #undef G
 #undef B
@@ -47,7 +55,7 @@ static const uint8_t two_byte[256] = {
 struct parts {
 	const uint8_t *bytes;
 	uint32_t key;
-	bool has_modrm, mem, has_sib, rip;
+	bool has_modrm, mem, has_sib, rip, form;
 	uint8_t rex, rex_at, opcode, modrm, modrm_at, sib, disp_size, end;      /* end: where the immediate begins */
 	int32_t disp;
 };
@@ -114,8 +122,9 @@ static bool take_apart(struct parts *p, const uint8_t *bytes, unsigned avail)
 		return false;
 	p->opcode = bytes[at++];
 	kind = (map ? two_byte : one_byte)[p->opcode];
-	if (!kind || ((kind & Q_BRANCH) && pre == 1))
+	if (!kind || ((kind & Q_BRANCH) && pre == 1) || ((kind & Q_BARE) && p->rex))
 		return false;
+	p->form = kind & Q_FORM;
 	p->end = (uint8_t)at;
 	if (((kind & Q_MODRM) && !take_modrm(p, at, avail)) || ((kind & Q_FIRST) && (p->modrm & 0x38)))
 		return false;
@@ -124,9 +133,20 @@ static bool take_apart(struct parts *p, const uint8_t *bytes, unsigned avail)
 	return true;
 }
 
-static struct quick_form *form_of(struct quick *q, uint32_t key)
+/* Two places where a form may be. */
+static struct quick_form *form_at(struct quick *q, uint32_t key, unsigned second)
 {
-	return &q->form[key * 0x9e3779b1u >> (32 - QUICK_BITS)];
+	return &q->form[(key * 0x9e3779b1u >> (32 - QUICK_BITS)) ^ second];
+}
+
+static const struct quick_form *form_of(struct quick *q, uint32_t key)
+{
+	const struct quick_form *f = form_at(q, key, 0);
+
+	if (likely(f->key == key))
+		return f;
+	f = form_at(q, key, 1);
+	return f->key == key ? f : NULL;
 }
 
 /* -- filling in ---------------------------------------------------------------------------------- */
@@ -233,7 +253,7 @@ bool quick_decode(struct quick *q, const uint8_t *bytes, unsigned avail, ZydisDe
 	struct parts p;
 	unsigned imm;
 
-	if (!take_apart(&p, bytes, avail) || (f = form_of(q, p.key))->key != p.key || p.end + (imm = f->imm.size / 8u) > avail)
+	if (!take_apart(&p, bytes, avail) || !(f = form_of(q, p.key)) || p.end + (imm = f->imm.size / 8u) > avail)
 		return false;
 	memcpy(z, f->head, sizeof f->head);
 	clear((uint8_t *)z + RAW_REST, sizeof *z - RAW_REST);
@@ -293,7 +313,11 @@ void quick_learn(struct quick *q, const uint8_t *bytes, unsigned avail, const Zy
 	for (unsigned n = 0; n < z->operand_count; n++)
 		if ((fill[n] = fill_of(&op[n], z)) == QUICK_NOT)
 			return;
-	f = form_of(q, p.key);
+	if (form_of(q, p.key))          /* there was no more to read of this one */
+		return;
+	f = form_at(q, p.key, 0);
+	if (f->key)                     /* what was there longest goes */
+		*form_at(q, p.key, 1) = *f;
 	memcpy(f->head, z, sizeof f->head);
 	memcpy(f->op, op, z->operand_count * sizeof *op);
 	f->imm = z->raw.imm[0];
@@ -309,4 +333,73 @@ void quick_learn(struct quick *q, const uint8_t *bytes, unsigned avail, const Zy
 		memcpy(f->head + offsetof(ZydisDecodedInstruction, attributes), &a, sizeof a);
 	}
 	f->key = p.key;
+}
+
+/* -- whole instructions -------------------------------------------------------------------------- */
+/* What becomes of the immediate in struct insn. */
+enum memo_imm { MEMO_ZERO, MEMO_SIGN, MEMO_BYTE, MEMO_TARGET /* from the start of the block */ };
+
+static uint64_t memo_key(const struct parts *p)
+{
+	return (uint64_t)p->key << 32 | (uint64_t)p->rex << 24 | (uint64_t)p->has_sib << 16 | (p->has_modrm ? p->modrm << 8 : 0) | p->sib;
+}
+
+static unsigned memo_index(uint64_t key) { return (unsigned)(key * 0x9e3779b97f4a7c15ull >> (64 - MEMO_BITS)); }
+
+static bool memo_fill(const struct quick_memo *m, const struct parts *p, unsigned off, struct insn *i)
+{
+	int64_t disp = p->disp;
+
+	*i = m->insn;
+	i->off = (uint16_t)off;
+	i->len = (uint8_t)(p->end + m->imm / 8u);
+	if (p->rip)
+		disp += i->off + i->len;
+	if (disp != (int32_t)disp)
+		return false;
+	if (i->flags & IF_MEM)          /* a NOP's is nobody's */
+		i->disp = (int32_t)disp;
+	if (m->imm)
+		i->imm = (uint64_t)immediate(p->bytes + p->end, m->imm, m->kind != MEMO_ZERO);
+	if (m->kind == MEMO_BYTE)
+		i->imm = (uint8_t)i->imm;
+	else if (m->kind == MEMO_TARGET)
+		i->imm += i->off + i->len;
+	return true;
+}
+
+bool quick_insn(const struct quick *q, const uint8_t *bytes, unsigned avail, unsigned off, struct insn *i)
+{
+	const struct quick_memo *m;
+	struct parts p;
+	uint64_t key;
+
+	if (!take_apart(&p, bytes, avail))
+		return false;
+	key = memo_key(&p);
+	m = &q->memo[memo_index(key)];
+	return m->key == key && p.end + m->imm / 8u <= avail && memo_fill(m, &p, off, i);
+}
+
+static enum memo_imm memo_imm(const struct parts *p, const ZydisDecodedInstruction *z)
+{
+	if (z->raw.imm[0].is_relative)
+		return MEMO_TARGET;
+	if (z->opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (p->opcode & 0xfe) == 0xc0)    /* shifts */
+		return MEMO_BYTE;
+	return z->raw.imm[0].is_signed ? MEMO_SIGN : MEMO_ZERO;
+}
+
+void quick_insn_learn(struct quick *q, const uint8_t *bytes, unsigned avail, const ZydisDecodedInstruction *z, const struct insn *i)
+{
+	struct quick_memo m = { .insn = *i, .imm = z->raw.imm[0].size };
+	struct parts p;
+	struct insn same;
+
+	if (!take_apart(&p, bytes, avail) || p.form || (i->flags & (IF_ONCE | IF_RIPREL)) || i->len != p.end + m.imm / 8u || z->raw.imm[1].size)
+		return;
+	m.key = memo_key(&p);
+	m.kind = memo_imm(&p, z);
+	if (memo_fill(&m, &p, i->off, &same) && !memcmp(&same, i, sizeof same))
+		q->memo[memo_index(m.key)] = m;
 }

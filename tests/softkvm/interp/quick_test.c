@@ -1,6 +1,7 @@
 /*
  * The decoder in front of Zydis against Zydis: every prefix, REX, map and opcode that it looks at, with random modrm, sib, displacement and immediate,
  * whole and cut off. Whatever it says must be what Zydis says, whichever instruction of the form was the one that it learned from.
+ * And what is remembered of decoded instructions, against decoding them, for all of the integer opcodes.
  *   quick_test [ROUNDS [SEED]]     cases for each opcode (10)
  */
 #include <setjmp.h>
@@ -12,7 +13,8 @@
 #include <cmocka.h>
 
 #include "base/util.h"
-#include "softkvm/interp/quick.h"
+#include "softkvm/api/api.h"
+#include "softkvm/interp/block.h"
 
 static unsigned rounds = 10;
 static uint64_t seed = 1;
@@ -153,9 +155,88 @@ static void test_learns(void **st)
 	assert_false(quick_decode(&quick, other, sizeof other, &got, got_op));
 }
 
+/* -- whole instructions -------------------------------------------------------------------------- */
+static struct cpu *cpu;         /* without memory of what it decoded */
+static struct block_cache *blocks;
+
+static void whole(const uint8_t *b, unsigned avail, unsigned off)
+{
+	const uint32_t mode = BM_CODE64 | BM_STACK64;
+	struct insn slow, fast;
+	enum decode_result r = decode_insn(cpu, &decoder, mode, b, avail, off, &slow);
+	bool known;
+
+	memset(&fast, 0xa5, sizeof fast);
+	known = quick_insn(&blocks->quick, b, avail, off, &fast);
+	cases++;
+	hits += known;
+	if (known && (r != DEC_OK || memcmp(&slow, &fast, sizeof slow)))
+		differ(b, avail, "the decoded instruction differs");
+	if (known)
+		return;
+	cpu->blocks = blocks;
+	if (decode_insn(cpu, &decoder, mode, b, avail, off, &fast) != r || (r == DEC_OK && memcmp(&slow, &fast, sizeof slow)))
+		differ(b, avail, "decoded otherwise");
+	cpu->blocks = NULL;
+}
+
+/* Any prefix, REX, modrm and sib of an opcode, from few enough to meet again, with values small, large and of either sign. */
+static void any_value(unsigned prefix, bool two, unsigned opcode)
+{
+	static const uint8_t edge[] = { 0, 1, 0x7f, 0x80, 0xff };
+	uint8_t first[4][3];
+
+	for (unsigned k = 0; k < 4; k++)
+		for (unsigned n = 0; n < 3; n++)
+			first[k][n] = (uint8_t)draw();
+	for (unsigned n = 0; n < rounds * 2; n++) {
+		const uint8_t *f = first[n % 4];
+		unsigned at = 0;
+		uint8_t b[32];
+
+		for (unsigned k = 0; k < sizeof b; k++)
+			b[k] = draw() % 2 ? edge[draw() % sizeof edge] : (uint8_t)draw();
+		if (prefix)
+			b[at++] = (uint8_t)prefix;
+		if (f[0] & 1)
+			b[at++] = 0x40 | (f[0] >> 4);
+		if (two)
+			b[at++] = 0x0f;
+		b[at++] = (uint8_t)opcode;
+		b[at++] = f[1];
+		b[at++] = f[2];
+		whole(b, 15, (unsigned)(draw() % 512));
+		whole(b, (unsigned)(draw() % 15 + 1), (unsigned)(draw() % 512));
+	}
+}
+
+static void test_whole(void **st)
+{
+	static const uint8_t prefix[] = { 0, 0x66, 0xf2, 0xf3, 0x64, 0x65 };
+
+	cpu = calloc(1, sizeof *cpu);
+	blocks = calloc(1, sizeof *blocks);
+	assert_true(cpu && blocks);
+	cpu->feat = cpuid_host_features();
+	decode_init(&decoder, cpu, BM_CODE64 | BM_STACK64);
+	cases = hits = 0;
+	for (unsigned two = 0; two < 2; two++)
+		for (unsigned opcode = 0; opcode < 256; opcode++)
+			for (unsigned p = 0; p < ARRAY_SIZE(prefix); p++)
+				for (unsigned n = 0; n < 8; n++)
+					if (!two || (opcode >= 0x40 && opcode < 0x50) || (opcode >= 0x80 && opcode < 0xc0) || opcode == 0x1f ||
+					    (opcode >= 0xc8 && opcode < 0xd0))        /* no vectors */
+						any_value(prefix[p], two, opcode);
+	printf("%llu cases, %llu remembered\n", (unsigned long long)cases, (unsigned long long)hits);
+	assert_true(hits > cases / 8);
+	free(blocks);
+	free(cpu);
+}
+
 int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_whole),
 		cmocka_unit_test(test_forms),
 		cmocka_unit_test(test_fewer_features),
 		cmocka_unit_test(test_learns),
