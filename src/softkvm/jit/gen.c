@@ -344,8 +344,8 @@ void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *
 	leave_mapped(e, t, rip, l);
 }
 
-/* The jump is patched when the loop knows what it leads to. */
-static void leave_by_link(struct tr *t, uint64_t rip)
+/* The jump is patched when the loop knows what it leads to: `jcc`'s, which is not in the cold part, or else one made here. */
+static void leave_by_link(struct tr *t, uint64_t rip, uint8_t *jcc)
 {
 	struct jit_link *l = jit_arena(t->j, sizeof *l);
 	int64_t off = (int64_t)(rip - t->k->rip);
@@ -366,7 +366,7 @@ static void leave_by_link(struct tr *t, uint64_t rip)
 		em_mem(e, true, 0x3b, SA, SC, -1, 0, 0);
 		stale = em_jcc(e, 5);
 	}
-	j = em_jmp(e);
+	j = jcc ? jcc : em_jmp(e);
 	if (!t->swapped)
 		e = &t->cold;
 	if (stale && t->k->map) {
@@ -447,7 +447,15 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 	if (p >= 0)
 		jump_to_part(t, (unsigned)p, em_jmp(e));
 	else
-		leave_by_link(t, rip);
+		leave_by_link(t, rip, NULL);
+}
+
+bool gen_jcc_link(struct tr *t, unsigned n, unsigned cc, uint64_t rip)
+{
+	if (t->b->cross || ((rip ^ t->k->rip) >> 12) || rip <= t->t[n].rip || tr_part(t, rip) >= 0 || (t->in_host && !t->in_mem && !flags_dead_at(t, rip)))
+		return false;
+	leave_by_link(t, rip, em_jcc(&t->h, cc));
+	return true;
 }
 
 /* -- rewriting ------------------------------------------------------------------------------------ */

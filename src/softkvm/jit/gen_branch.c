@@ -320,7 +320,7 @@ static void branch_if(struct tr *t, unsigned n, unsigned cc, uint64_t rip)
 		em_here(&t->h, j);
 	} else if (p >= 0 && !(t->part[p].live && !mem)) {
 		gen_jcc_part(t, (unsigned)p, cc);
-	} else {
+	} else if (!gen_jcc_link(t, n, cc, rip)) {
 		j = em_jcc(&t->h, cc);
 		em_here(&t->cold, j);
 		tr_swap(t);

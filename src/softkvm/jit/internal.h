@@ -444,6 +444,8 @@ uint8_t tr_part_of(const struct tr *t, const struct block *b);
 int tr_part(const struct tr *t, uint64_t rip);
 /* From behind instruction n on at rip; flags are saved if they matter there. `next`: nothing is emitted if it comes next anyway. */
 void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next);
+/* On a condition behind instruction n forward to code of the page that is not of the region; false: there is more to do than that jump. */
+bool gen_jcc_link(struct tr *t, unsigned n, unsigned cc, uint64_t rip);
 void gen_jcc_part(struct tr *t, unsigned p, unsigned cc);       /* to a part, on a condition */
 /* Code goes to the cold part until this is called again; it ends with a jump. */
 static inline void tr_swap(struct tr *t) { struct em e = t->h; t->h = t->cold; t->cold = e; t->swapped = !t->swapped; }
