@@ -176,7 +176,7 @@ static void thunk_call(struct jit *j, struct em *e, const int8_t *map)
 	e8(e, 0xc3);
 }
 
-uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size)
+uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size, bool apart)
 {
 	uint8_t *from;
 
@@ -187,7 +187,10 @@ uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size)
 	EM(e, 0x49, 0x81, 0xff);                        /* cmp r15, 4096 - size */
 	e32(e, 4096 - size);
 	from = em_jcc(e, 7);                            /* ja */
-	EM(e, 0x4c, 0x03, 0xb9);                        /* add r15, [rcx + host] */
+	if (apart)
+		EM(e, 0x48, 0x8b, 0x89);                /* mov rcx, [rcx + host] */
+	else
+		EM(e, 0x4c, 0x03, 0xb9);                /* add r15, [rcx + host] */
 	e32(e, (uint32_t)(uintptr_t)t + 8);
 	return from;
 }
@@ -232,7 +235,7 @@ static void thunk_check(struct jit *j, struct em *e, unsigned mode, bool write, 
 	while ((uintptr_t)e->p & 63)            /* a cache line for each */
 		e8(e, 0xcc);
 	j->check[mode][write][order] = (uint32_t)(e->p - j->rw);
-	from = em_check(e, write ? tlb->w : tlb->r, 1u << order);
+	from = em_check(e, write ? tlb->w : tlb->r, 1u << order, false);
 	e8(e, 0xc3);
 	em_here(e, from);
 	j->miss[mode][write][order] = (uint32_t)(e->p - j->rw);

@@ -155,7 +155,7 @@ void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
 
 	*f = (struct fill){ .order = size > 1 ? (uint8_t)(32 - __builtin_clz(size - 1)) : 0, .write = write };
 	if (t->k->in_line)
-		f->from = em_check(&t->h, write ? t->tlb->w : t->tlb->r, size);
+		f->from = em_check(&t->h, write ? t->tlb->w : t->tlb->r, size, f->apart = t->apart);
 	else
 		put_call(&t->h, t, t->j->check[t->tlb_mode][write][f->order]);
 	f->back = t->h.p;
@@ -256,6 +256,8 @@ static void emit_fill(struct tr *t, const struct cold *k, const struct fill *f)
 		return;
 	em_here(e, f->from);
 	put_call(e, t, t->j->miss[t->tlb_mode][f->write][f->order]);
+	if (f->apart)
+		EM(e, 0x31, 0xc9);      /* xor ecx, ecx */
 	uint8_t *back = em_jmp(e);
 	if (!e->full)
 		em_to(back, f->back);
@@ -470,10 +472,12 @@ static void put_tail(struct em *e, const struct tinsn *i, const uint8_t *bytes, 
 		if (r.reg >= 0)
 			m = (uint8_t)((m & 0xc7) | (r.reg & 7) << 3);
 		if (r.mem)
-			m = (uint8_t)((m & 0x38) | 7 | (disp ? 0x40 : 0));
+			m = (uint8_t)((m & 0x38) | (r.apart ? 4 : 7) | (disp ? 0x40 : 0));
 		else if (r.rm >= 0)
 			m = (uint8_t)((m & 0xf8) | (r.rm & 7));
 		e8(e, m);
+		if (r.apart)
+			e8(e, SC << 3 | (ST & 7));
 		if (r.mem && disp)
 			e8(e, (uint8_t)disp);
 	}

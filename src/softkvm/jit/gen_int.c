@@ -468,12 +468,26 @@ static bool divide(struct tr *t, unsigned n)
 	return true;
 }
 
+/* One whose value others may wait for, and which leaves SC alone. */
+static bool plain_load(const struct tr *t, const struct tinsn *i, const struct slots *s)
+{
+	if (!t->k->in_line || t->row || !s->mem || (s->mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE))
+		return false;
+	switch (i->z.mnemonic) {
+	case ZYDIS_MNEMONIC_MOV: case ZYDIS_MNEMONIC_MOVZX: case ZYDIS_MNEMONIC_MOVSX: case ZYDIS_MNEMONIC_MOVSXD:
+		return s->guest[SL_REG] >= 0 && t->map[s->guest[SL_REG]] >= 0 && !s->high[SL_REG];
+	default:
+		return false;
+	}
+}
+
 bool gen_int(struct tr *t, unsigned n)
 {
 	const struct tinsn *i = &t->t[n];
-	bool rax = with_rax(i), cl = shift_by_cl(i), done, ok;
+	bool rax = with_rax(i), cl = shift_by_cl(i), apart, done, ok;
 	struct slots s;
 	struct cold *k;
+	struct regs r;
 
 	if (t->t[n].in->flags & IF_END)
 		return false;
@@ -499,7 +513,9 @@ bool gen_int(struct tr *t, unsigned n)
 		memmove(s.scratch, s.scratch + 1, sizeof s.scratch - sizeof s.scratch[0]), s.nscratch--;
 	if (cl)
 		s.scratch[1] = s.scratch[2], s.nscratch--;
+	t->apart = apart = plain_load(t, i, &s);
 	k = gen_access(t, n, &s, &ok);
+	t->apart = false;
 	if (!ok)
 		return false;
 	gen_flags_before(t, n);
@@ -509,7 +525,9 @@ bool gen_int(struct tr *t, unsigned n)
 		em_mov(&t->h, H_RCX, H_R14);
 	if (rax)
 		em_mov(&t->h, H_RAX, H_R13);
-	if (!gen_rewrite(t, i, tr_bytes(t, n), slots_regs(&s)))
+	r = slots_regs(&s);
+	r.apart = apart;
+	if (!gen_rewrite(t, i, tr_bytes(t, n), r))
 		return false;
 	if (rax && i->z.mnemonic != ZYDIS_MNEMONIC_CWD && i->z.mnemonic != ZYDIS_MNEMONIC_CDQ && i->z.mnemonic != ZYDIS_MNEMONIC_CQO)
 		em_mov(&t->h, H_R13, H_RAX);

@@ -272,8 +272,9 @@ void em_to(uint8_t *rel32, const uint8_t *target);
 void em_align(struct em *e);
 void em_flags(struct em *e, struct cpu *c);                             /* the host's from cpu->aflags; uses SA */
 void em_charge(struct em *e, struct cpu *c, uint32_t n);                /* instructions, of the budget; the host's flags say what is left */
-/* ST, scratch SC: from linear address to host address of an access, if `t`, a TLB's table, has it. Returns the jump that is taken if not. */
-uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size);
+/* ST, scratch SC: from linear address to host address of an access, if `t`, a TLB's table, has it. Returns the jump that is taken if not. `apart`: the
+ * host address is ST + SC then, a cycle earlier. */
+uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size, bool apart);
 void jit_thunks(struct jit *j);
 void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map);
 
@@ -355,7 +356,7 @@ struct tinsn {
 #define VEC_MAX 32
 /* A TLB check: in line it fails to `from` and goes on at `back` once the entry is there. */
 #define FILLS_MAX 8
-struct fill { uint8_t *from, *back; uint16_t point; uint8_t order; bool write; };
+struct fill { uint8_t *from, *back; uint16_t point; uint8_t order; bool write, apart; };
 
 struct cold {
 	uint8_t *from[6];
@@ -406,6 +407,7 @@ struct tr {
 	bool row;                       /* in a row (gen_group.c): ST is the host address of displacement row_low */
 	int64_t row_low;
 	int8_t mem_disp;                /* of the operand from ST */
+	bool apart;                     /* the next check may leave its address in two parts: ST and SC */
 	int8_t rsp_off;                 /* in a group of pushes or pops: of the guest's rsp from where the host has it */
 	bool swapped;                   /* h is the cold part */
 	unsigned nparts, now;           /* now: the part being emitted */
@@ -461,8 +463,8 @@ bool tr_seg_flat(const struct tr *t, unsigned seg);
 uint64_t tr_target(const struct tr *t, unsigned n);
 /* For the budget: instructions of the part up to n; which of the others ran is not known. */
 static inline uint32_t tr_count(const struct tr *t, unsigned n) { return n + 1 - t->part[t->now].first; }
-/* Instruction n rewritten: registers of its modrm, opcode and VEX.vvvv fields replaced, memory operand [ST]. -1: as it is. */
-struct regs { int reg, rm, op, v; bool mem; };
+/* Instruction n rewritten: registers of its modrm, opcode and VEX.vvvv fields replaced, memory operand [ST] or [ST + SC]. -1: as it is. */
+struct regs { int reg, rm, op, v; bool mem, apart; };
 bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, struct regs r);
 
 /* True when done natively. */

@@ -127,12 +127,15 @@ static const struct block *block_of(const struct jit_code *k, unsigned n, unsign
 
 static int64_t block_delta(const struct jit_code *k, const struct block *b) { return (int64_t)(b->gpa & 4095) - (int64_t)(k->rip & 4095); }
 
-/* The code that `from`, where a thunk was called, goes on at if all is well: in the cold part, where a jump there stands. */
+/* The code that `from`, where a thunk was called, goes on at if all is well: in the cold part, where a jump there stands, maybe behind an xor. */
 static uint32_t goes_on(const struct jit *j, uint64_t from)
 {
 	uint32_t at = (uint32_t)(from - (uintptr_t)j->rx);
 
-	return at < j->hot_size ? at : at + 5 + ld_le32(j->rx + at + 1);
+	if (at < j->hot_size)
+		return at;
+	at += j->rx[at] == 0x31 ? 2 : 0;
+	return at + 5 + ld_le32(j->rx + at + 1);
 }
 
 /*
