@@ -221,8 +221,12 @@ static int from_options(struct block_name *n, const char *what, struct err *err)
 			return r;
 		r = block_node_keys(&n->all, what, &n->o, err);
 		struct block_opts top = n->o;
+		n->o.read_only = false;
 		if (!r)
 			r = leaf_keys(n, what, err);
+		/* raw is as its file is; what keeps tables of its own needs what it was asked for. */
+		if (!r && n->o.read_only && !top.read_only && !top.auto_read_only && driver && strcmp(driver, "raw"))
+			return err_set(err, -EACCES, "%s: driver=%s is to be written, but the node below has read-only=on: Block node is read-only", what, driver);
 		if (!keyvals_get(&n->all, "discard"))
 			top.discard_unmap = n->o.discard_unmap;
 		n->o.read_only |= top.read_only;

@@ -151,6 +151,10 @@ GRAPHS = [
     ("w", ["driver=file,node-name=f,filename=raw", "driver=raw,node-name=w,file=f,offset=65536,size=65536"], ("length", "read -P 7 0 64k")),
     ("q", ["driver=file,node-name=f,filename=top.q", "driver=qcow2,node-name=q,file=f,backing=nothing"], ()),
     ("q", ["driver=file,node-name=f,filename=raw", "driver=raw,node-name=q,file=f,backing=f"], ()),
+    ("q", ["driver=file,node-name=f,filename=top.q,read-only=on", "driver=qcow2,node-name=q,file=f"], ()),
+    ("q", ["driver=file,node-name=f,filename=top.q,read-only=on", "driver=qcow2,node-name=q,file=f,read-only=on"], ("read -P 2 0 64k",)),
+    ("r", ["driver=file,node-name=f,filename=raw,read-only=on", "driver=raw,node-name=r,file=f"], ("read -P 7 64k 64k",)),
+    ("n", ["driver=null-co,node-name=n,size=65536,read-zeroes=on"], ("length", "read -P 0 0 64k")),
 ]
 
 
