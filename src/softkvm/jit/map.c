@@ -11,13 +11,8 @@ static const uint8_t inside[] = { R_RBX, R_RBP, R_RSI, R_RDI, 8, 9, 10, 12 };   
 /* -- counting ------------------------------------------------------------------------------------ */
 static void count_reg(unsigned *w, ZydisRegister r, unsigned by)
 {
-	switch (ZydisRegisterGetClass(r)) {
-	case ZYDIS_REGCLASS_GPR8: case ZYDIS_REGCLASS_GPR16: case ZYDIS_REGCLASS_GPR32: case ZYDIS_REGCLASS_GPR64:
+	if (r >= ZYDIS_REGISTER_AL && r <= ZYDIS_REGISTER_R15)
 		w[insn_reg_off(r) / 8] += by;
-		break;
-	default:
-		break;
-	}
 }
 
 static void count_insn(unsigned *w, const struct tinsn *i, unsigned by)
