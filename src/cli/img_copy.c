@@ -587,11 +587,14 @@ int img_compare(int argc, char **argv)
 				puts("Warning: Image size mismatch!");
 			n = MIN(size - off, (uint64_t)COMPARE_PIECE);
 			r = compare_some(&k, off, &n);
-			img_progress(k.progress, (double)off * 100.0 / (double)size);
+			if (!r)
+				img_progress(k.progress, (double)off * 100.0 / (double)size);
 		}
 		if (!r && !k.quiet)
 			puts("Images are identical.");
 	}
+	if (k.progress)
+		putchar('\n');
 	for (int i = 0; i < 2; i++) {
 		block_close(k.b[i]);
 		free(k.buf[i]);
@@ -641,13 +644,14 @@ int img_dd(int argc, char **argv)
 	uint8_t *buf = malloc((size_t)bs);
 	if (!src || !buf)
 		return block_close(src), free(buf), 1;
-	uint64_t size = block_length(src), from = (uint64_t)skip > size / (uint64_t)bs ? size : (uint64_t)skip * (uint64_t)bs;
-	uint64_t len = size - from;
-	if (from == size && (uint64_t)skip * (uint64_t)bs > size)
-		img_fail("%s: cannot skip to specified offset", in); /* said, and the output is empty */
+	uint64_t size = block_length(src);
 	/* As in qemu-img 7.2 the blocks that are skipped count as some of the `count`. */
 	if (count >= 0 && (uint64_t)count <= size / (uint64_t)bs)
-		len = (uint64_t)count > (uint64_t)skip ? ((uint64_t)count - (uint64_t)skip) * (uint64_t)bs : 0;
+		size = (uint64_t)count * (uint64_t)bs;
+	bool beyond = (uint64_t)skip > size / (uint64_t)bs;
+	uint64_t from = beyond ? size : (uint64_t)skip * (uint64_t)bs, len = size - from;
+	if (beyond)
+		img_fail("%s: cannot skip to specified offset", in); /* said, and the output is empty */
 	cr.size = len;
 	cr.tls = img_objects();
 	int r = image_create(&cr, &err) ? img_fail("%s: %s", cr.file, err.msg) : 0;
