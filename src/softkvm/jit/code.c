@@ -117,6 +117,24 @@ void em_charge(struct em *e, struct cpu *c, uint32_t n)
 	n < 128 ? e8(e, n) : e32(e, n);
 }
 
+void em_lookup(struct em *e, const struct jit *j, uint8_t *out[LOOKUP_OUT])
+{
+	const struct jit_ind *ind = j->low->ind;
+
+	out[0] = em_jcc(e, 14);                                 /* jle: of the budget */
+	EM(e, 0x0f, 0xb7, 0xc8, 0x48, 0xc1, 0xf8, 0x10);        /* movzx ecx, ax ; sar rax, 16 */
+	em_mem(e, true, 0x63, ST, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->high);        /* movsxd */
+	EM(e, 0x49, 0x39, 0xc7);                                /* cmp r15, rax */
+	out[1] = em_jcc(e, 5);
+	em_mem(e, false, 0x8b, SA, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->at);
+	em_mem(e, false, 0x8b, SC, SA, -1, 0, (int32_t)(uintptr_t)j->rx);
+	em_mem(e, true, 0x8b, SC, SC, -1, 0, 0);
+	em_op_abs(e, true, 0x3b, SC, &j->low->stamp);
+	out[2] = em_jcc(e, 5);
+	e8(e, 0x05);                                            /* add eax, imm32 */
+	e32(e, (uint32_t)(uintptr_t)j->rx + 4);
+}
+
 /* -- thunks -------------------------------------------------------------------------------------- */
 static void load_all(struct em *e, struct cpu *c, const int8_t *map)
 {
@@ -248,6 +266,19 @@ static void thunk_check(struct jit *j, struct em *e, unsigned mode, bool write, 
 	e8(e, 0xc3);
 }
 
+/* lookup: the same for em_lookup(). */
+static void thunk_lookup(struct jit *j, struct em *e)
+{
+	uint8_t *out[LOOKUP_OUT];
+
+	em_align(e);
+	j->lookup = (uint32_t)(e->p - j->rw);
+	em_lookup(e, j, out);
+	e8(e, 0xc3);
+	for (unsigned n = 0; n < LOOKUP_OUT; n++)
+		em_to(out[n], j->rw + j->fail);
+}
+
 static void thunks_check(struct jit *j, struct em *e)
 {
 	for (unsigned m = 0; m < TLB_MODES; m++)
@@ -322,6 +353,7 @@ void jit_thunks(struct jit *j)
 	em_to(em_jmp(&e), look);
 	thunks_fill(j, &e);
 	thunk_fail(j, &e);
+	thunk_lookup(j, &e);
 	thunks_check(j, &e);
 	j->hot = (size_t)(e.p - j->rw);
 	jit_map_thunks(j, &j->maps[0], jit_map);

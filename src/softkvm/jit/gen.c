@@ -148,6 +148,12 @@ static void put_call(struct em *e, struct tr *t, uint32_t thunk)
 		em_to(e->p - 4, t->j->rw + thunk);
 }
 
+void gen_call_check(struct tr *t, struct cold *k, uint32_t thunk)
+{
+	put_call(&t->h, t, thunk);
+	k->fill[k->nfills++] = (struct fill){ .point = (uint16_t)gen_point_check(t) };
+}
+
 /* In code that does not run much the check is called: what counts there is the room it takes. */
 void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
 {

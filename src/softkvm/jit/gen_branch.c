@@ -141,21 +141,16 @@ static struct cold *cold_last(struct tr *t, unsigned n)
 static void lookup(struct tr *t, unsigned n, struct cold *k)
 {
 	struct em *e = &t->h;
-	struct jit_ind *ind = t->j->low->ind;
+	uint8_t *out[LOOKUP_OUT];
 
 	em_charge(e, t->c, tr_count(t, n));
-	cold_from(k, em_jcc(e, 14));
-	EM(e, 0x0f, 0xb7, 0xc8, 0x48, 0xc1, 0xf8, 0x10);        /* movzx ecx, ax ; sar rax, 16 */
-	em_mem(e, true, 0x63, ST, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->high);        /* movsxd */
-	EM(e, 0x49, 0x39, 0xc7);                                /* cmp r15, rax */
-	cold_from(k, em_jcc(e, 5));
-	em_mem(e, false, 0x8b, SA, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->at);
-	em_mem(e, false, 0x8b, SC, SA, -1, 0, (int32_t)(uintptr_t)t->j->rx);
-	em_mem(e, true, 0x8b, SC, SC, -1, 0, 0);
-	em_op_abs(e, true, 0x3b, SC, &t->j->low->stamp);
-	cold_from(k, em_jcc(e, 5));
-	e8(e, 0x05);                                            /* add eax, imm32 */
-	e32(e, (uint32_t)(uintptr_t)t->j->rx + 4);
+	if (!t->k->in_line) {
+		gen_call_check(t, k, t->j->lookup);
+		return;
+	}
+	em_lookup(e, t->j, out);
+	for (unsigned m = 0; m < LOOKUP_OUT; m++)
+		cold_from(k, out[m]);
 }
 
 static void go(struct tr *t)

@@ -86,7 +86,7 @@ bool gen_x87(struct tr *t, unsigned n)
 		fldcw(t, n, k);
 	} else if (i->z.mnemonic != ZYDIS_MNEMONIC_FWAIT) {
 		gen_flags_before(t, n);
-		if (!gen_rewrite(t, i, tr_bytes(t, n), (struct regs){ -1, -1, -1, -1, s.mem }))
+		if (!gen_rewrite(t, i, tr_bytes(t, n), (struct regs){ -1, -1, -1, -1, s.mem, false }))
 			return false;
 		if (i->z.mnemonic == ZYDIS_MNEMONIC_FNSTSW && !s.mem)
 			EM(&t->h, 0x66, 0x41, 0x89, 0xc5);      /* mov r13w, ax */

@@ -208,7 +208,7 @@ struct jit {
 	uint32_t gen;
 	uint32_t enter, leave, abandon, call_out;       /* thunks */
 	/* Of reads and of writes: a check, one that has failed, and what looks for an entry then. */
-	uint32_t check[TLB_MODES][2][CHECK_SIZES], miss[TLB_MODES][2][CHECK_SIZES], fill[TLB_MODES][2], fail;
+	uint32_t check[TLB_MODES][2][CHECK_SIZES], miss[TLB_MODES][2][CHECK_SIZES], fill[TLB_MODES][2], fail, lookup;
 	struct jit_point *points;       /* touched as they are used */
 	uint32_t npoints, points_max;
 	struct jit_span *spans;
@@ -271,6 +271,9 @@ void em_here(struct em *e, uint8_t *rel32);                             /* that 
 void em_to(uint8_t *rel32, const uint8_t *target);
 void em_align(struct em *e);
 void em_flags(struct em *e, struct cpu *c);                             /* the host's from cpu->aflags; uses SA */
+/* The code for the target of an indirect jump in SA, if the table has it; the flags are em_charge()'s. `out`: jumps that are taken if not. */
+#define LOOKUP_OUT 3
+void em_lookup(struct em *e, const struct jit *j, uint8_t *out[LOOKUP_OUT]);
 void em_charge(struct em *e, struct cpu *c, uint32_t n);                /* instructions, of the budget; the host's flags say what is left */
 /* ST, scratch SC: from linear address to host address of an access, if `t`, a TLB's table, has it. Returns the jump that is taken if not. `apart`: the
  * host address is ST + SC then, a cycle earlier. */
@@ -430,6 +433,8 @@ void gen_clobber(struct tr *t, unsigned n);     /* EFLAGS are about to be destro
 void gen_flags_after(struct tr *t, unsigned n); /* instruction n has run natively */
 /* ST = host address of the access at linear ST, or to the cold path; uses SC. */
 void gen_check(struct tr *t, struct cold *k, unsigned size, bool write);
+/* A thunk is called that returns, or has the handlers called instead. */
+void gen_call_check(struct tr *t, struct cold *k, uint32_t thunk);
 /* ST = host address of the memory operand, or to the cold path; uses SC and flags. False: cannot. */
 bool gen_operand(struct tr *t, unsigned n, struct cold *k, unsigned size, bool write);
 bool gen_operand_at(struct tr *t, unsigned n, struct cold *k, int64_t disp, unsigned size, bool write);   /* with another displacement */
