@@ -15,6 +15,7 @@
 #include "base/util.h"
 #include "softkvm/api/api.h"
 #include "softkvm/interp/block.h"
+#include "softkvm/vec/vec.h"
 
 static unsigned rounds = 10;
 static uint64_t seed = 1;
@@ -229,6 +230,7 @@ static void test_whole(void **st)
 						any_value(prefix[p], two, opcode);
 	printf("%llu cases, %llu remembered\n", (unsigned long long)cases, (unsigned long long)hits);
 	assert_true(hits > cases / 8);
+	vec_cpu_free(cpu);      /* x87 instructions have stubs */
 	free(blocks);
 	free(cpu);
 }
