@@ -84,7 +84,7 @@ bool block_collect(struct cpu *c, size_t limit)
 	if (bc->linked || !jit_blocks_begin(c))
 		return false;
 	jit_blocks_visit(c, mark);
-	if (kept_bytes(bc) > limit / 4 * 3) {
+	if (kept_bytes(bc) > limit / 8 * 7) {
 		unmark(bc);
 		return false;
 	}

@@ -61,7 +61,7 @@ static int map_nameless(struct jit *j, size_t bytes)
 int jit_code_map(struct jit *j, size_t bytes)
 {
 	j->size = bytes;
-	j->hot_size = bytes / 8 * 5;
+	j->hot_size = bytes / 16 * 11;
 	if (j->hot_size > 4 * HUGE)
 		j->hot_size &= ~(HUGE - 1);
 	j->rw = reserve(bytes, 0);

@@ -16,7 +16,7 @@
 #include "softkvm/fault.h"
 #include "softkvm/jit/internal.h"
 
-#define POINTS_PER_SPAN 6       /* at the least: memory is divided so */
+#define POINTS_PER_SPAN 5       /* at the least: memory is divided so */
 
 /* -- life ---------------------------------------------------------------------------------------- */
 int points_map(struct jit *j, size_t bytes)

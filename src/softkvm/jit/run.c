@@ -22,7 +22,7 @@ static bool addressable(const struct cpu *c)
 
 static int init(struct jit *j, const struct jit_config *cfg)
 {
-	size_t part = cfg->bytes / 16 & ~(size_t)4095; /* in proportion to what a compiler's code takes */
+	size_t part = cfg->bytes / 32 & ~(size_t)4095; /* in proportion to what a compiler's code takes */
 	int r;
 
 	j->gen = 1;
@@ -32,13 +32,13 @@ static int init(struct jit *j, const struct jit_config *cfg)
 	j->in_line = cfg->mode == JIT_AT_ONCE ? 2 : cfg->mode == JIT_LOCKSTEP ? 1 : 0;
 	j->threshold = cfg->mode == JIT_AT_ONCE ? 0 : cfg->mode == JIT_LOCKSTEP ? 3 : JIT_THRESHOLD;
 	j->tr = calloc(1, sizeof *j->tr);
-	j->arena_size = 6 * part;
+	j->arena_size = 13 * part;
 	j->low_size = sizeof *j->low + j->arena_size;
 	j->low = low_alloc(j->low_size);
 	if (!j->tr || !j->low || !low_is(j->low, j->low_size))
 		return -ENOMEM;
 	jit_records_huge(j->low, j->low_size);
-	if ((r = jit_code_map(j, 9 * part)) || (r = points_map(j, part)))
+	if ((r = jit_code_map(j, 16 * part)) || (r = points_map(j, 3 * part)))
 		return r;
 	return cfg->mode == JIT_LOCKSTEP ? lockstep_init(j) : 0;
 }
