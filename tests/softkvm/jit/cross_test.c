@@ -1,6 +1,6 @@
 /*
- * An instruction that crosses a page end, in a translated loop: its second page is written by the guest, by the client, and replaced
- * by another, and the loop must notice each time.
+ * Two pages of translated code. An instruction that crosses a page end, in a loop: its second page is written by the guest, by the client, and
+ * replaced by another, and the loop must notice each time. And loops in two pages that lead to each other, while one is written.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -102,6 +102,46 @@ static void test_guest_writes(void **s)
 	assert_int_equal(run(100), want);
 }
 
+/* r13-r15 in loops, so that regions have them in registers of the host; then `tail`. Returns where code goes on. */
+static uint32_t busy_loop(uint32_t at, uint8_t step, const char *tail, unsigned n)
+{
+	uint8_t b[] = { 0x41, 0xbf, 4, 0, 0, 0,         /* mov r15d, 4 */
+			0x4d, 0x01, 0xf5,               /* add r13, r14 */
+			0x49, 0x83, 0xc6, step,         /* add r14, step */
+			0x49, 0xff, 0xcf, 0x75, 0xf4 }; /* dec r15 ; jnz to the first add */
+
+	put(at, b, sizeof b);
+	put(at + sizeof b, tail, n);
+	return at + (uint32_t)sizeof b + n;
+}
+
+static void put32(uint32_t gpa, uint32_t v) { put(gpa, &v, 4); }
+
+/* Two pages whose loops have the same registers changed lead to each other; the second is stale when the first comes to it. */
+static void test_mapped_and_stale(void **s)
+{
+	uint32_t first = FIRST + 0x100, second = FIRST + 4096 + 0x100, end;
+
+	put(H_CODE, "\x68\x00\x01\x40\x00\xc3", 6);      /* push first ; ret */
+	end = busy_loop(first, 3, "\xe9\0\0\0", 5);        /* jmp second */
+	put32(end - 4, second - end);
+	for (unsigned n = 0; n < 8; n++) {
+		uint8_t step = (uint8_t)(n / 2);        /* in every other round the same bytes are written */
+		uint64_t sum = 0, add = 0;
+
+		end = busy_loop(second, step, "\xff\xc9\x0f\x85\0\0\0\0\xf4", 9) - 1;  /* dec ecx ; jnz first ; hlt */
+		put32(end - 4, first - end);
+		h.cpu.gpr[13] = h.cpu.gpr[14] = 0;
+		run(n < 4 ? 300 : 3000);
+		for (unsigned k = 0; k < (n < 4 ? 300u : 3000u) * 8; k++) {
+			sum += add;
+			add += k / 4 % 2 ? step : 3;
+		}
+		assert_int_equal(h.cpu.gpr[13], sum);
+		assert_int_equal(h.cpu.gpr[14], add);
+	}
+}
+
 static int setup(void **s)
 {
 	harness_start();
@@ -131,6 +171,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_client_writes, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_page_replaced, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_guest_writes, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_mapped_and_stale, setup, teardown),
 		cmocka_unit_test_setup_teardown(narrow, setup, teardown),
 	};
 
