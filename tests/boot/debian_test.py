@@ -70,6 +70,7 @@ def lockstep(start, whole=False):
     else:
         guest.expect(r"Linux version")
     assert "first difference" not in guest.log, "translator and interpreter differ"
+    assert "error: lockstep" not in guest.log, "the comparison came to its end"
 
 
 def lockstep_whole(start):

@@ -276,7 +276,8 @@ static enum stop interpret_until(struct lockstep *l, struct cpu *c, enum stop wa
 	uint64_t base = 0;
 
 	for (*n = 0; *n < INSNS_MAX; ++*n) {
-		if ((want == STOP_ONCE || (want == STOP_AT && *n)) && arrived(l, c))
+		/* At once, where translated code was left at its entry with nothing done. */
+		if ((want == STOP_ONCE || want == STOP_AT) && arrived(l, c))
 			return want;
 		if (!b) {
 			block_check_generation(c);
@@ -575,7 +576,7 @@ enum jit_result lockstep_run(struct jit *j, struct block *b, uint32_t mode)
 	memcpy(l->saved, c->unwind, sizeof l->saved);
 	ok = step(l, mode, b, &t, &n, &not);
 	memcpy(c->unwind, l->saved, sizeof l->saved);
-	c->budget = budget - (int32_t)n;
+	c->budget = budget - (int32_t)MAX(n, 1u);       /* the loop looks around even if state comes back to what it was */
 	if (not)
 		return JIT_NOT;
 	l->steps++;
