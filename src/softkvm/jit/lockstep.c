@@ -269,6 +269,13 @@ static bool arrived(struct lockstep *l, const struct cpu *c)
 	return true;
 }
 
+/* Translated code may have been left at its entry; a jump to itself leads there as well, and may leave a trap behind. */
+static bool did_nothing(const struct lockstep *l)
+{
+	return l->trans.rip == l->start.rip && l->trans.trap_db == l->start.trap_db && l->trans.one_insn == l->start.one_insn &&
+	       l->trans.shadow == l->start.shadow;
+}
+
 static enum stop interpret_until(struct lockstep *l, struct cpu *c, enum stop want, volatile unsigned *n)
 {
 	struct block *b = NULL;
@@ -276,8 +283,7 @@ static enum stop interpret_until(struct lockstep *l, struct cpu *c, enum stop wa
 	uint64_t base = 0;
 
 	for (*n = 0; *n < INSNS_MAX; ++*n) {
-		/* At once, where translated code was left at its entry with nothing done. */
-		if ((want == STOP_ONCE || want == STOP_AT) && arrived(l, c))
+		if ((want == STOP_ONCE || (want == STOP_AT && (*n || did_nothing(l)))) && arrived(l, c))
 			return want;
 		if (!b) {
 			block_check_generation(c);

@@ -79,7 +79,8 @@ static bool look_ahead(struct tr *t, struct ahead *s)
 			return false;
 		}
 		tinsn_flags(&i);
-		if (i.tested & left)
+		/* MOV CR and MOV DR are their handlers', before which all flags are to be right. */
+		if ((i.tested & left) || (i.z.opcode_map == ZYDIS_OPCODE_MAP_0F && (i.z.opcode & 0xfc) == 0x20))
 			return false;
 		left &= (uint16_t)~i.killed;
 		s->mask |= flag_bytes(&i.z) << at;
