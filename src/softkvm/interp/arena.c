@@ -90,4 +90,3 @@ struct block *block_alloc(struct cpu *c, size_t need)
 	bc->used += need - (bc->linked ? 0 : BLOCK_LINKS);
 	return b;
 }
-
