@@ -105,4 +105,3 @@ struct block *block_hash_find(const struct block_cache *bc, uint64_t gpa, uint32
 
 	return block_hash_look(bc, gpa, mode, &b) ? b : NULL;
 }
-
