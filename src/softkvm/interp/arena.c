@@ -4,6 +4,7 @@
 
 #include "softkvm/interp/block.h"
 #include "softkvm/jit/jit.h"
+#include "softkvm/softkvm.h"
 
 /* What the arenas of a VM may take together once they have grown: the rest of the memory for code is the translator's. */
 static uint64_t grown_total(const struct cpu *c)
@@ -22,6 +23,9 @@ static size_t arena_limit(const struct cpu *c)
 
 	return (size_t)MIN(MAX(first, MIN(first << c->blocks->grown, grown_total(c) / n)), c->blocks->size);
 }
+
+/* The hash has 24 bits to say where in it a block is. */
+_Static_assert(SOFTKVM_CODE_MAX - SOFTKVM_CODE_MAX / 8 * CODE_EIGHTHS < (uint64_t)BLOCK_ALIGN << 24, "hash.c: an arena too large");
 
 bool block_arena_init(struct cpu *c)
 {

@@ -182,7 +182,7 @@ static bool ret(struct tr *t, unsigned n)
 }
 
 /* -- runs of pushes; of pops, and the return behind them: one check ----------------------------------- */
-#define GROUP_MAX 8
+#define GROUP_MAX 8             /* as many as struct jit_point's `rsp` tells apart */
 
 static int moves_reg(const struct tr *t, const struct tinsn *i, ZydisMnemonic m)
 {
