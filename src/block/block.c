@@ -10,7 +10,7 @@
 
 #include "base/log.h"
 #include "base/util.h"
-#include "block/driver.h"
+#include "block/graph.h"
 #include "block/qcow2.h"
 #include "loop/loop.h"
 
@@ -37,7 +37,8 @@ struct block *block_new(const struct block_opts *o, struct loop *l, struct worke
 	const char *file = o->file ? o->file : "";
 	b->file = strdup(strncmp(file, "file:", 5) ? file : file + 5);
 	b->id = o->id ? strdup(o->id) : NULL;
-	if (b->file && (b->id || !o->id))
+	b->node_name = o->node_name ? strdup(o->node_name) : NULL;
+	if (b->file && (b->id || !o->id) && (b->node_name || !o->node_name))
 		return b;
 	block_free(b);
 	return NULL;
@@ -51,6 +52,9 @@ void block_free(struct block *b)
 		b->drv->close(b);
 	block_free(b->backing);
 	block_free(b->child);
+	for (unsigned i = 0; i < b->nmore; i++)
+		block_free(b->more[i]);
+	free(b->more);
 	pthread_mutex_destroy(&b->lock);
 	pthread_cond_destroy(&b->idle);
 	pthread_rwlock_destroy(&b->rmw);
@@ -58,6 +62,7 @@ void block_free(struct block *b)
 	throttle_group_unref(b->throttle);
 	free(b->id);
 	free(b->file);
+	free(b->node_name);
 	free(b->owner);
 	free(b);
 }
@@ -110,25 +115,61 @@ static void warn_probed(struct block *b, const struct block_opts *o)
 			 "Say format=raw to allow them", b->file);
 }
 
+/* The node that n->leaf describes, as a file for a format. */
+static int open_below(struct block **out, const struct block_name *n, struct loop *l, struct workers *w, unsigned depth, struct err *err)
+{
+	const struct block_opts *o = &n->o;
+	struct block_opts c = { .options = &n->leaf, .tls = o->tls, .throttles = o->throttles, .read_only = o->read_only || o->snapshot,
+				.auto_read_only = o->auto_read_only, .cache = o->cache, .aio = o->aio, .shared = o->shared, .discard_unmap = true,
+				.protocol = true };
+	if (n->leaf.n == 1 && !strcmp(n->leaf.o[0].key, "filename")) {
+		c.file = n->leaf.o[0].val;
+		c.options = NULL;
+	}
+	int r = block_open_node(out, &c, l, w, depth + 1, err);
+	if (r)
+		return r;
+	r = fit_open(out, err);
+	/* raw is as its file is; what keeps tables of its own needs what it was asked for. */
+	if (!r && (*out)->read_only && !c.read_only && !o->auto_read_only && o->format && strcmp(o->format, "raw"))
+		r = err_set(err, -EACCES, "%s: the node below %s is read-only: Block node is read-only", (*out)->file, o->format);
+	if (r) {
+		block_free(*out);
+		*out = NULL;
+	}
+	return r;
+}
+
+/* A file, device, server or node below a format. */
+static int open_leaf(struct block **out, const struct block_name *n, struct loop *l, struct workers *w, unsigned depth, struct err *err)
+{
+	if (n->below)
+		return open_below(out, n, l, w, depth, err);
+	*out = block_new(&n->o, l, w);
+	return *out ? leaf_open(*out, &n->o, err) : err_set(err, -ENOMEM, "%s: out of memory", n->o.file);
+}
+
 /* Leaf and format; the chain below it. */
-static int open_resolved(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, unsigned depth,
+static int open_resolved(struct block **out, const struct block_name *n, struct loop *l, struct workers *w, unsigned depth,
 			 struct err *err)
 {
-	struct block *leaf = block_new(o, l, w), *b = leaf;
+	const struct block_opts *o = &n->o;
+	struct block *leaf = NULL, *b;
 	const char *format = NULL;
-	int r = leaf ? leaf_open(leaf, o, err) : err_set(err, -ENOMEM, "%s: out of memory", o->file);
+	int r = open_leaf(&leaf, n, l, w, depth, err);
 
+	b = leaf;
 	if (!r)
 		r = choose_format(leaf, o, &format, err);
 	if (!r)
 		r = block_format_check(o, leaf->file, format, err);
-	bool window = !r && !strcmp(format, "raw") && o->fmt.raw_only;
+	bool window = !r && !strcmp(format, "raw") && (o->fmt.raw_only || n->below);
 	if (!r && (window || strcmp(format, "raw"))) {
 		b = block_new(o, l, w);
 		if (b) {
 			b->child = leaf;
 			b->read_only = o->read_only || o->snapshot || leaf->read_only;
-			if (leaf->nbd) { /* messages name the server */
+			if (leaf->nbd || n->below) { /* messages name the server, or the file at the bottom */
 				char *name = strdup(leaf->file);
 				free(b->file);
 				b->file = name ? name : strdup("nbd");
@@ -152,13 +193,13 @@ static int open_resolved(struct block **out, const struct block_opts *o, struct 
 	return 0;
 }
 
-static int open_node(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, unsigned depth,
-		     struct err *err)
+int block_open_node(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, unsigned depth, struct err *err)
 {
-	struct block_name n;
-	int r = block_name_resolve(&n, o, err);
+	struct block_name n = { 0 };
+	*out = NULL;
+	int r = depth > CHAIN_MAX ? err_set(err, -ELOOP, "more than %d nodes, one below the other", CHAIN_MAX) : block_name_resolve(&n, o, err);
 	if (!r)
-		r = open_resolved(out, &n.o, l, w, depth, err);
+		r = n.filter ? filter_open(out, &n, l, w, depth, err) : open_resolved(out, &n, l, w, depth, err);
 	block_name_free(&n);
 	return r;
 }
@@ -167,13 +208,13 @@ int block_open_backing(struct block **out, const struct block_opts *o, struct bl
 {
 	if (depth > CHAIN_MAX)
 		return err_set(err, -ELOOP, "%s: more than %d backing files; does the chain loop?", above->file, CHAIN_MAX);
-	return open_node(out, o, above->loop, above->workers, depth, err);
+	return block_open_node(out, o, above->loop, above->workers, depth, err);
 }
 
 int block_open(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, struct err *err)
 {
 	struct block *b, *top;
-	int r = open_node(&b, o, l, w, 0, err);
+	int r = block_open_node(&b, o, l, w, 0, err);
 	if (r)
 		return r;
 	if (o->snapshot) {
@@ -208,11 +249,15 @@ int block_close_checked(struct block *b)
 	return r;
 }
 
+static void now_safe(struct block *b, void *unused)
+{
+	if (b->cache == CACHE_UNSAFE)
+		b->cache = CACHE_WRITEBACK;
+}
+
 int block_sync_close(struct block *b)
 {
-	for (struct block *n = b; n; n = n->child)
-		if (n->cache == CACHE_UNSAFE)
-			n->cache = CACHE_WRITEBACK;
+	graph_walk(b, now_safe, NULL);
 	return block_close_checked(b);
 }
 
@@ -400,11 +445,13 @@ static void drain(struct block *b, bool held_too)
 {
 	if (b->throttle)
 		throttle_release(b->throttle, b);
+	graph_walk(b, throttle_node_release, b);
 	block_unplug(b);
 	pthread_mutex_lock(&b->lock);
 	while (b->in_flight || (held_too && b->held))
 		pthread_cond_wait(&b->idle, &b->lock);
 	pthread_mutex_unlock(&b->lock);
+	graph_walk(b, throttle_node_release, NULL);
 }
 
 void block_drain(struct block *b)

@@ -22,6 +22,7 @@ struct tls_store;
 struct loop;
 struct workers;
 struct throttle_group;
+struct throttle_set;
 
 enum block_op { BLOCK_READ, BLOCK_WRITE, BLOCK_FLUSH, BLOCK_DISCARD, BLOCK_ZERO };
 enum { BLOCK_REQ_FUA = 1, BLOCK_REQ_MAY_UNMAP = 2, BLOCK_REQ_INLINE = 4 /* caller can wait for a short copy */,
@@ -45,6 +46,8 @@ struct block_req {
 
 /* Formats that can be opened; the last four are only read. */
 #define BLOCK_FORMATS "raw, qcow2, vdi, vhdx, vmdk, vpc"
+/* What may stand above other nodes. */
+#define BLOCK_FILTERS "throttle"
 /* 0, or -ENOTSUP and the list. */
 int block_check_format(const char *what, const char *format, struct err *err);
 
@@ -77,6 +80,10 @@ struct block_opts {
 	enum block_cache cache;
 	enum block_aio aio;
 	struct throttle_group *throttle; /* may be NULL; the block takes a reference */
+	const struct throttle_set *throttles; /* groups that driver=throttle may name; may be NULL */
+	const char *node_name;          /* set by block_name_resolve() */
+	bool protocol;                  /* a file below something: its format is not probed */
+	bool copy_on_read;              /* what a read finds in a backing file is written to the image */
 	struct block_format_opts fmt;
 	const struct keyvals *backing_options, *data_options; /* nodes instead of the names in the image */
 	bool no_lock;                   /* locking=off */

@@ -13,6 +13,7 @@
 
 #include "base/keyvals.h"
 #include "block/block.h"
+#include "block/events.h"
 #include "block/image.h"
 #include "block/throttle.h"
 
@@ -40,6 +41,9 @@ struct block_driver {
 	int64_t (*file_length)(struct block *b);
 	int (*truncate)(struct block *b, uint64_t len);
 	int (*allocate)(struct block *b, uint64_t off, uint64_t len, bool write);
+	/* blkdebug and what stands on it: something is about to happen above; NULL: nobody wants to know. */
+	void (*event)(struct block *b, enum block_event e);
+	bool filter;                    /* shows its child's data: what asks for an image's place and kind looks through it */
 	void (*close)(struct block *b);
 };
 
@@ -60,6 +64,9 @@ struct block {
 	struct workers *workers;
 	struct block *child;            /* a format's file, the overlay's base; owned */
 	struct block *backing;          /* what a format does not hold; owned */
+	struct block **more;            /* children besides `child` (blkverify, quorum); owned */
+	unsigned nmore;
+	char *node_name;                /* may be NULL */
 
 	pthread_mutex_t lock;
 	pthread_cond_t idle;
@@ -91,6 +98,7 @@ struct block {
 	struct qcow2 *qcow2;
 	struct nbd *nbd;
 	struct foreign *foreign;        /* a format that is only read */
+	void *state;                    /* a filter's own */
 	uint64_t base;                  /* window: where in the child it begins */
 	bool fixed;                     /* window: the size was given */
 };
@@ -111,7 +119,12 @@ int null_open(struct block *b, const struct block_opts *o, struct err *err);
 int leaf_open(struct block *b, const struct block_opts *o, struct err *err);
 
 /* A "json:{...}" name or options taken apart: `o` is what to open, the rest what its pointers point to. */
-struct block_name { struct block_opts o; struct keyvals all, leaf, backing, data; };
+struct block_name {
+	struct block_opts o;
+	struct keyvals all, leaf, backing, data;
+	const char *filter;             /* the driver of a node that is neither format nor protocol; its options are `all` */
+	bool below;                     /* `leaf` describes a node of another kind than file, nbd, null */
+};
 /* Also checks names. block_name_free() in any case. */
 int block_name_resolve(struct block_name *n, const struct block_opts *o, struct err *err);
 void block_name_free(struct block_name *n);
@@ -130,6 +143,8 @@ int foreign_open(struct block *b, const char *format, const struct block_opts *o
 void foreign_info(const struct block *b, struct image_info *i);
 int foreign_check(struct block *b, struct image_check *c, struct err *err);
 
+/* Any node; see block_name_resolve() for what `o` may say. */
+int block_open_node(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, unsigned depth, struct err *err);
 /* A backing file, read-only; `depth` bounds the chain. */
 int block_open_backing(struct block **out, const struct block_opts *o, struct block *above, unsigned depth, struct err *err);
 
@@ -144,6 +159,9 @@ bool block_submit_below(struct block *leaf, struct block_req *r);
 /* --- throttle.c --- */
 /* False: it waits, and block_dispatch() is called later. */
 bool throttle_admit(struct throttle_group *g, struct block_req *r);
+/* Wait until `bytes` may go, for a node in the middle of a graph; *stop (atomic) and throttle_wake() end the waiting. */
+void throttle_wait(struct throttle_group *g, bool write, uint64_t bytes, const unsigned *stop);
+void throttle_wake(struct throttle_group *g);
 /* Dispatch at once what waits for this node. */
 void throttle_release(struct throttle_group *g, struct block *b);
 

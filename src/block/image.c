@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 #include "base/util.h"
-#include "block/driver.h"
+#include "block/graph.h"
 #include "block/qcow2.h"
 
 enum { PIECE = 1 << 20 };
@@ -137,14 +137,16 @@ int image_map(struct block *b, struct block *base, uint64_t off, uint64_t len, s
 	unsigned depth = 0;
 	if (!len || range_bad(off, len, b->length))
 		return -EINVAL;
+	base = graph_skip_filters(base);
 	for (;; depth++) {
+		b = graph_skip_filters(b);
 		int r = map_one(b, off, len, e);
 		e->depth = depth;
-		if (r || e->present)
+		if (r || e->present || e->whole)
 			return r;
 		struct block *next = image_backing(b);
 		len = e->len;
-		if (!next || next == base) {
+		if (!next || graph_skip_filters(next) == base) {
 			e->zero = !next;
 			return 0;
 		}
@@ -199,8 +201,7 @@ int image_copy_range(struct block *from, uint64_t off, struct block *to, uint64_
 
 struct block *image_backing(struct block *b)
 {
-	if (b->overlay)
-		b = b->child;
+	b = graph_skip_filters(b->overlay ? b->child : b);
 	return b->backing;
 }
 
@@ -212,11 +213,18 @@ const char *image_format(const struct block *b)
 int64_t image_disk_size(struct block *b)
 {
 	struct stat st;
-	while (b->child)
-		b = b->child;
+	int64_t sum = 0, more;
+	for (; b->child; b = b->child) {
+		for (unsigned i = 0; i < b->nmore; i++) {
+			more = image_disk_size(b->more[i]);
+			if (more < 0)
+				return more;
+			sum += more;
+		}
+	}
 	if (b->drv->file_length && b->fd < 0 && !b->nbd)
-		return 0; /* null-co */
-	return fstat(b->fd, &st) ? -errno : (int64_t)st.st_blocks * 512;
+		return sum; /* null-co */
+	return fstat(b->fd, &st) ? -errno : sum + (int64_t)st.st_blocks * 512;
 }
 
 int image_resize(struct block *b, uint64_t size, enum block_prealloc p, struct err *err)
@@ -230,9 +238,21 @@ int image_resize(struct block *b, uint64_t size, enum block_prealloc p, struct e
 
 /* --- qcow2 only --- */
 
+static void keep_cluster_size(struct image_info *i)
+{
+	uint32_t size = i->cluster_size;
+	image_info_free(i);
+	i->cluster_size = size;
+}
+
 int image_info(struct block *b, struct image_info *i)
 {
 	*i = (struct image_info){ 0 };
+	if (b->drv->filter && b->child) { /* that much of what it shows */
+		if (!image_info(graph_skip_filters(b), i))
+			keep_cluster_size(i);
+		return -ENOTSUP;
+	}
 	if (b->foreign)
 		foreign_info(b, i);
 	return b->qcow2 ? qcow2_info(b, i) : b->foreign ? 0 : -ENOTSUP;

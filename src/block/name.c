@@ -10,10 +10,11 @@
 #include "base/parse.h"
 #include "base/util.h"
 #include "block/driver.h"
+#include "block/graph.h"
 #include "block/nbd.h"
 
 static const char *const unsupported[] = { "http:", "https:", "ftp:", "ftps:", "ssh:", "iscsi:", "rbd:", "nfs:", "gluster:", "gluster+tcp:",
-					   "gluster+unix:", "nvme:", "blkdebug:", "blkverify:", "fat:", "sheepdog:", "vxhs:" };
+					   "gluster+unix:", "nvme:", "fat:", "sheepdog:", "vxhs:" };
 static const char *const formats[] = { "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx" };
 
 static const char *const null_drivers[] = { "null-co", "null-aio" };
@@ -57,7 +58,7 @@ bool block_name_is_protocol(const char *file)
 		if (!strncmp(file, unsupported[i], strlen(unsupported[i])))
 			return true;
 	}
-	return null_is_name(file) || nbd_is_name(file) || !strncmp(file, "json:", 5) || !strncmp(file, "file:", 5);
+	return null_is_name(file) || nbd_is_name(file) || filter_is_name(file) || !strncmp(file, "json:", 5) || !strncmp(file, "file:", 5);
 }
 
 static int check_name(const char *file, struct err *err)
@@ -107,7 +108,7 @@ int block_node_keys(struct keyvals *l, const char *what, struct block_opts *o, s
 	    (r = keyvals_bool(l, what, "cache.direct", &direct, err)) || (r = keyvals_bool(l, what, "cache.no-flush", &noflush, err)) ||
 	    (r = keyvals_bool(l, what, "force-share", &o->shared, err)))
 		return r;
-	keyvals_get(l, "node-name");
+	o->node_name = keyvals_get(l, "node-name");
 	if (had)
 		o->cache = noflush ? CACHE_UNSAFE : direct ? (writeback ? CACHE_NONE : CACHE_DIRECTSYNC) : writeback ? CACHE_WRITEBACK : CACHE_WRITETHROUGH;
 	if ((v = keyvals_get(l, "discard"))) {
@@ -123,11 +124,14 @@ int block_node_keys(struct keyvals *l, const char *what, struct block_opts *o, s
 	return 0;
 }
 
-/* driver=file|host_device|nbd with its own keys in n->leaf. */
+/* driver=file|host_device|nbd with its own keys in n->leaf; anything else that is known is a node of its own (n->below). */
 static int leaf_keys(struct block_name *n, const char *what, struct err *err)
 {
 	struct keyvals *l = &n->leaf;
 	const char *driver = keyvals_get(l, "driver"), *file = keyvals_get(l, "filename");
+	n->below = driver ? is_format(driver) || filter_has_driver(driver) : file && filter_is_name(file);
+	if (n->below)
+		return 0;
 	int r = block_node_keys(l, what, &n->o, err);
 	if (r)
 		return r;
@@ -151,8 +155,8 @@ static int leaf_keys(struct block_name *n, const char *what, struct err *err)
 		n->o.file = "nbd";
 		return 0;
 	}
-	return err_set(err, -ENOTSUP, "%s: driver=%s is not supported ("BLOCK_FORMATS" over file, host_device, nbd or null-co)", what,
-		       driver ? driver : "(none)");
+	return err_set(err, -ENOTSUP, "%s: driver=%s is not supported ("BLOCK_FORMATS", " BLOCK_FILTERS ", file, host_device, nbd, null-co, null-aio)",
+		       what, driver ? driver : "(none)");
 }
 
 /* What nbd.c does not know goes: generic keys were taken above. */
@@ -202,9 +206,20 @@ static int children(struct block_name *n, const char *what, struct err *err)
 	return 0;
 }
 
+/* A node that is neither a format nor a protocol: its driver takes the rest (filter_open). */
+static int filter_options(struct block_name *n, const char *driver, const char *what, struct err *err)
+{
+	n->filter = driver;
+	if (n->o.format && strcmp(n->o.format, driver) && strcmp(n->o.format, "raw"))
+		return err_set(err, -EINVAL, "%s: driver=%s, but the format was given as %s", what, driver, n->o.format);
+	return block_node_keys(&n->all, what, &n->o, err);
+}
+
 static int from_options(struct block_name *n, const char *what, struct err *err)
 {
 	const char *driver = keyvals_get(&n->all, "driver"), *v;
+	if (driver && filter_has_driver(driver))
+		return filter_options(n, driver, what, err);
 	/* Without a driver but with a file below it is an image whose format is to be found out. */
 	bool format = driver ? is_format(driver) : has_prefix(&n->all, "file.");
 	int r;
@@ -238,8 +253,11 @@ static int from_options(struct block_name *n, const char *what, struct err *err)
 	} else {
 		keyvals_sub(&n->leaf, &n->all, "");
 		r = leaf_keys(n, what, err);
+		if (!n->o.format && (driver || n->o.protocol))
+			n->o.format = "raw"; /* a protocol's node is a disk as it is */
 	}
-	strip_generic(&n->leaf);
+	if (!n->below)
+		strip_generic(&n->leaf);
 	return r;
 }
 
@@ -254,7 +272,8 @@ int block_name_resolve(struct block_name *n, const struct block_opts *o, struct 
 	if (o->leaf) {
 		keyvals_sub(&n->leaf, &(struct keyvals){ o->leaf->o, o->leaf->n }, "");
 		int r = leaf_keys(n, "block options", err);
-		strip_generic(&n->leaf);
+		if (!n->below)
+			strip_generic(&n->leaf);
 		return r;
 	}
 	if (o->file && !strncmp(o->file, "json:", 5)) {
@@ -262,6 +281,14 @@ int block_name_resolve(struct block_name *n, const struct block_opts *o, struct 
 		int r = *text == '{' ? keyvals_parse(&n->all, "json:", text, NULL, err) : err_set(err, -EINVAL, "%s: is no JSON object", o->file);
 		return r ? r : from_options(n, "json:", err);
 	}
+	if (o->file && filter_is_name(o->file) && o->protocol)
+		return filter_name(n, o->file, err);
+	if (o->file && filter_is_name(o->file)) {
+		n->below = true;
+		return keyvals_add(&n->leaf, "filename", o->file) ? err_set(err, -ENOMEM, "out of memory") : 0;
+	}
+	if (!n->o.format && o->protocol)
+		n->o.format = "raw";
 	if (o->file && null_is_name(o->file))
 		return null_name(&n->o, err);
 	return check_name(o->file, err);

@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 
 #include "base/log.h"
+#include "block/graph.h"
 
 enum { L2_CACHE = 32 << 20, REF_CACHE = 4 << 20 };
 
@@ -103,7 +104,7 @@ int q_load_tables(struct qcow2 *q, struct err *err)
 static int open_named_backing(struct qcow2 *q, const struct block_opts *o, const char *name, const char *format, unsigned depth, struct err *err)
 {
 	struct block_opts bo = { .format = format, .read_only = true, .cache = o->cache, .shared = o->shared, .tls = o->tls,
-				 .options = name ? NULL : o->backing_options };
+				 .throttles = o->throttles, .options = name ? NULL : o->backing_options };
 	struct stat a, b;
 	char *path = !name ? NULL : o->backing ? strdup(name) : block_path_beside(q->b->file, name);
 	int r = path || !name ? 0 : -ENOMEM;
@@ -132,24 +133,22 @@ static int open_backing(struct qcow2 *q, const struct block_opts *o, unsigned de
 	return open_named_backing(q, o, strncmp(name, "file:", 5) ? name : name + 5, format, depth, err);
 }
 
-static int open_data_file(struct qcow2 *q, const struct block_opts *o, struct err *err)
+static int open_data_file(struct qcow2 *q, const struct block_opts *o, unsigned depth, struct err *err)
 {
 	struct block_opts d = { .cache = o->cache, .aio = o->aio, .tls = o->tls, .shared = o->shared, .no_lock = o->no_lock,
-				.read_only = o->read_only || o->snapshot, .auto_read_only = o->auto_read_only, .options = o->data_options };
-	struct block_name n = { 0 };
+				.read_only = o->read_only || o->snapshot, .auto_read_only = o->auto_read_only, .options = o->data_options,
+				.throttles = o->throttles, .protocol = true };
 	if (!(q->h.incompat & INCOMPAT_DATA_FILE))
 		return o->data_options ? err_set(err, -EINVAL, "%s: 'data-file' can only be set for images with an external data file", q->b->file) : 0;
 	if (!o->data_options && (!q->data_file || !*q->data_file))
 		return err_set(err, -EINVAL, "%s: 'data-file' is required for this image", q->b->file);
 	char *beside = o->data_options ? NULL : block_path_beside(q->b->file, q->data_file);
 	d.file = beside;
-	int r = beside || o->data_options ? block_name_resolve(&n, &d, err) : err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
-	if (!r && n.o.format && strcmp(n.o.format, "raw"))
-		r = err_set(err, -ENOTSUP, "a data file with a format of its own (%s)", n.o.format);
-	struct block *data = r ? NULL : block_new(&n.o, q->b->loop, q->b->workers);
+	struct block *data = NULL;
+	int r = beside || o->data_options ? block_open_node(&data, &d, q->b->loop, q->b->workers, depth + 1, err) :
+					    err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
 	if (!r)
-		r = data ? leaf_open(data, &n.o, err) : err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
-	block_name_free(&n);
+		r = fit_open(&data, err);
 	free(beside);
 	if (r) {
 		block_free(data);
@@ -239,9 +238,7 @@ int qcow2_open(struct block *b, const struct block_opts *o, unsigned depth, stru
 	b->qcow2 = q;
 	b->drv = &block_qcow2;
 	/* Writes become stable by our flushes, not one by one. */
-	b->child->cache = b->cache == CACHE_WRITETHROUGH ? CACHE_WRITEBACK : b->cache == CACHE_DIRECTSYNC ? CACHE_NONE : b->cache;
-	b->child->discard_unmap = true;
-	b->child->read_only = b->read_only;
+	graph_adopt(b->child, b->cache == CACHE_WRITETHROUGH ? CACHE_WRITEBACK : b->cache == CACHE_DIRECTSYNC ? CACHE_NONE : b->cache, b->read_only);
 	int r = q_read_header(q, err);
 	if (r)
 		return r;
@@ -251,7 +248,7 @@ int qcow2_open(struct block *b, const struct block_opts *o, unsigned depth, stru
 		return r;
 	r = q_load_tables(q, err);
 	if (!r)
-		r = open_data_file(q, o, err);
+		r = open_data_file(q, o, depth, err);
 	if (!r)
 		r = settle(q, o, err);
 	if (!r)

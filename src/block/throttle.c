@@ -11,6 +11,8 @@
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
+#include <time.h>
 
 #include "base/util.h"
 #include "block/driver.h"
@@ -26,9 +28,11 @@ struct throttle_group {
 	struct throttle_limits limits;
 	struct bucket bucket[THROTTLE_BUCKETS];
 	struct queue queue[2];          /* reads, writes */
-	struct clock *clock;
+	struct clock *clock;            /* NULL: no loop runs in this program; who waits looks at the time itself */
 	struct timer timer;
 	uint64_t last;                  /* when the buckets last leaked, ns */
+	uint64_t due;                   /* without a clock: when somebody should look again */
+	pthread_cond_t wake;            /* waiters in throttle_wait() */
 	unsigned refs;
 };
 
@@ -124,14 +128,28 @@ static bool is_write(const struct block_req *r)
 	return r->op != BLOCK_READ;
 }
 
+static uint64_t now(const struct throttle_group *g)
+{
+	struct timespec t;
+	if (g->clock)
+		return clock_now(g->clock);
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
 static void arm(struct throttle_group *g)
 {
 	double wait = INFINITY;
 	for (unsigned w = 0; w < 2; w++)
 		if (g->queue[w].head)
 			wait = MIN(wait, direction_wait(g, w));
-	if (wait < INFINITY)
-		timer_arm(&g->timer, g->last + (uint64_t)(wait * NS) + 1);
+	if (wait == INFINITY)
+		return;
+	g->due = g->last + (uint64_t)(wait * NS) + 1;
+	if (g->clock)
+		timer_arm(&g->timer, g->due);
+	else
+		pthread_cond_broadcast(&g->wake);
 }
 
 static struct block_req *take(struct queue *q)
@@ -143,12 +161,11 @@ static struct block_req *take(struct queue *q)
 	return r;
 }
 
-static void run(void *opaque)
+/* What may go now. Lock held. */
+static struct block_req *collect(struct throttle_group *g)
 {
-	struct throttle_group *g = opaque;
-	struct block_req *ready = NULL, **tail = &ready, *next;
-	pthread_mutex_lock(&g->lock);
-	leak(g, clock_now(g->clock));
+	struct block_req *ready = NULL, **tail = &ready;
+	leak(g, now(g));
 	for (unsigned w = 0; w < 2; w++) {
 		while (g->queue[w].head && direction_wait(g, w) <= 0) {
 			struct block_req *r = take(&g->queue[w]);
@@ -159,11 +176,29 @@ static void run(void *opaque)
 		}
 	}
 	arm(g);
-	pthread_mutex_unlock(&g->lock);
+	return ready;
+}
+
+/* A node's request goes on, a thread that waits is told. */
+static void let_go(struct block_req *ready)
+{
+	struct block_req *next;
 	for (; ready; ready = next) {
 		next = ready->next;
-		block_dispatch(ready);
+		if (ready->blk)
+			block_dispatch(ready);
+		else
+			ready->done(ready);
 	}
+}
+
+static void run(void *opaque)
+{
+	struct throttle_group *g = opaque;
+	pthread_mutex_lock(&g->lock);
+	struct block_req *ready = collect(g);
+	pthread_mutex_unlock(&g->lock);
+	let_go(ready);
 }
 
 bool throttle_admit(struct throttle_group *g, struct block_req *r)
@@ -172,7 +207,7 @@ bool throttle_admit(struct throttle_group *g, struct block_req *r)
 	if (r->op == BLOCK_FLUSH || r->op == BLOCK_DISCARD)
 		return true;
 	pthread_mutex_lock(&g->lock);
-	leak(g, clock_now(g->clock));
+	leak(g, now(g));
 	struct queue *q = &g->queue[write];
 	go = !q->head && direction_wait(g, write) <= 0;
 	if (go) {
@@ -189,7 +224,7 @@ bool throttle_admit(struct throttle_group *g, struct block_req *r)
 
 void throttle_release(struct throttle_group *g, struct block *b)
 {
-	struct block_req *ready = NULL, **tail = &ready, *next;
+	struct block_req *ready = NULL, **tail = &ready;
 	pthread_mutex_lock(&g->lock);
 	for (unsigned w = 0; w < 2; w++) {
 		struct block_req **p = &g->queue[w].head, *r;
@@ -206,10 +241,70 @@ void throttle_release(struct throttle_group *g, struct block *b)
 		g->queue[w].tail = p;
 	}
 	pthread_mutex_unlock(&g->lock);
-	for (; ready; ready = next) {
-		next = ready->next;
-		block_dispatch(ready);
+	let_go(ready);
+}
+
+/* --- threads that wait --- */
+
+struct waiter { struct block_req r; struct throttle_group *g; bool go; /* under the group's lock */ };
+
+static void waiter_done(struct block_req *r)
+{
+	struct waiter *w = container_of(r, struct waiter, r);
+	struct throttle_group *g = w->g;
+	pthread_mutex_lock(&g->lock);
+	w->go = true;
+	pthread_cond_broadcast(&g->wake);
+	pthread_mutex_unlock(&g->lock);
+}
+
+/* False: somebody took it already, and will say so. Lock held. */
+static bool give_up(struct throttle_group *g, struct waiter *w)
+{
+	struct queue *q = &g->queue[is_write(&w->r)];
+	for (struct block_req **p = &q->head; *p; p = &(*p)->next) {
+		if (*p != &w->r)
+			continue;
+		*p = w->r.next;
+		if (!*p)
+			q->tail = p;
+		return true;
 	}
+	return false;
+}
+
+/* Until something may have changed. Lock held, and let go meanwhile. */
+static void sleep_some(struct throttle_group *g)
+{
+	struct timespec until = { (time_t)(g->due / 1000000000), (long)(g->due % 1000000000) };
+	if (g->clock) {
+		pthread_cond_wait(&g->wake, &g->lock);
+		return;
+	}
+	if (!pthread_cond_timedwait(&g->wake, &g->lock, &until))
+		return;
+	struct block_req *ready = collect(g);
+	pthread_mutex_unlock(&g->lock);
+	let_go(ready);
+	pthread_mutex_lock(&g->lock);
+}
+
+void throttle_wait(struct throttle_group *g, bool write, uint64_t bytes, const unsigned *stop)
+{
+	struct waiter w = { .r = { .op = write ? BLOCK_WRITE : BLOCK_READ, .len = bytes, .done = waiter_done }, .g = g };
+	if (!bytes || __atomic_load_n(stop, __ATOMIC_ACQUIRE) || throttle_admit(g, &w.r))
+		return;
+	pthread_mutex_lock(&g->lock);
+	while (!w.go && !(__atomic_load_n(stop, __ATOMIC_ACQUIRE) && give_up(g, &w)))
+		sleep_some(g);
+	pthread_mutex_unlock(&g->lock);
+}
+
+void throttle_wake(struct throttle_group *g)
+{
+	pthread_mutex_lock(&g->lock);
+	pthread_cond_broadcast(&g->wake);
+	pthread_mutex_unlock(&g->lock);
 }
 
 /* --- groups --- */
@@ -219,14 +314,20 @@ struct throttle_group *throttle_group_new(const struct throttle_limits *l, struc
 	struct throttle_group *g = calloc(1, sizeof *g);
 	if (!g)
 		return NULL;
+	pthread_condattr_t attr;
 	pthread_mutex_init(&g->lock, NULL);
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&g->wake, &attr);
+	pthread_condattr_destroy(&attr);
 	g->limits = *l;
 	g->clock = clock;
-	g->last = clock_now(clock);
+	g->last = now(g);
 	g->refs = 1;
 	g->queue[0].tail = &g->queue[0].head;
 	g->queue[1].tail = &g->queue[1].head;
-	timer_init(&g->timer, clock, run, g);
+	if (clock)
+		timer_init(&g->timer, clock, run, g);
 	return g;
 }
 
@@ -240,15 +341,17 @@ void throttle_group_unref(struct throttle_group *g)
 {
 	if (!g || __atomic_sub_fetch(&g->refs, 1, __ATOMIC_ACQ_REL))
 		return;
-	timer_stop(&g->timer);
+	if (g->clock)
+		timer_stop(&g->timer);
 	pthread_mutex_destroy(&g->lock);
+	pthread_cond_destroy(&g->wake);
 	free(g);
 }
 
 void throttle_group_set(struct throttle_group *g, const struct throttle_limits *l)
 {
 	pthread_mutex_lock(&g->lock);
-	leak(g, clock_now(g->clock));
+	leak(g, now(g));
 	g->limits = *l;
 	for (unsigned i = 0; i < THROTTLE_BUCKETS; i++)
 		g->bucket[i] = (struct bucket){ 0 };
@@ -261,4 +364,41 @@ void throttle_group_get(struct throttle_group *g, struct throttle_limits *l)
 	pthread_mutex_lock(&g->lock);
 	*l = g->limits;
 	pthread_mutex_unlock(&g->lock);
+}
+
+/* --- by name --- */
+
+struct throttle_group *throttle_set_find(const struct throttle_set *s, const char *name)
+{
+	for (unsigned i = 0; i < s->n; i++)
+		if (!strcmp(s->v[i].name, name))
+			return s->v[i].group;
+	return NULL;
+}
+
+int throttle_set_add(struct throttle_set *s, const char *name, const struct throttle_limits *l, struct clock *clock, struct throttle_group **out)
+{
+	struct throttle_named *v = realloc(s->v, (s->n + 1) * sizeof *v);
+	if (v)
+		s->v = v;
+	char *copy = v ? strdup(name) : NULL;
+	struct throttle_group *g = copy ? throttle_group_new(l, clock) : NULL;
+	if (!g) {
+		free(copy);
+		return -ENOMEM;
+	}
+	s->v[s->n++] = (struct throttle_named){ copy, g };
+	if (out)
+		*out = g;
+	return 0;
+}
+
+void throttle_set_free(struct throttle_set *s)
+{
+	for (unsigned i = 0; i < s->n; i++) {
+		free(s->v[i].name);
+		throttle_group_unref(s->v[i].group);
+	}
+	free(s->v);
+	*s = (struct throttle_set){ 0 };
 }

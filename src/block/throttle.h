@@ -29,12 +29,23 @@ bool throttle_wanted(const struct throttle_limits *l);
 /* -EINVAL for combinations that QEMU refuses. */
 int throttle_check(const struct throttle_limits *l, struct err *err);
 
-/* Checked limits; one reference is the caller's. `clock` outlives the group. NULL: no memory. */
+/*
+ * Checked limits; one reference is the caller's. `clock` outlives the group. NULL (a program without a loop): requests of threads
+ * that wait only, that is, for driver=throttle below a disk. Returns NULL when memory is out.
+ */
 struct throttle_group *throttle_group_new(const struct throttle_limits *l, struct clock *clock);
 struct throttle_group *throttle_group_ref(struct throttle_group *g);
 void throttle_group_unref(struct throttle_group *g);            /* not while requests wait in it */
 /* At run time, from any thread. */
 void throttle_group_set(struct throttle_group *g, const struct throttle_limits *l);
 void throttle_group_get(struct throttle_group *g, struct throttle_limits *l);
+
+/* Groups by name (-object throttle-group), each with one reference of the set's. Zeroes: empty. */
+struct throttle_named { char *name; struct throttle_group *group; };
+struct throttle_set { struct throttle_named *v; unsigned n; };
+struct throttle_group *throttle_set_find(const struct throttle_set *s, const char *name);
+/* *out, which may be NULL itself, is the new group. 0 or -ENOMEM. */
+int throttle_set_add(struct throttle_set *s, const char *name, const struct throttle_limits *l, struct clock *clock, struct throttle_group **out);
+void throttle_set_free(struct throttle_set *s);
 
 #endif

@@ -3,7 +3,7 @@
 #include <inttypes.h>
 
 #include "base/util.h"
-#include "block/driver.h"
+#include "block/graph.h"
 
 static int window_read(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len)
 {
@@ -17,7 +17,7 @@ static int window_write(struct block *b, uint64_t off, const struct iovec *iov, 
 
 static int window_flush(struct block *b)
 {
-	return b->child->drv->flush(b->child);
+	return pass_flush(b);
 }
 
 static int window_discard(struct block *b, uint64_t off, uint64_t len)
@@ -42,7 +42,13 @@ static bool window_fast(struct block *b, struct block_req *r)
 
 static int window_map(struct block *b, uint64_t off, uint64_t len, struct block_extent *e)
 {
-	return b->child->drv->map(b->child, b->base + off, len, e);
+	struct block *c = graph_skip_filters(b->child);
+	if (c->drv->file_length)
+		return c->drv->map(c, b->base + off, len, e);
+	int r = image_map(c, NULL, b->base + off, len, e); /* a disk: with all that is below it */
+	e->present = e->present && !e->depth;
+	e->whole = true;
+	return r;
 }
 
 static int window_resize(struct block *b, uint64_t size, enum block_prealloc p, struct err *err)
@@ -51,7 +57,7 @@ static int window_resize(struct block *b, uint64_t size, enum block_prealloc p, 
 		return err_set(err, -ENOTSUP, "%s: Cannot resize fixed-size raw disks", b->file);
 	if (size > INT64_MAX - b->base)
 		return err_set(err, -EFBIG, "%s: Disk size too large for the chosen offset", b->file);
-	int r = b->child->drv->resize(b->child, b->base + size, p, err);
+	int r = image_resize(b->child, b->base + size, p, err);
 	if (!r)
 		__atomic_store_n(&b->length, ALIGN_UP(size, (uint64_t)512), __ATOMIC_RELAXED);
 	return r;
@@ -59,7 +65,7 @@ static int window_resize(struct block *b, uint64_t size, enum block_prealloc p, 
 
 static const struct block_driver block_window = {
 	.name = "raw", .read = window_read, .write = window_write, .flush = window_flush, .discard = window_discard, .zero = window_zero,
-	.fast = window_fast, .map = window_map, .resize = window_resize,
+	.fast = window_fast, .map = window_map, .resize = window_resize, .event = pass_event,
 };
 
 int window_open(struct block *b, const struct block_opts *o, struct err *err)

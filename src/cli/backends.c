@@ -46,10 +46,7 @@ static int start_iothreads(struct backends *b, struct vm_opts *o, struct err *er
 
 static struct throttle_group *group_find(struct backends *b, const char *name)
 {
-	for (unsigned i = 0; name && i < b->ngroups; i++)
-		if (!strcmp(b->groups[i].name, name))
-			return b->groups[i].group;
-	return NULL;
+	return name ? throttle_set_find(&b->groups, name) : NULL;
 }
 
 /* As QEMU: disks of one group share limits, and the last one that gives any sets them. NULL with r 0: none. */
@@ -63,13 +60,7 @@ static int group_for(struct backends *b, const char *name, const struct throttle
 		throttle_group_set(g, l);
 	if (g || (!name && !throttle_wanted(l)))
 		return 0;
-	g = throttle_group_new(l, clock_host(loop));
-	if (!g)
-		return err_set(err, -ENOMEM, "out of memory");
-	vmopts_grow(&b->groups, &b->ngroups, sizeof *b->groups);
-	b->groups[b->ngroups - 1].name = name ? name : "";
-	b->groups[b->ngroups - 1].group = *out = g;
-	return 0;
+	return throttle_set_add(&b->groups, name ? name : "", l, clock_host(loop), out) ? err_set(err, -ENOMEM, "out of memory") : 0;
 }
 
 static int node_group(struct backends *b, const char *name, struct block_opts *bo, struct err *err)
@@ -92,6 +83,7 @@ static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, str
 		bo.file = o->drives[i].file;
 		bo.snapshot |= o->snapshot;
 		bo.tls = &o->tls;
+		bo.throttles = &b->groups;
 		bo.leaf = o->drives[i].leaf.n ? &o->drives[i].leaf : NULL;
 		bo.backing_options = o->drives[i].backing.n ? &o->drives[i].backing : NULL;
 		bo.data_options = o->drives[i].data.n ? &o->drives[i].data : NULL;
@@ -113,6 +105,7 @@ static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, str
 		if (!ret)
 			ret = node_group(b, group, &bo, err);
 		bo.tls = &o->tls;
+		bo.throttles = &b->groups;
 		if (!ret)
 			ret = open_disk(b, &bo, l, w, err);
 	}
@@ -157,9 +150,7 @@ void backends_close(struct backends *b)
 		else
 			chr_close(b->v[i].p);
 	}
-	for (unsigned i = 0; i < b->ngroups; i++)
-		throttle_group_unref(b->groups[i].group);
-	free(b->groups);
+	throttle_set_free(&b->groups);
 	free(b->v);
 	*b = (struct backends){ 0 };
 }

@@ -10,8 +10,7 @@
 #include "net/net.h"
 
 struct backends {
-	struct { const char *name; struct throttle_group *group; } *groups;
-	unsigned ngroups;
+	struct throttle_set groups;
 	struct backend { enum prop_type type; const char *id; void *p; } *v;
 	unsigned n;
 };
@@ -24,7 +23,7 @@ void backends_close(struct backends *b);
 struct backend_lookup backends_lookup(struct backends *b);
 
 /* nodes.c: what a -blockdev node means as a disk; -ENOTSUP names the driver or key. */
-/* *group: the throttle group it is in, or NULL. */
+/* *group: the throttle group the disk as a whole is in, or NULL; `group` NULL: driver=throttle stays a node, like those below. */
 int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, const char **group, struct err *err);
 /* opt_block.c: aio=, NULL: not given. The cache mode is set. */
 int detect_zeroes_key(const char *what, const char *v, struct block_opts *b, struct err *err);    /* after discard= */

@@ -62,7 +62,7 @@ int img_cache(const char *mode, enum block_cache *c)
 }
 
 /* What --object, --image-opts and --target-image-opts said: of the program, not of any machine. */
-static struct { struct tls_store objects; bool image_opts, target_opts; } given;
+static struct { struct tls_store objects; struct throttle_set groups; bool image_opts, target_opts; } given;
 
 const struct tls_store *img_objects(void)
 {
@@ -71,7 +71,7 @@ const struct tls_store *img_objects(void)
 
 int img_add_object(const char *text, struct err *err)
 {
-	return serve_object(&given.objects, text, err);
+	return serve_object(&given.objects, &given.groups, text, err);
 }
 
 bool img_image_opts(void)
@@ -90,6 +90,7 @@ struct block *img_open(const char *file, const struct img_open *o)
 	struct keyvals l = { 0 };
 	bool opts = o->options || (o->target ? given.target_opts : given.image_opts && !o->plain);
 	b.tls = &given.objects;
+	b.throttles = &given.groups;
 	if (opts && o->format) {
 		img_fail("--image-opts and --format are mutually exclusive");
 		return NULL;
@@ -177,7 +178,7 @@ int img_getopt(int argc, char **argv, const char *shorts)
 	}
 	if (c == OPT_OBJECT) {
 		struct err err = { 0 };
-		int r = serve_object(&given.objects, optarg, &err);
+		int r = serve_object(&given.objects, &given.groups, optarg, &err);
 		if (r < 0)
 			img_fail("%s", err.msg);
 		if (r)

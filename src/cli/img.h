@@ -10,6 +10,7 @@
 #include "base/util.h"
 #include "block/image.h"
 #include "base/keyvals.h"
+#include "block/throttle.h"
 
 struct tls_store;
 

@@ -411,7 +411,7 @@ static int cmd_info(struct io *io, int argc, char **argv)
 	int r = image_info(io->b, &i);
 	uint64_t cover = (uint64_t)i.cluster_size * i.cluster_size / (i.extended_l2 ? 16 : 8);
 	uint64_t end = qcow2 && !r && cover ? (block_length(io->b) + cover - 1) / cover * cover : 0;
-	printf("format name: %s\ncluster size: %s\nvm state offset: %s\n", image_format(io->b), io_bytes(r ? 0 : i.cluster_size, a), io_bytes((double)end, b));
+	printf("format name: %s\ncluster size: %s\nvm state offset: %s\n", image_format(io->b), io_bytes(i.cluster_size, a), io_bytes((double)end, b));
 	if (qcow2 && !r)
 		img_print_specific(&i);
 	if (!r)

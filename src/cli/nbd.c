@@ -25,6 +25,7 @@ struct nbd_args {
 	bool persistent, list, fork, image_opts, depth, verbose, seen_cache, socket_given;
 	struct block_opts b;
 	struct tls_store objects;
+	struct throttle_set groups;
 };
 
 static int fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
@@ -184,7 +185,7 @@ static int other_option(struct nbd_args *a, int c)
 	case 'L': a->list = true; return 0;
 	case 'c': a->connect = optarg; return 0;
 	case OPT_NBD_OBJECT:
-		r = serve_object(&a->objects, optarg, &err);
+		r = serve_object(&a->objects, &a->groups, optarg, &err);
 		if (r > 0)
 			exit(0);
 		return r ? fail("%s", err.msg) : 0;
@@ -278,6 +279,7 @@ static int open_image(struct running *r, struct err *err)
 	a->b.file = a->file;
 	a->b.format = a->format;
 	a->b.tls = &a->objects;
+	a->b.throttles = &a->groups;
 	a->b.internal = a->snapshot_id;
 	a->b.read_only |= a->snapshot_id != NULL;
 	bool ring = a->b.aio == AIO_NATIVE || a->b.aio == AIO_IO_URING;
@@ -432,6 +434,7 @@ int nbd_main(int argc, char **argv)
 		status = a.list ? list_exports(&a) : serve_image(&a);
 out:
 	tls_store_free(&a.objects);
+	throttle_set_free(&a.groups);
 	free(a.snapshot_id);
 	return status;
 }

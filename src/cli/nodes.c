@@ -23,9 +23,11 @@ static struct vm_node *node_find(struct vm_opts *o, const char *name)
 /* Is `key` one whose value names a node? */
 static bool is_reference(const char *key)
 {
-	static const char *const names[] = { "file", "backing", "data-file" };
-	const char *dot = strrchr(key, '.');
+	static const char *const names[] = { "file", "backing", "data-file", "image", "raw", "test" };
+	const char *dot = strrchr(key, '.'), *list = strstr(key, "children.");
 
+	if (list && (list == key || list[-1] == '.') && !strchr(list + strlen("children."), '.'))
+		return true;
 	for (size_t i = 0; i < ARRAY_SIZE(names); i++)
 		if (!strcmp(dot ? dot + 1 : key, names[i]))
 			return true;
@@ -74,9 +76,8 @@ static int below_throttle(struct keyvals *l, struct err *err)
 		return err_set(err, -EINVAL, "-blockdev: throttle-group= is missing");
 	if (!keyvals_sub(&below, l, "file."))
 		return err_set(err, -EINVAL, "-blockdev: driver=throttle: file= is missing");
-	const char *driver = keyvals_get(&below, "driver");
 	static const char *const generic[] = { "read-only", "discard", "detect-zeroes", "cache.direct", "cache.no-flush" };
-	int ret = driver && !strcmp(driver, "throttle") ? err_set(err, -ENOTSUP, "-blockdev: a throttle node over another is not supported") : 0;
+	int ret = 0;
 
 	for (size_t i = 0; !ret && i < ARRAY_SIZE(generic); i++) { /* said of the upper node, they hold below */
 		const char *v = keyvals_get(l, generic[i]);
@@ -105,7 +106,7 @@ int node_block_opts(struct vm_opts *o, struct vm_node *n, struct block_opts *b, 
 		return err_set(err, -EINVAL, "-blockdev: driver= is missing");
 	keyvals_free(&n->flat);
 	int ret = expand(o, n, "", 0, &n->flat, err);
-	if (!ret && !strcmp(driver, "throttle")) {
+	if (!ret && group && !strcmp(driver, "throttle")) {
 		ret = below_throttle(&n->flat, err);
 		if (!ret)
 			*group = keyvals_get(&n->opts, "throttle-group");

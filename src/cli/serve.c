@@ -14,8 +14,26 @@
 #include <unistd.h>
 
 #include "base/parse.h"
+#include "cli/options.h"
 
-int serve_object(struct tls_store *s, const char *text, struct err *err)
+/* The groups of a program without a loop: limits of driver=throttle nodes. */
+static int add_group(struct throttle_set *groups, struct keyvals *l, struct err *err)
+{
+	struct throttle_limits limits = { 0 };
+	const char *id = keyvals_get(l, "id");
+	int r = id && *id ? 0 : err_set(err, -EINVAL, "Parameter 'id' is missing");
+	if (!r && throttle_set_find(groups, id))
+		r = err_set(err, -EEXIST, "attempt to add duplicate property '%s' to object (type 'container')", id);
+	if (!r)
+		r = throttle_keys(l, "--object throttle-group", "x-", &limits, err);
+	if (!r)
+		r = throttle_keys(l, "--object throttle-group", "limits.", &limits, err);
+	if (!r)
+		r = keyvals_end(l, "--object throttle-group", err);
+	return !r && throttle_set_add(groups, id, &limits, NULL, NULL) ? err_set(err, -ENOMEM, "out of memory") : r;
+}
+
+int serve_object(struct tls_store *s, struct throttle_set *groups, const char *text, struct err *err)
 {
 	struct keyvals l;
 	int r = keyvals_parse(&l, "--object", text, "qom-type", err);
@@ -23,8 +41,10 @@ int serve_object(struct tls_store *s, const char *text, struct err *err)
 		return r;
 	const char *type = keyvals_get(&l, "qom-type");
 	if (type && !strcmp(type, "help")) {
-		puts("List of user creatable objects:\n  authz-list\n  authz-list-file\n  authz-simple\n  secret\n  tls-creds-psk\n  tls-creds-x509");
+		puts("List of user creatable objects:\n  authz-list\n  authz-list-file\n  authz-simple\n  secret\n  throttle-group\n  tls-creds-psk\n  tls-creds-x509");
 		r = 1;
+	} else if (type && !strcmp(type, "throttle-group")) {
+		r = add_group(groups, &l, err);
 	} else if (type && !tls_is_object(type)) {
 		r = err_set(err, -ENOTSUP, "invalid object type: %s", type);
 	} else {

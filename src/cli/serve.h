@@ -6,13 +6,14 @@
 
 #include "block/image.h"
 #include "block/nbd.h"
+#include "block/throttle.h"
 #include "tls/tls.h"
 
 int nbd_main(int argc, char **argv);
 int storage_main(int argc, char **argv);
 
 /* One --object of a tool: TLS credentials, secrets, authorization. "help" prints the types: returns 1. */
-int serve_object(struct tls_store *s, const char *text, struct err *err);
+int serve_object(struct tls_store *s, struct throttle_set *groups, const char *text, struct err *err);
 
 /* --- serve.c: the frame of both --- */
 struct serve { int sigfd, event; int ready; };

@@ -22,6 +22,7 @@ enum { OPT_SD_BLOCKDEV = 256, OPT_SD_CHARDEV, OPT_SD_DAEMONIZE, OPT_SD_EXPORT, O
 
 struct storage {
 	struct vm_opts o;               /* nodes and objects, as -blockdev and -object leave them */
+	struct throttle_set groups;
 	struct workers *w;
 	struct { const char *name; struct block *blk; } *nodes;
 	struct { char *id; struct vhost_blk *v; } *exports;
@@ -38,7 +39,7 @@ static void help(void)
 	puts("Usage: qemu-storage-daemon [options]\nServe disks to other programs (lodge storage-daemon, in qemu-storage-daemon's words)\n\n"
 	     "  -h, --help             display this help and exit\n  -V, --version          output version information and exit\n\n"
 	     "  --blockdev [driver=]<driver>,node-name=<N>[,discard=ignore|unmap]\n             [,cache.direct=on|off][,cache.no-flush=on|off]\n"
-	     "             [,read-only=on|off][,driver specific parameters...]\n                         raw and qcow2 over file, host_device and nbd; throttle\n\n"
+	     "             [,read-only=on|off][,driver specific parameters...]\n                         formats, filters (" BLOCK_FILTERS "),\n                         file, host_device, nbd, null-co, null-aio\n\n"
 	     "  --daemonize            daemonize the process, and have the parent exit once startup is complete\n\n"
 	     "  --export [type=]nbd,id=<id>,node-name=<node-name>[,name=<export-name>]\n           [,description=<text>][,writable=on|off][,allocation-depth=on|off]\n"
 	     "                         export the node over NBD (requires --nbd-server)\n\n"
@@ -65,7 +66,6 @@ static int get_node(struct storage *s, const char *name, struct block **out, str
 {
 	struct vm_node *n = NULL;
 	struct block_opts bo;
-	const char *group = NULL;
 	*out = name ? find_open(s, name) : NULL;
 	if (*out)
 		return 0;
@@ -76,10 +76,15 @@ static int get_node(struct storage *s, const char *name, struct block **out, str
 	}
 	if (!n)
 		return err_set(err, -ENOENT, "Cannot find device='' nor node-name='%s'", name ? name : "");
-	int r = node_block_opts(&s->o, n, &bo, &group, err);
-	if (!r && group)
-		r = err_set(err, -ENOTSUP, "--blockdev: driver=throttle is not supported by the storage daemon yet");
+	int r = node_block_opts(&s->o, n, &bo, NULL, err);
+	while (!r && s->groups.n < s->o.nthrottles) {
+		const struct vm_throttle *t = &s->o.throttles[s->groups.n];
+
+		if (throttle_set_add(&s->groups, t->name, &t->limits, NULL, NULL))
+			r = err_set(err, -ENOMEM, "out of memory");
+	}
 	bo.tls = &s->o.tls;
+	bo.throttles = &s->groups;
 	if (!r)
 		r = block_open(out, &bo, NULL, s->w, err);
 	if (r)
@@ -296,6 +301,7 @@ static int finish(struct storage *s)
 	free(s->exports);
 	free(s->nodes);
 	free(s->sockets);
+	throttle_set_free(&s->groups);
 	vmopts_free(&s->o);
 	return lost;
 }

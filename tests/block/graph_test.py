@@ -98,7 +98,8 @@ def make(d):
 
 
 def words(program, text, cmds):
-    how = [text] if text.startswith("json:") else ["--image-opts", text]
+    """`text` may be whole options of the program, a name, or options of an image."""
+    how = text.split(" ") if " " in text else [text] if text.startswith("json:") else ["--image-opts", text]
     return [program, *[w for c in cmds for w in ("-c", c)], *how]
 
 
@@ -107,8 +108,8 @@ def findings(out):
     return [x for x in out.splitlines() if " ops; " not in x]
 
 
-def cases(tmp, io):
-    for n, (text, *cmds) in enumerate(CASES):
+def cases(tmp, io, table):
+    for n, (text, *cmds) in enumerate(table):
         got = []
         for name, program in (("q", "qemu-io"), ("l", io)):
             d = os.path.join(tmp, f"{n}{name}")
@@ -158,15 +159,15 @@ GRAPHS = [
 ]
 
 
-def graphs(tmp, lodge):
+def graphs(tmp, lodge, table, objects=()):
     daemons = [[lodge, "storage-daemon"]]
     if shutil.which("qemu-storage-daemon"):
         daemons.append(["qemu-storage-daemon"])
-    for export, nodes, cmds in GRAPHS:
+    for export, nodes, cmds in table:
         for daemon in daemons:
             d = tempfile.mkdtemp(dir=tmp)
             shutil.copytree(os.path.join(tmp, "images"), d, dirs_exist_ok=True)
-            p, sock = serve(daemon, d, nodes, export)
+            p, sock = serve([*daemon, *objects], d, nodes, export)
             if bool(p) != bool(cmds):
                 fail(f"{daemon[-1]}: {nodes}: {'taken' if p else 'refused'}")
             if not p:
@@ -190,8 +191,8 @@ DRIVES = {
 }
 
 
-def drives(tmp, lodge):
-    for good, texts in DRIVES.items():
+def drives(tmp, lodge, table):
+    for good, texts in table.items():
         for text in texts:
             p = subprocess.run([lodge, "qemu", "-nodefaults", "-display", "none", "-kernel", "/nonexistent/kernel", "-drive", "if=virtio," + text],
                                cwd=os.path.join(tmp, "images"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=300, check=False)
@@ -240,9 +241,9 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         os.mkdir(os.path.join(tmp, "images"))
         make(os.path.join(tmp, "images"))
-        cases(tmp, io)
-        graphs(tmp, lodge)
-        drives(tmp, lodge)
+        cases(tmp, io, CASES)
+        graphs(tmp, lodge, GRAPHS)
+        drives(tmp, lodge, DRIVES)
         empty(lodge)
         holes(tmp, io)
     print(f"graph_test: {len(CASES)} descriptions, {len(GRAPHS)} graphs, {sum(map(len, DRIVES.values()))} drives, {bad} failures")

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Nodes above nodes: throttle and formats in any order, beside qemu-io and qemu-storage-daemon; what only Lodge's programs can show.
+
+usage: filter_test.py LODGE-QEMU-IO LODGE; exit status 77 without qemu-io and qemu-img"""
+import os
+import shutil
+import sys
+import tempfile
+import time
+
+import graph_test as g
+
+T = "--object throttle-group,id=g,x-iops-total=2000 --image-opts "
+THROTTLE = [
+    (T + "driver=throttle,throttle-group=g,file.driver=qcow2,file.file.driver=file,file.file.filename=top.q", "read -P 2 0 64k", "read -P 1 64k 64k",
+     "write -P 3 0 8k", "length", "map", "alloc 0 1M", "discard 0 64k", "write -z 1M 64k", "read -P 0 1M 64k", "truncate 5M", "length"),
+    (T + "driver=throttle,throttle-group=g,file.filename=top.q", "length", "map"),
+    (T + "driver=qcow2,file.driver=throttle,file.throttle-group=g,file.file.filename=top.q", "read -P 1 64k 64k", "write -P 5 1M 64k", "write -c -P 6 2M 64k",
+     "read -P 6 2M 64k", "map", "info"),
+    (T + "driver=raw,file.driver=throttle,file.throttle-group=g,file.file.filename=raw", "read -P 7 64k 64k", "map", "discard 0 64k", "truncate 5M", "length"),
+    (T + "driver=raw,offset=64k,file.driver=throttle,file.throttle-group=g,file.file.filename=raw", "read -P 7 0 64k", "write -P 9 0 512", "length"),
+    (T + "driver=throttle,throttle-group=g,file.driver=throttle,file.throttle-group=g,file.file.driver=file,file.file.filename=raw", "read -P 7 64k 64k", "write -P 9 0 512"),
+    (T + "driver=qcow2,file.driver=file,file.filename=data.q,data-file.driver=throttle,data-file.throttle-group=g,data-file.file.driver=file,data-file.file.filename=raw",
+     "read -P 7 64k 64k", "write -P 6 64k 4k", "read -P 6 64k 4k"),
+    ("--image-opts driver=throttle,throttle-group=none,file.filename=top.q", "length"),
+    (T + "driver=throttle,file.filename=top.q", "length"),
+    (T + "driver=throttle,throttle-group=g", "length"),
+    (T + "driver=throttle,throttle-group=g,file=nothing", "length"),
+    (T + "driver=throttle,throttle-group=g,foo=bar,file.filename=top.q", "length"),
+    ("--object throttle-group,id=g,x-bps-total=1,x-bps-read=1 --image-opts driver=throttle,throttle-group=g,file.filename=top.q", "length"),
+    ("driver=raw,file.driver=qcow2,file.file.driver=file,file.file.filename=top.q", "read -P 1 64k 64k", "map", "length", "write -P 5 1M 64k", "truncate 5M", "length"),
+    ("driver=raw,offset=64k,file.driver=qcow2,file.file.driver=file,file.file.filename=top.q", "read -P 1 0 64k", "map", "length", "write -P 5 1M 64k"),
+    ("driver=qcow2,file.driver=raw,file.offset=1M,file.file.driver=file,file.file.filename=inside", "read -P 2 0 64k", "write -P 5 2M 1M", "read -P 5 2M 1M", "map"),
+    ("driver=qcow2,file.driver=qcow2,file.file.driver=file,file.file.filename=nest.q", "read -P 4 0 128k", "write -P 5 1M 1M", "read -P 5 1M 1M", "read -P 0 3M 64k"),
+    ('json:{"driver":"qcow2","file":{"driver":"raw","offset":1048576,"file":{"driver":"file","filename":"inside"}}}', "read -P 2 0 64k", "length"),
+    ("driver=qcow2,file.driver=vmdk,file.file.driver=file,file.file.filename=top.q", "length"),
+]
+GROUP = ["--object", "throttle-group,id=g,x-iops-total=2000"]
+GRAPHS = [
+    ("t", ["driver=file,node-name=f,filename=top.q", "driver=qcow2,node-name=q,file=f", "driver=throttle,node-name=t,throttle-group=g,file=q"],
+     ("read -P 2 0 64k", "read -P 1 64k 64k")),
+    ("q", ["driver=file,node-name=f,filename=top.q", "driver=throttle,node-name=t,throttle-group=g,file=f", "driver=qcow2,node-name=q,file=t"],
+     ("read -P 2 0 64k", "read -P 1 64k 64k")),
+    ("q", ["driver=file,node-name=f,filename=top.q", "driver=file,node-name=bf,filename=other.q,read-only=on", "driver=qcow2,node-name=b,file=bf,read-only=on",
+           "driver=throttle,node-name=t,throttle-group=g,file=b,read-only=on", "driver=qcow2,node-name=q,file=f,backing=t"], ("read -P 2 0 64k", "read -P 3 64k 64k")),
+    ("t", ["driver=file,node-name=f,filename=top.q", "driver=throttle,node-name=t,throttle-group=none,file=f"], ()),
+]
+DRIVES = {
+    True: ["file.driver=raw,file.file.filename=top.q,format=qcow2"],
+    False: ["file.driver=throttle,file.throttle-group=none,file.file.filename=top.q,format=qcow2"],
+}
+
+
+def more_images(d):
+    """An image 1 MiB into a file, and one in a disk that is an image itself."""
+    g.run("qemu-img", "create", "-f", "raw", "inside", "1M", cwd=d)
+    with open(os.path.join(d, "inside"), "ab") as f, open(os.path.join(d, "top.q"), "rb") as t:
+        f.write(t.read())
+    g.run("qemu-img", "create", "-f", "qcow2", "nest.q", "16M", cwd=d)
+    g.run("qemu-img", "create", "-f", "qcow2", "n.q", "4M", cwd=d)
+    g.run("qemu-io", "-c", "write -P 4 0 256k", "n.q", cwd=d)
+    g.run("qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", "n.q", "nest.q", cwd=d)
+
+
+def slow(tmp, io):
+    """40 requests beyond the burst at 40 a second: the limit of a node below qcow2 holds."""
+    d = os.path.join(tmp, "images")
+    start = time.monotonic()
+    r, out = g.run(io, "--object", "throttle-group,id=g,x-iops-total=40", *(w for n in range(44) for w in ("-c", f"read -P 7 {64 + n}k 512")), "--image-opts",
+                   "driver=raw,file.driver=throttle,file.throttle-group=g,file.file.filename=raw", cwd=d)
+    took = time.monotonic() - start
+    if r or "failed" in out or took < 0.9:
+        g.fail(f"44 reads at 40 a second took {took:.2f} s, status {r}: {out:.200}")
+
+
+def main():
+    io, lodge = (os.path.abspath(a) for a in sys.argv[1:3])
+    if not shutil.which("qemu-io") or not shutil.which("qemu-img"):
+        print("filter_test: skipped, qemu-io and qemu-img are not installed")
+        return 77
+    with tempfile.TemporaryDirectory() as tmp:
+        os.mkdir(os.path.join(tmp, "images"))
+        g.make(os.path.join(tmp, "images"))
+        more_images(os.path.join(tmp, "images"))
+        g.cases(tmp, io, THROTTLE)
+        g.graphs(tmp, lodge, GRAPHS, GROUP)
+        g.drives(tmp, lodge, DRIVES)
+        slow(tmp, io)
+    print(f"filter_test: {len(THROTTLE)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
+    return bool(g.bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
