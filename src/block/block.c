@@ -217,6 +217,10 @@ int block_open(struct block **out, const struct block_opts *o, struct loop *l, s
 	int r = block_open_node(&b, o, l, w, 0, err);
 	if (r)
 		return r;
+	if (o->copy_on_read && !o->snapshot && (r = cor_enable(b, err))) {
+		block_free(b);
+		return r;
+	}
 	if (o->snapshot) {
 		top = block_new(o, l, w);
 		r = top ? overlay_open(top, b, err) : err_set(err, -ENOMEM, "%s: out of memory", o->file);

@@ -43,6 +43,7 @@ struct block_driver {
 	int (*allocate)(struct block *b, uint64_t off, uint64_t len, bool write);
 	/* blkdebug and what stands on it: something is about to happen above; NULL: nobody wants to know. */
 	void (*event)(struct block *b, enum block_event e);
+	bool compressed;                /* of a filter: compressed writes go through, too */
 	bool filter;                    /* shows its child's data: what asks for an image's place and kind looks through it */
 	void (*close)(struct block *b);
 };

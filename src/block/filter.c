@@ -12,7 +12,7 @@ static const struct filter_type {
 	const char *name;
 	int (*open)(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 } types[] = {
-	{ "throttle", throttle_node_open },
+	{ "copy-on-read", cor_open }, { "throttle", throttle_node_open },
 };
 
 static const struct filter_type *find(const char *name)

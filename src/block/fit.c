@@ -131,7 +131,7 @@ static int fit_map(struct block *b, uint64_t off, uint64_t len, struct block_ext
 
 static const struct block_driver block_fit = {
 	.name = "fit", .read = fit_read, .write = fit_write, .flush = fit_flush, .discard = fit_discard, .zero = fit_zero, .fast = pass_fast,
-	.map = fit_map, .resize = pass_resize, .file_length = fit_length, .truncate = fit_truncate, .event = pass_event, .filter = true,
+	.map = fit_map, .resize = pass_resize, .file_length = fit_length, .truncate = fit_truncate, .event = pass_event, .filter = true, .compressed = true,
 };
 
 /* Filters are files when what they stand on is one. */

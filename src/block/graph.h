@@ -61,6 +61,16 @@ static inline void block_event(struct block *b, enum block_event e)
 /* --- the drivers; b->drv and b->child are set when they return 0 --- */
 int throttle_node_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 
+int cor_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
+
+/*
+ * Copy on read: what a read of the qcow2 image `b` would find in its backing files is written to the image, down to what `bottom`
+ * holds (NULL: all of it, zeroes too).
+ */
+int cor_fill(struct block *b, struct block *bottom, uint64_t off, uint64_t len);
+/* -drive copy-on-read=on, qemu-io -C: an image without backing files has nothing to copy. */
+int cor_enable(struct block *b, struct err *err);
+
 /* throttle nodes let everything pass while a drain waits (`on`). */
 void throttle_node_release(struct block *b, void *on);
 

@@ -123,7 +123,9 @@ int image_write_compressed(struct block *b, uint64_t off, const void *buf, uint6
 		return -EINVAL;
 	if (b->read_only)
 		return -EPERM;
-	return b->qcow2 ? qcow2_write_compressed(b, off, buf, len) : -ENOTSUP;
+	while (b->drv->filter && b->drv->compressed && b->child)
+		b = b->child;
+	return b->qcow2 && b->qcow2->data == b->qcow2->leaf ? qcow2_write_compressed(b, off, buf, len) : -ENOTSUP;
 }
 
 static int map_one(struct block *b, uint64_t off, uint64_t len, struct block_extent *e)

@@ -74,7 +74,7 @@ struct image_info {
 	unsigned nbitmaps;
 	struct image_vmdk vmdk;         /* n is 0 for other formats */
 };
-/* Strings belong to `b`, the arrays to the caller: image_info_free(). -ENOTSUP: the format has nothing to say. */
+/* Strings belong to `b`, the arrays to the caller: image_info_free(). -ENOTSUP: the format has nothing to say (a filter: its image's cluster_size). */
 int image_info(struct block *b, struct image_info *i);
 void image_info_free(struct image_info *i);
 

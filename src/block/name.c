@@ -247,6 +247,7 @@ static int from_options(struct block_name *n, const char *what, struct err *err)
 		n->o.read_only |= top.read_only;
 		n->o.cache = keyvals_get(&n->all, "cache.direct") || keyvals_get(&n->all, "cache.no-flush") ? top.cache : n->o.cache;
 		n->o.discard_unmap = top.discard_unmap;
+		n->o.node_name = top.node_name;
 		n->o.detect_zeroes = top.detect_zeroes;
 		if (!r)
 			r = keyvals_end(&n->all, what, err);

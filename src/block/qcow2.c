@@ -330,7 +330,8 @@ static int after_write(struct block *b, int r, unsigned flags)
 
 static int driver_read(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len)
 {
-	return q_read(b->qcow2, off, iov, n, len);
+	int r = b->qcow2->copy_on_read ? cor_fill(b, NULL, off, len) : 0;
+	return r ? r : q_read(b->qcow2, off, iov, n, len);
 }
 
 static int driver_write(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len, unsigned flags)

@@ -94,6 +94,7 @@ struct qcow2 {
 	uint64_t *meta;                 /* hash set of clusters that hold metadata, +1 */
 	unsigned nmeta, meta_size;
 	bool started_writing;           /* autoclear bits were dealt with */
+	bool copy_on_read;              /* -drive copy-on-read=on: a read copies up what it finds below; set before the first request */
 	bool needs_flush;               /* tables were written since the last fdatasync of the leaf */
 	int broken;                     /* -EIO after corruption was found: no more writing */
 	struct qbitmap *bitmaps;        /* qcow2_bitmap.c */
@@ -204,6 +205,8 @@ int q_read(struct qcow2 *q, uint64_t off, const struct iovec *iov, int n, uint64
 int q_write(struct qcow2 *q, uint64_t off, const struct iovec *iov, int n, uint64_t len);
 int q_zero(struct qcow2 *q, uint64_t off, uint64_t len, bool may_unmap);
 int q_discard(struct qcow2 *q, uint64_t off, uint64_t len, bool make_holes);
+/* Clusters around the range that this file does not hold: from the backing file into it. What the guest reads stays the same. */
+int q_copy_up(struct qcow2 *q, uint64_t off, uint64_t len);
 int q_read_locked(struct qcow2 *q, uint64_t off, const struct iovec *iov, int n, uint64_t len);
 bool q_fast(struct block *b, struct block_req *r);
 bool q_submit(struct block *b, struct block_req *r);

@@ -474,6 +474,55 @@ int q_discard(struct qcow2 *q, uint64_t off, uint64_t len, bool make_holes)
 	return r || start >= end ? r : clear_clusters(q, start, end, make_holes ? CLEAR_HOLE : CLEAR_DISCARD);
 }
 
+/* --- copy on read --- */
+
+/* A run that is a hole here, read into `buf`. Zeroes become an entry where one can say so. The range is ours alone. */
+static int copy_run(struct qcow2 *q, uint64_t off, uint64_t len, uint8_t *buf)
+{
+	struct iovec v = { buf, len };
+	uint64_t done = 0, end = off + len;
+	int r = read_backing(q, off, &v, 1, len);
+	bool whole = q_is_aligned(q, off) && (q_is_aligned(q, end) || end == q->b->length);
+	if (r || !iov_is_zero(&v, 1) || !whole || q->data != q->leaf || q->h.version < 3)
+		return r ? r : write_pieces(q, off, &v, 1, len, true, &done);
+	pthread_mutex_lock(&q->lock);
+	r = q->broken;
+	for (; !r && off < end; off += q->cs) {
+		struct qentry e = { .zero = q->nsub > 1 ? ~0u : 1 };
+		r = q_entry_set(q, off, &e);
+	}
+	pthread_mutex_unlock(&q->lock);
+	return r;
+}
+
+/*
+ * Alone in its clusters from the look at the entry to the new entry, so a write of the guest's comes before, and there is nothing to
+ * copy, or after, and stands on top of the copy. Dirty bitmaps do not hear of it: the content is what it was.
+ */
+int q_copy_up(struct qcow2 *q, uint64_t off, uint64_t len)
+{
+	uint64_t end = MIN(ALIGN_UP(off + len, (uint64_t)q->cs), q->b->length);
+	uint64_t piece = MAX((uint64_t)q->cs, (uint64_t)ZERO_PIECE);
+	int r = q_start_writing(q);
+	uint8_t *buf = r ? NULL : malloc(piece);
+	if (!r && !buf)
+		r = -ENOMEM;
+	for (uint64_t at = ALIGN_DOWN(off, (uint64_t)q->cs); !r && at < end;) {
+		uint64_t stop = MIN(end, at + piece);
+		struct qrange range;
+		struct qrun run;
+		qrange_lock(q, &range, at, stop - at, true);
+		for (; !r && at < stop; at += r ? 0 : run.len) {
+			r = lookup(q, at, stop - at, &run);
+			if (!r && run.kind == Q_HOLE)
+				r = copy_run(q, at, run.len, buf);
+		}
+		qrange_unlock(q, &range);
+	}
+	free(buf);
+	return r ? r : bury_some(q);
+}
+
 /* --- at once --- */
 
 bool q_fast(struct block *b, struct block_req *r)
@@ -497,6 +546,8 @@ bool q_fast(struct block *b, struct block_req *r)
 	struct block *to = q->data;
 	struct block_req part = *r;
 	part.off = run.host;
+	if (ok && run.kind == Q_HOLE && q->copy_on_read)
+		ok = false;
 	if (ok && run.kind == Q_HOLE && b->backing && r->off < b->backing->length) {
 		to = b->backing;
 		part.off = r->off;

@@ -50,7 +50,7 @@ static void throttle_close(struct block *b)
 
 static const struct block_driver block_throttle_node = {
 	PASS_PLACE, .name = "throttle", .read = throttle_read, .write = throttle_write, .zero = throttle_zero, .discard = throttle_discard,
-	.flush = pass_flush, .filter = true, .close = throttle_close,
+	.flush = pass_flush, .filter = true, .compressed = true, .close = throttle_close,
 };
 
 void throttle_node_release(struct block *b, void *on)

@@ -82,7 +82,7 @@ bool img_image_opts(void)
 struct block *img_open(const char *file, const struct img_open *o)
 {
 	struct block_opts b = { .file = file, .format = o->format, .read_only = !o->write, .shared = o->shared, .as_is = o->as_is,
-				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal, .aio = o->aio, .snapshot = o->snapshot };
+				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal, .aio = o->aio, .snapshot = o->snapshot, .copy_on_read = o->copy_on_read };
 	struct err err = { 0 };
 	struct block *blk;
 	if (o->cache && img_cache(o->cache, &b.cache))

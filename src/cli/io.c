@@ -144,7 +144,7 @@ static int open_as(struct io *io)
 	if (i->options && !text)
 		return io_fail("out of memory");
 	struct img_open o = { .format = text ? NULL : i->format, .cache = i->cache, .write = !i->read_only, .shared = i->shared,
-			      .discard_ignore = i->discard_ignore, .snapshot = i->snapshot, .options = text != NULL, .plain = true, .program = "qemu-io" };
+			      .discard_ignore = i->discard_ignore, .snapshot = i->snapshot, .copy_on_read = i->copy_on_read, .options = text != NULL, .plain = true, .program = "qemu-io" };
 	io->b = img_open(text ? text : i->file, &o);
 	free(text);
 	return io->b ? 0 : -1;
@@ -207,7 +207,7 @@ static int common_option(int c, struct io_image *i, bool *native)
 	case 'd': return discard_mode(optarg, &i->discard_ignore);
 	case 'k': *native = true; return 0;
 	case 'i': return aio_mode(optarg, native);
-	case 'C': return io_fail("-C is not supported: nothing is copied from the backing file by reading");
+	case 'C': i->copy_on_read = true; return 0;
 	}
 	return 1;
 }
@@ -276,7 +276,7 @@ int io_reopen(struct io *io, int argc, char **argv)
 		return io_fail("an image that was opened with -s cannot be reopened: its changes would be lost");
 	struct io_image n = { .file = copy(i->file), .format = copy(i->format ? i->format : image_format(io->b)), .cache = copy(cache ? cache : i->cache),
 			      .options = copy(opts ? opts : i->options), .read_only = r_given || (i->read_only && !w_given), .shared = i->shared,
-			      .discard_ignore = i->discard_ignore };
+			      .discard_ignore = i->discard_ignore, .copy_on_read = i->copy_on_read };
 	if (close_image(io)) {
 		forget(&n);
 		return -1;
@@ -350,7 +350,7 @@ static void usage(void)
 	      "  -m, --misalign       buffers that O_DIRECT would not take\n  -k, --native-aio     as -i native\n"
 	      "  -i, --aio=MODE       threads, native or io_uring; requests are done one after the other with all of them\n"
 	      "  -t, --cache=MODE     none, writeback (default), writethrough, directsync, unsafe\n  -d, --discard=MODE   unmap (default) or ignore\n"
-	      "  -U, --force-share    whatever others do with the image; with -r\n  -h, --help           this text\n"
+	      "  -C, --copy-on-read   what a read finds in a backing file is written to the image\n  -U, --force-share    whatever others do with the image; with -r\n  -h, --help           this text\n"
 	      "  -V, --version        the version\n\nSee 'qemu-io -c help' for information on available commands.");
 }
 

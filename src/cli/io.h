@@ -7,7 +7,7 @@
 
 #include "cli/img.h"
 
-struct io_image { char *file, *format, *options, *cache; bool read_only, snapshot, shared, discard_ignore; };
+struct io_image { char *file, *format, *options, *cache; bool read_only, snapshot, shared, discard_ignore, copy_on_read; };
 
 struct io {
 	struct block *b;                /* NULL: none is open */

@@ -240,6 +240,8 @@ static int write_compressed(struct io *io, const struct args *a, const uint8_t *
 {
 	struct image_info i;
 	int r = image_info(io->b, &i);
+	if (r == -ENOTSUP && i.cluster_size) /* a filter above the image */
+		r = 0;
 	for (uint64_t at = 0, n; !r && at < a->len; at += n) {
 		n = MIN(a->len - at, (uint64_t)i.cluster_size);
 		r = image_write_compressed(io->b, a->off + at, buf + at, n);

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/log.h"
 #include "base/util.h"
 #include "cli/backends.h"
 #include "cli/options.h"
@@ -64,8 +65,12 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	    (ret = block_aio_key(what, keyvals_get(l, "aio"), b, err)) ||
 	    (ret = throttle_keys(l, what, "throttling.", &d->limits, err)) ||
 	    (ret = block_format_keys(l, what, b, err)) ||
-	    (ret = keyvals_only(l, what, "copy-on-read", "off", err)))
+	    (ret = keyvals_bool(l, what, "copy-on-read", &b->copy_on_read, err)))
 		return ret;
+	if (b->copy_on_read && b->read_only) {
+		log_warn("%s: disabling copy-on-read on a read-only drive", what);
+		b->copy_on_read = false;
+	}
 	d->group = keyvals_get(l, "throttling.group");
 	if (!d->group)
 		d->group = keyvals_get(l, "group");

@@ -35,6 +35,24 @@ THROTTLE = [
     ('json:{"driver":"qcow2","file":{"driver":"raw","offset":1048576,"file":{"driver":"file","filename":"inside"}}}', "read -P 2 0 64k", "length"),
     ("driver=qcow2,file.driver=vmdk,file.file.driver=file,file.file.filename=top.q", "length"),
 ]
+COR_CMDS = ("read -P 1 70000 100", "read -P 0 1M 512", "map", "read -P 1 100k 100k", "map", "write -P 3 200k 1k", "read -P 3 200k 1k", "read -P 1 201k 55k",
+            "read -P 0 3100k 996k", "map", "discard 0 64k", "read 0 64k", "write -c -P 6 2M 64k", "read -P 6 2M 64k", "flush", "map", "length")
+CHAIN = ('{"driver":"qcow2","node-name":"n3","file":{"driver":"file","filename":"t3.q"},"backing":{"driver":"qcow2","node-name":"n2","file":{"driver":"file",'
+         '"filename":"top.q"},"backing":{"driver":"qcow2","node-name":"n1","file":{"driver":"file","filename":"base.q"}}}}')
+COR = [
+    *[(how, *COR_CMDS) for how in (
+        "--image-opts driver=copy-on-read,file.driver=qcow2,file.file.filename=top.q", "-C top.q", "-C -f qcow2 old2.q", "-C small.q", "-C data2.q", "-C zstd.q",
+        "--image-opts driver=raw,file.driver=copy-on-read,file.file.driver=qcow2,file.file.file.filename=top.q",
+        T + "driver=copy-on-read,file.driver=throttle,file.throttle-group=g,file.file.driver=qcow2,file.file.file.filename=top.q",
+        T + "driver=throttle,throttle-group=g,file.driver=copy-on-read,file.file.driver=qcow2,file.file.file.filename=top.q")],
+    ("-C -r top.q", "length"),
+    ("-C -f raw raw", "read 0 64k", "map"),
+    ("-r --image-opts driver=copy-on-read,file.driver=qcow2,file.file.filename=top.q", "length"),
+    ("driver=copy-on-read,file.filename=top.q", "read 0 64k", "map"),
+    ("driver=copy-on-read", "length"),
+    *[(f'json:{{"driver":"copy-on-read",{bottom}"file":{CHAIN}}}', "read -P 2 0 64k", "read -P 1 64k 64k", "read -P 0 1M 64k", "map", "read 0 4M", "map")
+      for bottom in ('"bottom":"n2",', '"bottom":"n1",', '"bottom":"nobody",', "")],
+]
 GROUP = ["--object", "throttle-group,id=g,x-iops-total=2000"]
 GRAPHS = [
     ("t", ["driver=file,node-name=f,filename=top.q", "driver=qcow2,node-name=q,file=f", "driver=throttle,node-name=t,throttle-group=g,file=q"],
@@ -46,8 +64,8 @@ GRAPHS = [
     ("t", ["driver=file,node-name=f,filename=top.q", "driver=throttle,node-name=t,throttle-group=none,file=f"], ()),
 ]
 DRIVES = {
-    True: ["file.driver=raw,file.file.filename=top.q,format=qcow2"],
-    False: ["file.driver=throttle,file.throttle-group=none,file.file.filename=top.q,format=qcow2"],
+    True: ["file.driver=raw,file.file.filename=top.q,format=qcow2", "file=top.q,copy-on-read=on", "file=top.q,copy-on-read=on,readonly=on"],
+    False: ["file.driver=throttle,file.throttle-group=none,file.file.filename=top.q,format=qcow2", "file=top.q,copy-on-read=maybe"],
 }
 
 
@@ -56,6 +74,12 @@ def more_images(d):
     g.run("qemu-img", "create", "-f", "raw", "inside", "1M", cwd=d)
     with open(os.path.join(d, "inside"), "ab") as f, open(os.path.join(d, "top.q"), "rb") as t:
         f.write(t.read())
+    for name, how, size in (("t3.q", "cluster_size=64k", None), ("old2.q", "compat=0.10", "4M"), ("small.q", "cluster_size=4k", "5001k"), ("sub.q", "extended_l2=on,cluster_size=128k", "4M"),
+                            ("data2.q", "data_file=ext2", "4M"), ("zstd.q", "compression_type=zstd,cluster_size=2M", "4000k")):
+        back = "top.q" if name == "t3.q" else "base.q"
+        g.run("qemu-img", "create", "-f", "qcow2", "-b", back, "-F", "qcow2", "-o", how, name, *([size] if size else []), cwd=d)
+    for name in ("old2.q", "small.q", "sub.q", "data2.q", "zstd.q"):
+        g.run("qemu-io", "-c", "write -P 2 0 10k", name, cwd=d)
     g.run("qemu-img", "create", "-f", "qcow2", "nest.q", "16M", cwd=d)
     g.run("qemu-img", "create", "-f", "qcow2", "n.q", "4M", cwd=d)
     g.run("qemu-io", "-c", "write -P 4 0 256k", "n.q", cwd=d)
@@ -82,11 +106,11 @@ def main():
         os.mkdir(os.path.join(tmp, "images"))
         g.make(os.path.join(tmp, "images"))
         more_images(os.path.join(tmp, "images"))
-        g.cases(tmp, io, THROTTLE)
+        g.cases(tmp, io, THROTTLE + COR)
         g.graphs(tmp, lodge, GRAPHS, GROUP)
         g.drives(tmp, lodge, DRIVES)
         slow(tmp, io)
-    print(f"filter_test: {len(THROTTLE)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
+    print(f"filter_test: {len(THROTTLE + COR)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
     return bool(g.bad)
 
 

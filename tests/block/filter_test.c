@@ -1,0 +1,283 @@
+/* Nodes above nodes from many threads: copy on read beside writes, limits in the middle of a graph and draining. */
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <cmocka.h>
+
+#include "base/keyvals.h"
+#include "base/util.h"
+#include "block/image.h"
+#include "block/throttle.h"
+#include "loop/loop.h"
+
+enum { SIZE = 1 << 20, SECTORS = SIZE / 512, THREADS = 3, ROUNDS = 400 };
+static char dir[] = "/var/tmp/filter-test-XXXXXX";
+
+struct wait { pthread_mutex_t lock; pthread_cond_t cond; bool done; };
+
+static void on_done(struct block_req *r)
+{
+	struct wait *w = (struct wait *)(uintptr_t)r->priv[3];
+	pthread_mutex_lock(&w->lock);
+	w->done = true;
+	pthread_cond_signal(&w->cond);
+	pthread_mutex_unlock(&w->lock);
+}
+
+static int request(struct block *b, enum block_op op, uint64_t sector, void *buf, uint64_t n, unsigned flags)
+{
+	struct wait w = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false };
+	struct iovec v = { buf, n * 512 };
+	struct block_req r = { .op = op, .flags = flags, .off = sector * 512, .len = n * 512, .iov = &v, .iovcnt = 1, .done = on_done, .ret = 77 };
+	r.priv[3] = (uintptr_t)&w;
+	block_submit(b, &r);
+	pthread_mutex_lock(&w.lock);
+	while (!w.done)
+		pthread_cond_wait(&w.cond, &w.lock);
+	pthread_mutex_unlock(&w.lock);
+	return r.ret;
+}
+
+static struct block *open_options(const char *text, const struct throttle_set *t, bool cor, struct workers *w)
+{
+	struct keyvals l;
+	struct err e = { 0 };
+	struct block *b;
+	char full[1024];
+	snprintf(full, sizeof full, text, dir);
+	if (keyvals_parse(&l, "test", full, "driver", &e))
+		fail_msg("%s", e.msg);
+	if (block_open(&b, &(struct block_opts){ .options = &l, .throttles = t, .copy_on_read = cor, .cache = CACHE_UNSAFE }, NULL, w, &e))
+		fail_msg("%s: %s", full, e.msg);
+	keyvals_free(&l);
+	return b;
+}
+
+static void make_images(uint32_t cluster, bool sub)
+{
+	struct image_create c;
+	struct err e = { 0 };
+	struct block *b;
+	uint8_t sector[512];
+	char base[64], top[64];
+	snprintf(base, sizeof base, "%s/base", dir);
+	snprintf(top, sizeof top, "%s/top", dir);
+	image_create_init(&c);
+	c.file = base;
+	c.format = "raw";
+	c.size = SIZE;
+	assert_int_equal(image_create(&c, &e), 0);
+	assert_int_equal(block_open(&b, &(struct block_opts){ .file = base, .format = "raw" }, NULL, NULL, &e), 0);
+	for (unsigned i = 0; i < SECTORS; i++) {
+		memset(sector, i % 5 ? (int)(i % 200) + 1 : 0, sizeof sector);
+		assert_int_equal(image_write(b, i * 512ull, sector, 512), 0);
+	}
+	block_close(b);
+	image_create_init(&c);
+	c.file = top;
+	c.format = "qcow2";
+	c.size = SIZE;
+	c.backing = base;
+	c.backing_format = "raw";
+	c.cluster_size = cluster;
+	c.extended_l2 = sub;
+	if (image_create(&c, &e))
+		fail_msg("%s", e.msg);
+}
+
+/* Sector i belongs to thread i % THREADS; what is in it is known to that one. */
+struct user { struct block *b; pthread_t thread; unsigned id, seed; uint8_t *model; uint8_t *buf; };
+
+/* In a thread cmocka cannot unwind. */
+static void die(const char *fmt, ...)
+{
+	va_list ap;
+	va_start(ap, fmt);
+	vfprintf(stderr, fmt, ap);
+	va_end(ap);
+	abort();
+}
+
+static void must(int r)
+{
+	if (r)
+		die("request: %s\n", strerror(-r));
+}
+
+static void check_mine(struct user *u, unsigned at, unsigned n)
+{
+	for (unsigned i = at; i < at + n; i++) {
+		uint8_t *p = u->buf + (i - at) * 512ull;
+		if (i % THREADS == u->id && (p[0] != u->model[i] || p[511] != u->model[i]))
+			die("sector %u is %u, %u was written", i, p[0], u->model[i]);
+	}
+}
+
+static void *use(void *opaque)
+{
+	struct user *u = opaque;
+	for (int i = 0; i < ROUNDS; i++) {
+		unsigned at = (unsigned)rand_r(&u->seed) % SECTORS, n = 1 + (unsigned)rand_r(&u->seed) % MIN(64u, SECTORS - at);
+		unsigned flags = rand_r(&u->seed) & 1 ? BLOCK_REQ_INLINE : 0;
+		if (rand_r(&u->seed) & 1) {
+			must(request(u->b, BLOCK_READ, at, u->buf, n, flags));
+			check_mine(u, at, n);
+			continue;
+		}
+		at = at / THREADS * THREADS + u->id;
+		if (at >= SECTORS)
+			continue;
+		u->model[at] = (uint8_t)rand_r(&u->seed);
+		memset(u->buf, u->model[at], 512);
+		must(request(u->b, BLOCK_WRITE, at, u->buf, 1, flags));
+	}
+	return NULL;
+}
+
+static void hammer(struct block *b, uint8_t *model)
+{
+	struct user u[THREADS];
+	for (unsigned i = 0; i < THREADS; i++) {
+		u[i] = (struct user){ .b = b, .id = i, .seed = i + 1, .model = model, .buf = malloc(SIZE) };
+		assert_int_equal(pthread_create(&u[i].thread, NULL, use, &u[i]), 0);
+	}
+	for (unsigned i = 0; i < THREADS; i++) {
+		pthread_join(u[i].thread, NULL);
+		free(u[i].buf);
+	}
+}
+
+static void check_all(struct block *b, const uint8_t *model)
+{
+	static uint8_t buf[SIZE];
+	struct block_extent e;
+	assert_int_equal(image_read(b, 0, buf, SIZE), 0);
+	for (unsigned i = 0; i < SIZE; i++)
+		if (buf[i] != model[i / 512])
+			fail_msg("byte %u is %u, %u was written", i, buf[i], model[i / 512]);
+	for (uint64_t off = 0; off < SIZE; off += e.len) { /* a copy of everything now */
+		assert_int_equal(image_map(b, image_backing(b), off, SIZE - off, &e), 0);
+		assert_true(e.present);
+	}
+}
+
+static void cor_case(struct workers *w, const struct throttle_set *t, uint32_t cluster, bool sub, const char *text, bool flag)
+{
+	struct image_check c = { 0 };
+	struct err e = { 0 };
+	uint8_t model[SECTORS];
+	make_images(cluster, sub);
+	for (unsigned i = 0; i < SECTORS; i++)
+		model[i] = i % 5 ? (uint8_t)(i % 200 + 1) : 0;
+	struct block *b = open_options(text, t, flag, w);
+	hammer(b, model);
+	check_all(b, model);
+	assert_int_equal(block_close_checked(b), 0);
+	b = open_options("driver=qcow2,backing=,file.driver=file,file.filename=%s/top", NULL, false, NULL);
+	check_all(b, model); /* without the backing file */
+	assert_int_equal(image_check(b, 0, &c, &e), 0);
+	assert_int_equal(c.corruptions + c.leaks + c.errors, 0);
+	block_close(b);
+}
+
+#define TOP "driver=qcow2,file.driver=file,file.filename=%1$s/top"
+/* Backing reads that take a while, so that writes come in between. */
+#define SLOW ",backing.driver=throttle,backing.throttle-group=slow,backing.file.driver=file,backing.file.filename=%1$s/base"
+static void test_cor(void **state)
+{
+	struct throttle_set t = { 0 };
+	struct throttle_limits l = { .b[THROTTLE_IOPS_TOTAL].avg = 1000000 };
+	struct workers *w;
+	struct err e = { 0 };
+	assert_int_equal(workers_create(&w, NULL, 4, &e), 0);
+	assert_int_equal(throttle_set_add(&t, "g", &l, NULL, NULL), 0);
+	l.b[THROTTLE_IOPS_TOTAL].avg = 1000;
+	assert_int_equal(throttle_set_add(&t, "slow", &l, NULL, NULL), 0);
+	cor_case(w, &t, 65536, false, TOP, true);
+	cor_case(w, &t, 4096, false, TOP SLOW, true);
+	cor_case(w, &t, 65536, true, TOP, true);
+	cor_case(w, &t, 512, false, "driver=copy-on-read,file.driver=qcow2,file.file.driver=file,file.file.filename=%s/top", false);
+	cor_case(w, &t, 65536, false, "driver=copy-on-read,file.driver=throttle,file.throttle-group=g,file.file.driver=qcow2,file.file.file.driver=throttle,"
+		 "file.file.file.throttle-group=g,file.file.file.file.driver=file,file.file.file.file.filename=%s/top", false);
+	throttle_set_free(&t);
+	workers_destroy(w);
+}
+
+/* --- limits below --- */
+
+static double now(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static void *read_one(void *opaque)
+{
+	struct user *u = opaque;
+	must(request(u->b, BLOCK_READ, u->id, u->buf, 1, 0));
+	__atomic_store_n(&u->seed, 1, __ATOMIC_RELEASE);
+	return NULL;
+}
+
+/* One request in 100 seconds: a drain does not wait for that. */
+static void test_drain(void **state)
+{
+	struct throttle_set t = { 0 };
+	struct throttle_limits l = { .b[THROTTLE_BPS_TOTAL].avg = 512, .b[THROTTLE_BPS_TOTAL].max = 0 };
+	struct workers *w;
+	struct err e = { 0 };
+	struct user u[8];
+	uint8_t buf[8][512], *big = malloc(SIZE);
+	make_images(65536, false);
+	assert_int_equal(workers_create(&w, NULL, 8, &e), 0);
+	assert_int_equal(throttle_set_add(&t, "g", &l, NULL, NULL), 0);
+	struct block *b = open_options("driver=raw,file.driver=throttle,file.throttle-group=g,file.file.driver=file,file.file.filename=%s/base", &t, false, w);
+	assert_int_equal(image_read(b, 0, big, SIZE), 0); /* passes, and fills the bucket for half an hour */
+	double start = now();
+	for (unsigned i = 0; i < 8; i++) {
+		u[i] = (struct user){ .b = b, .id = i, .buf = buf[i] };
+		assert_int_equal(pthread_create(&u[i].thread, NULL, read_one, &u[i]), 0);
+	}
+	for (unsigned done = 0; done < 8;) { /* whoever was not there for one drain meets the next */
+		block_drain(b);
+		for (done = 0; done < 8 && __atomic_load_n(&u[done].seed, __ATOMIC_ACQUIRE); done++)
+			;
+		usleep(10000);
+	}
+	for (unsigned i = 0; i < 8; i++)
+		pthread_join(u[i].thread, NULL);
+	assert_true(now() - start < 60);
+	block_close(b);
+	free(big);
+	throttle_set_free(&t);
+	workers_destroy(w);
+}
+
+static int setup(void **state)
+{
+	return mkdtemp(dir) ? 0 : -1;
+}
+
+static int teardown(void **state)
+{
+	char name[64];
+	snprintf(name, sizeof name, "%s/base", dir);
+	unlink(name);
+	snprintf(name, sizeof name, "%s/top", dir);
+	unlink(name);
+	return rmdir(dir);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = { cmocka_unit_test(test_cor), cmocka_unit_test(test_drain) };
+	return cmocka_run_group_tests(tests, setup, teardown);
+}
