@@ -123,16 +123,11 @@ void em_lookup(struct em *e, const struct jit *j, uint8_t *out[LOOKUP_OUT])
 
 	out[0] = em_jcc(e, 14);                                 /* jle: of the budget */
 	EM(e, 0x0f, 0xb7, 0xc8, 0x48, 0xc1, 0xf8, 0x10);        /* movzx ecx, ax ; sar rax, 16 */
+	out[1] = em_jcc(e, 4);                                  /* jz: an empty entry would do */
 	em_mem(e, true, 0x63, ST, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->high);        /* movsxd */
 	EM(e, 0x49, 0x39, 0xc7);                                /* cmp r15, rax */
-	out[1] = em_jcc(e, 5);
-	em_mem(e, false, 0x8b, SA, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->at);
-	em_mem(e, false, 0x8b, SC, SA, -1, 0, (int32_t)(uintptr_t)j->rx);
-	em_mem(e, true, 0x8b, SC, SC, -1, 0, 0);
-	em_op_abs(e, true, 0x3b, SC, &j->low->stamp);
 	out[2] = em_jcc(e, 5);
-	e8(e, 0x05);                                            /* add eax, imm32 */
-	e32(e, (uint32_t)(uintptr_t)j->rx + 4);
+	em_mem(e, false, 0x8b, SA, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->at);
 }
 
 /* -- thunks -------------------------------------------------------------------------------------- */
@@ -332,8 +327,6 @@ void jit_thunks(struct jit *j)
 	uint8_t *look, *out;
 
 	j->low->host_mxcsr = 0x1f80;
-	e32(&e, (uint32_t)(uintptr_t)&j->low->no_stamp);        /* for empty entries of jit_ind */
-	em_align(&e);
 	j->enter = (uint32_t)(e.p - j->rw);
 	EM(&e, 0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 0x08, 0x48, 0x89, 0xf8);
 	load_all(&e, j->c, jit_map);

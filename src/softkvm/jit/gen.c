@@ -358,7 +358,7 @@ static void leave_by_link(struct tr *t, uint64_t rip, uint8_t *jcc)
 	struct jit_link *l = jit_arena(t->j, sizeof *l);
 	int64_t off = (int64_t)(rip - t->k->rip);
 	struct em *e = &t->h;
-	uint8_t *j, *stale = NULL;
+	uint8_t *j;
 
 	if (!l) {
 		t->failed = true;
@@ -366,22 +366,11 @@ static void leave_by_link(struct tr *t, uint64_t rip, uint8_t *jcc)
 	}
 	if (tr_64(t) && off != (int32_t)off)
 		t->failed = true;
-	*l = (struct jit_link){ .from = low_of(t->k), .rip = (int32_t)off, .page = low_of(&t->j->low->no_stamp), .next = t->k->links };
+	*l = (struct jit_link){ .from = low_of(t->k), .rip = (int32_t)off, .next = t->k->links };
 	t->k->links = low_of(l);
-	if (!jit_link_near(l)) {
-		em_load32(e, SC, &l->page);
-		em_load(e, SA, &t->j->low->stamp);
-		em_mem(e, true, 0x3b, SA, SC, -1, 0, 0);
-		stale = em_jcc(e, 5);
-	}
 	j = jcc ? jcc : em_jmp(e);
 	if (!t->swapped)
 		e = &t->cold;
-	if (stale && t->k->map) {
-		em_here(e, stale);
-		map_out(e, t);
-		stale = em_jmp(e);
-	}
 	l->at = (uint32_t)(j - t->j->rw);
 	l->unlinked = (uint32_t)(e->p - t->j->rw);
 	em_here(e, j);
@@ -389,8 +378,6 @@ static void leave_by_link(struct tr *t, uint64_t rip, uint8_t *jcc)
 		map_out(e, t);
 		em_jmp(e);              /* jit_link_at2() */
 	}
-	if (stale)
-		em_here(e, stale);
 	leave_mapped(e, t, rip, l);
 }
 
@@ -460,7 +447,7 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 
 bool gen_jcc_link(struct tr *t, unsigned n, unsigned cc, uint64_t rip)
 {
-	if (t->b->cross || ((rip ^ t->k->rip) >> 12) || rip <= t->t[n].rip || tr_part(t, rip) >= 0 || (t->in_host && !t->in_mem && !flags_dead_at(t, rip)))
+	if (rip <= t->t[n].rip || tr_part(t, rip) >= 0 || (t->in_host && !t->in_mem && !flags_dead_at(t, rip)))
 		return false;
 	leave_by_link(t, rip, em_jcc(&t->h, cc));
 	return true;

@@ -134,9 +134,9 @@ static bool stac_clac(struct tr *t, unsigned n)
 	const struct jit_ind *ind = &t->j->low->ind[(uint16_t)rip];
 	struct em *e = &t->h;
 	struct cold *k;
-	uint8_t *out[3];
+	uint8_t *out[2];
 
-	if (!kernel(t) || t->k->page->moves || on == !!(t->k->mode & BM_AC) || (int64_t)rip != (int32_t)rip)
+	if (!kernel(t) || t->k->page->moves || on == !!(t->k->mode & BM_AC) || (int64_t)rip != (int32_t)rip || !(rip >> 16))
 		return false;
 	gen_flags_save(t);
 	k = begin(t, n);
@@ -153,12 +153,6 @@ static bool stac_clac(struct tr *t, unsigned n)
 	e32(e, (uint32_t)((int64_t)rip >> 16));
 	out[1] = em_jcc(e, 5);
 	em_load32(e, SA, &ind->at);
-	em_mem(e, false, 0x8b, SC, SA, -1, 0, (int32_t)(uintptr_t)t->j->rx);
-	em_mem(e, true, 0x8b, SC, SC, -1, 0, 0);
-	em_op_abs(e, true, 0x3b, SC, &t->j->low->stamp);
-	out[2] = em_jcc(e, 5);
-	e8(e, 0x05);                                            /* add eax, imm32 */
-	e32(e, (uint32_t)(uintptr_t)t->j->rx + 4);
 	map_out(e, t);
 	EM(e, 0xff, 0xe0);                                      /* jmp rax */
 	for (unsigned m = 0; m < ARRAY_SIZE(out); m++)

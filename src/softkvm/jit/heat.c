@@ -19,7 +19,7 @@ static void want(struct jit *j, struct jit_code *k)
 
 void heat_begin(const struct jit *j, struct jit_code *k)
 {
-	k->entries = j->in_line ? ENTRIES_TEST : ENTRIES;
+	*jit_count(j, k) = j->in_line ? ENTRIES_TEST : ENTRIES;
 	k->heat_time = j->heat_time;
 	k->budgets = 0;
 }

@@ -24,18 +24,14 @@ extern const int8_t jit_map[16];
 /* Addresses in low memory, by their lower halves; 0 is NULL. There are many. */
 typedef uint32_t low_ptr;
 
-/*
- * A direct jump to another block. In low memory: translated code reads `page`.
- */
+/* A direct jump to another block. */
 struct jit_link {
-	low_ptr page;                   /* where the stamp of the page it leads to is, 0 of jit_low: not known; unless it is near */
 	low_ptr from;                   /* jit_code */
 	low_ptr to;                     /* jit_code where it leads, 0: nowhere yet */
 	low_ptr next, next_in;          /* jit_link of the same translation; that lead there */
 	int32_t rip;                    /* from that of `from` */
 	uint32_t at, unlinked;          /* offset of the rel32 in the code area, and where it leads while unlinked */
 };
-_Static_assert(sizeof(struct jit_link) == 32, "jit_link: half a cache line");
 
 /*
  * Translations of a page for one mode. In low memory: translated code reads `stamp` of the page it goes to. A page that does not move has one
@@ -89,12 +85,12 @@ struct jit_code {
 	struct jit_page *page;          /* if that moves, `rip` was the address when it was made */
 	struct jit_code *next;          /* of all: struct jit, `codes` */
 	struct jit_code *page_next;
-	uint32_t ver_value;             /* read by the code's entry */
-	int32_t entries;                /* until heat.c looks at it; translated code counts down */
+	uint32_t ver_value;             /* its entry compares it: there it is an immediate, unless the block crosses a page end */
 	uint32_t second_value;          /* of a block that crosses a page end: the other page's version */
 	uint32_t mode;
-	uint32_t entry, body;           /* offsets in the code area: with and without the version check; in front of entry: page, for jit_ind */
+	uint32_t entry, body;           /* offsets in the code area: with and without the look at stamp and version */
 	uint32_t entry_same, body_same; /* the same for those who come with this map */
+	uint32_t number;                /* of its count of entries (jit_count()) */
 	uint32_t hot, points;           /* where its code begins in the code area, and its points in struct jit's */
 	low_ptr links, in;              /* jit_link */
 	low_ptr patches;                /* jit_patch: immediates that it reads from memory */
@@ -127,6 +123,8 @@ struct jit_look {
 
 /* Where it is now. */
 static inline uint64_t jit_code_rip(const struct jit_code *k) { return k->page->lin | (k->rip & 4095); }
+/* What is where in an entry (trans.c, check()): the address of the stamp that it wants, and the version. */
+enum { ENTRY_STAMP = 12, ENTRY_VERSION = 34 };
 #define LOW_PTR(type, v) ((type *)(uintptr_t)(v))
 static inline low_ptr low_of(const void *p) { return (low_ptr)(uintptr_t)p; }
 static inline struct jit_link *jit_link_at(low_ptr p) { return LOW_PTR(struct jit_link, p); }
@@ -145,19 +143,17 @@ bool jit_link_near(const struct jit_link *l);
 uint32_t jit_link_at2(const struct jit_link *l);
 
 /*
- * Recent targets of indirect jumps, at the index of the address' lowest 16 bits: the others (of an address that 48 bits hold), and the offset in the
- * code area of its page (an address in low memory) and of the code behind that, which is good while the page has the stamp that holds. Offset 0
- * is that of a page that never has: an empty entry.
+ * Recent targets of indirect jumps, at the index of the address' lowest 16 bits: the others (of an address that 48 bits hold, and not 0), and where the
+ * entry of its translation is, which looks whether it is good. 0: empty.
  */
 struct jit_ind { int32_t high; uint32_t at; };
 
-static inline bool jit_ind_is(const struct jit_ind *i, uint64_t rip) { return (int64_t)rip >> 16 == i->high; }
+static inline bool jit_ind_is(const struct jit_ind *i, uint64_t rip) { return (int64_t)rip >> 16 == i->high && i->at; }
 
 /* The part that translated code addresses: below 2 GiB. */
 struct jit_low {
 	struct jit_ind ind[1 << 16];
 	uint64_t stamp;                 /* of the code that runs: block_cache generation and mode */
-	uint64_t no_stamp;              /* 0 */
 	uint8_t vec_ok;                 /* JV_*: vector and x87 state that is the host's now, and what may use it (live.c) */
 	uint8_t narrow;                 /* load 16 bytes only */
 	uint16_t fcw;                   /* on its way to the control word */
@@ -213,6 +209,7 @@ struct jit {
 	uint32_t npoints, points_max;
 	struct jit_span *spans;
 	uint32_t nspans, spans_max;
+	int16_t *counts;                /* in low memory, together: what is entered is touched for nothing else. spans_max of them */
 	uint32_t heat_time;             /* budgets that ended in translated code */
 	unsigned in_line;               /* of two new translations, how many have their checks in line from the start; 0 but for tests */
 	struct jit_page *pages[1 << JIT_PAGE_BITS];
@@ -298,9 +295,11 @@ void jit_code_unmap(struct jit *j);
 void *jit_arena(struct jit *j, size_t size);                            /* low memory, 16-byte aligned; NULL: full */
 
 /* run.c */
-void code_valid(struct jit_code *k, uint64_t stamp);    /* its first block is valid now, under that stamp (0: none) */
+void code_valid(struct jit *j, struct jit_code *k, uint64_t stamp);      /* its first block is valid now, under that stamp (0: none) */
 uint64_t jit_call_insn(struct cpu *c, const struct jit_site *s);
 void jit_cut_incoming(struct jit *j, struct jit_code *k);        /* who leads to it has to ask anew */
+void jit_cut_outgoing(struct jit *j, struct jit_code *k);
+void jit_cut_far(struct jit *j, struct jit_code *k);             /* links between it and other pages */
 
 /* resume.c */
 struct fault;
@@ -338,6 +337,11 @@ void jit_live(struct cpu *c, unsigned want);
 
 /* trans.c */
 struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode, bool in_line);
+
+/* Where it is entered with a look at whether it is good now: an address of executable memory, which is low. */
+static inline uint32_t jit_entry(const struct jit *j, const struct jit_code *k) { return (uint32_t)(uintptr_t)(j->rx + k->entry); }
+/* Of its entries that are left until heat.c looks; translated code counts down. */
+static inline int16_t *jit_count(const struct jit *j, const struct jit_code *k) { return &j->counts[k->number]; }
 
 /* heat.c: translations that run much get their checks in line. A count of entries has come to its end; the budget has, in a loop. */
 void heat_begin(const struct jit *j, struct jit_code *k);

@@ -53,14 +53,10 @@ void code_moves(struct jit *j, struct jit_code *k)
 {
 	uint64_t rip = jit_code_rip(k);
 	struct jit_ind *i = &j->low->ind[(uint16_t)rip];
-	const uint32_t none = (uint32_t)(uintptr_t)&j->low->no_stamp;
 
-	if (jit_ind_is(i, rip) && i->at == k->entry - 4)
+	if (jit_ind_is(i, rip) && i->at == jit_entry(j, k))
 		*i = (struct jit_ind){ 0 };
-	for (struct jit_link *l = jit_link_at(k->links); l; l = jit_link_at(l->next))
-		l->page = none;
-	for (struct jit_link *l = jit_link_at(k->in); l; l = jit_link_at(l->next_in))
-		l->page = none;
+	jit_cut_far(j, k);
 	k->stamp = 0;
 }
 

@@ -159,6 +159,34 @@ void jit_cut_incoming(struct jit *j, struct jit_code *k)
 	}
 }
 
+static void cut_outgoing(struct jit *j, struct jit_code *k, bool far)
+{
+	for (struct jit_link *l = jit_link_at(k->links); l; l = jit_link_at(l->next)) {
+		if (!l->to || (far && jit_link_near(l)))
+			continue;
+		link_forget(l);
+		link_cut(j, l);
+	}
+}
+
+void jit_cut_far(struct jit *j, struct jit_code *k)
+{
+	struct jit_link *l;
+
+	for (low_ptr *p = &k->in; (l = jit_link_at(*p));) {
+		if (jit_link_near(l)) {
+			p = &l->next_in;
+			continue;
+		}
+		*p = l->next_in;
+		l->to = 0;
+		link_cut(j, l);
+	}
+	cut_outgoing(j, k, true);
+}
+
+void jit_cut_outgoing(struct jit *j, struct jit_code *k) { cut_outgoing(j, k, false); }
+
 static void link_to(struct jit *j, struct jit_link *l, struct jit_code *to)
 {
 	/* What crosses a page end has to look at the other page. */
@@ -197,10 +225,21 @@ static bool parts_same(struct cpu *c, const struct jit_code *k)
 	return true;
 }
 
-void code_valid(struct jit_code *k, uint64_t stamp)
+static uint64_t entry_stamp(uint32_t at) { return *LOW_PTR(const uint64_t, ld_le32(LOW_PTR(const uint8_t, at) + ENTRY_STAMP)); }
+
+static void entry_version(struct jit *j, const struct jit_code *k, uint32_t v)
+{
+	st_le32(j->rw + k->entry + ENTRY_VERSION, v);
+	if (k->map)
+		st_le32(j->rw + k->entry_same + ENTRY_VERSION, v);
+}
+
+void code_valid(struct jit *j, struct jit_code *k, uint64_t stamp)
 {
 	const struct block_cross *x = k->b->cross ? block_cross(k->b) : NULL;
 
+	if (!x && k->entry && k->ver_value != k->b->ver_value)
+		entry_version(j, k, k->b->ver_value);
 	k->ver_value = x ? x->page_ver[0] : k->b->ver_value;
 	k->second_value = x ? x->page_ver[1] : 0;
 	k->stamp = stamp;
@@ -214,17 +253,13 @@ void jit_revived(struct cpu *c, struct block *b)
 	if (!k)
 		return;
 	/* What it is linked to in this page was not compared. */
-	for (struct jit_link *l = jit_link_at(k->links); l; l = jit_link_at(l->next)) {
-		if (l->to)
-			link_forget(l);
-		link_cut(j, l);
-	}
+	jit_cut_outgoing(j, k);
 	if (!looks_same(c, k) || !parts_same(c, k) || patch_count(k) != k->patched) {
 		b->code = NULL;
 		return;
 	}
 	patch_values(k);
-	code_valid(k, 0);
+	code_valid(j, k, 0);
 }
 
 /* The jump `l` was left by turns out to lead to `to`, which is valid now. */
@@ -235,7 +270,6 @@ static void resolve(struct jit *j, struct jit_link *l, struct jit_code *to)
 	if (jit_link_rip(l) != jit_code_rip(to) || from->mode != to->mode)
 		return;
 	if (!jit_link_near(l)) {
-		l->page = low_of(to->page);
 		link_to(j, l, to);
 	} else if (from->page != to->page) {
 		return;         /* one of them moves, and is here by chance */
@@ -252,8 +286,8 @@ static struct jit_page **page_at(struct jit *j, uint64_t rip) { return &j->at[ri
 
 static void ind_put(struct jit *j, uint64_t rip, const struct jit_code *k)
 {
-	if ((int64_t)rip >> 16 == (int32_t)((int64_t)rip >> 16))
-		j->low->ind[(uint16_t)rip] = (struct jit_ind){ .high = (int32_t)((int64_t)rip >> 16), .at = k->entry - 4 };
+	if (rip >> 16 && (int64_t)rip >> 16 == (int32_t)((int64_t)rip >> 16))
+		j->low->ind[(uint16_t)rip] = (struct jit_ind){ .high = (int32_t)((int64_t)rip >> 16), .at = jit_entry(j, k) };
 }
 
 /* The loop would find nothing to do but to look up cpu->rip, where code of a mode that is translated goes on: its stamp, else 0. */
@@ -319,15 +353,15 @@ static uint64_t next_code(struct cpu *c, struct jit *j)
 
 	if (!stamp)
 		return 1;
-	if (!jit_ind_is(ind, c->rip) || ((const struct jit_page *)(uintptr_t)ld_le32(j->rx + at))->stamp != stamp) {
+	if (!jit_ind_is(ind, c->rip) || entry_stamp(at) != stamp) {
 		k = page_code(c, j, stamp);
 		if (!k)
 			return 1;
-		at = k->entry - 4;
+		at = jit_entry(j, k);
 	}
 	j->low->stamp = stamp;
 	c->stats.blocks_run++;
-	return (uintptr_t)(j->rx + at + 4);
+	return at;
 }
 
 static void op_stop(struct cpu *c, const struct insn *i) { }
@@ -382,7 +416,7 @@ uint64_t jit_call_insn(struct cpu *c, const struct jit_site *s)
 static void left_at_entry(struct cpu *c, struct jit *j, struct jit_code *k)
 {
 	c->rip = jit_code_rip(k);
-	if (k->entries < 0)
+	if (*jit_count(j, k) < 0)
 		heat_entered(j, k);
 	else
 		j->stale = k;
@@ -416,6 +450,16 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 	return JIT_DONE;
 }
 
+/* An entry that did not let in: what led to it is cut if `k` is there now. */
+static void not_stale(struct jit *j, const struct jit_code *k)
+{
+	if (likely(!j->stale))
+		return;
+	if (j->stale != k)
+		jit_cut_incoming(j, j->stale);
+	j->stale = NULL;
+}
+
 /* Where code was left by a jump whose link was cut or not made yet, and the loop is not wanted, that is made up for here. */
 static enum jit_result run_linked(struct cpu *c, struct jit *j, struct jit_code *k)
 {
@@ -424,10 +468,12 @@ static enum jit_result run_linked(struct cpu *c, struct jit *j, struct jit_code 
 		struct jit_link *want = c->blocks->jit_want;
 		uint64_t stamp;
 
-		if (r != JIT_DONE || !want || !(stamp = may_go_on(c, j)) || !(k = page_code(c, j, stamp)))
+		if (r != JIT_DONE || (!want && !j->stale) || !(stamp = may_go_on(c, j)) || !(k = page_code(c, j, stamp)))
 			return r;
 		c->blocks->jit_want = NULL;
-		resolve(j, want, k);
+		not_stale(j, k);
+		if (want)
+			resolve(j, want, k);
 	}
 }
 
@@ -442,11 +488,7 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 	c->blocks->jit_want = NULL;
 	c->code_stamp = CODE_STAMP_NONE;        /* the interpreter follows no links of its own */
 	c->blocks->want = NULL;
-	if (unlikely(j->stale)) {
-		if (j->stale != k)
-			jit_cut_incoming(j, j->stale);
-		j->stale = NULL;
-	}
+	not_stale(j, k);
 	if (b->code_gen != j->gen) {            /* after a flush it has to earn its place anew */
 		b->code_gen = j->gen;
 		b->code = NULL;
@@ -479,7 +521,7 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 		return JIT_NOT;
 	j->low->stamp = k->page->stamp = stamp;
 	if (b->cross)
-		code_valid(k, stamp);
+		code_valid(j, k, stamp);
 	if (want)
 		resolve(j, want, k);
 	*page_at(j, c->rip) = k->page;

@@ -357,7 +357,10 @@ static uint8_t *leave_entry(struct tr *t)
 	return at;
 }
 
-/* Is it still what memory holds? If not, leave by way of the cold part. */
+/*
+ * Is its page, and its second one if it has two, what was seen there, and still what memory holds? If not, leave by way of the cold part.
+ * ENTRY_* say where its constants are.
+ */
 static uint8_t *check(struct em *e, struct tr *t)
 {
 	const struct block_cross *x = t->b->cross ? block_cross(t->b) : NULL;
@@ -365,13 +368,19 @@ static uint8_t *check(struct em *e, struct tr *t)
 	uint8_t *bad[3], *left;
 	unsigned n = 0;
 
-	if (x) {                /* its second page may be another by now */
-		em_load(e, SA, &t->j->low->stamp);
-		em_op_abs(e, true, 0x3b, SA, &t->k->stamp);
-		bad[n++] = em_jcc(e, 5);
+	em_load(e, SA, &t->j->low->stamp);
+	em_op_abs(e, true, 0x3b, SA, x ? &t->k->stamp : &t->k->page->stamp);
+	bad[n++] = em_jcc(e, 5);
+	if (x) {
 		bad[n++] = check_version(e, x->second.ver, &t->k->second_value);
+		bad[n++] = check_version(e, x->ver, &t->k->ver_value);
+	} else {
+		EM(e, 0x48, 0xb9);                              /* mov rcx, imm64 ; cmp dword [rcx], imm32 */
+		e64(e, (uintptr_t)t->b->ver);
+		EM(e, 0x81, 0x39);
+		e32(e, t->k->ver_value);
+		bad[n++] = em_jcc(e, 5);
 	}
-	bad[n++] = check_version(e, x ? x->ver : t->b->ver, &t->k->ver_value);
 	if (e == cold) {
 		uint8_t *on = em_jmp(e);
 
@@ -392,8 +401,8 @@ static void count_entry(struct tr *t, uint8_t *leave)
 	struct em *e = &t->h;
 	uint8_t *over;
 
-	e8(e, 0x83);                                    /* sub dword [entries], 1 ; js */
-	em_abs(e, 5, &t->k->entries);
+	EM(e, 0x66, 0x83);                              /* sub word [count], 1 ; js */
+	em_abs(e, 5, jit_count(t->j, t->k));
 	e8(e, 1);
 	over = em_jcc(e, 8);
 	if (t->k->map) {
@@ -412,8 +421,6 @@ static void entry(struct tr *t)
 	uint8_t *to, *left;
 
 	t->mapped = false;
-	e8(e, 0xa9);                                    /* what is read there looks like a test eax, imm32 */
-	e32(e, (uint32_t)(uintptr_t)k->page);
 	k->entry = (uint32_t)(e->p - t->j->rw);
 	left = check(e, t);
 	k->body = (uint32_t)(e->p - t->j->rw);
@@ -597,7 +604,8 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	h = (struct em){ j->rw + j->hot, j->rw + j->hot + HOT_MAX, false };
 	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false };
 	*k = (struct jit_code){ .b = b, .rip = rip, .mode = mode, .in_line = in_line || (j->c->stats.translations & 1) < j->in_line };
-	code_valid(k, 0);
+	k->number = j->nspans;
+	code_valid(j, k, 0);
 	heat_begin(j, k);
 	t->j = j;
 	t->c = j->c;
