@@ -339,3 +339,17 @@ int image_bitmap_read(struct block *b, const char *name, struct image_bits *out,
 	}
 	return err_set(err, -ENOENT, "Bitmap '%s' is not found", name);
 }
+
+void image_bits_extent(const struct image_bits *b, uint64_t off, uint64_t len, struct block_extent *e)
+{
+	uint64_t i = off >> b->gran_bits, last = (off + len - 1) >> b->gran_bits;
+	bool set = i < b->nbits && __atomic_load_n(&b->bits[i / 64], __ATOMIC_RELAXED) >> (i % 64) & 1;
+	while (++i <= last && (i < b->nbits && __atomic_load_n(&b->bits[i / 64], __ATOMIC_RELAXED) >> (i % 64) & 1) == set)
+		;
+	*e = (struct block_extent){ .len = MIN(len, (i << b->gran_bits) - off), .data = set };
+}
+
+int image_bitmap_extent(struct block *live, const char *name, uint64_t off, uint64_t len, struct block_extent *e)
+{
+	return qcow2_bitmap_extent(live, name, off, len, e);
+}

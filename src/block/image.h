@@ -91,9 +91,16 @@ struct image_check {
 	void (*say)(void *opaque, const char *line);    /* a finding; may be NULL */
 	void *opaque;
 };
-/* A copy of a persistent bitmap as it is now, of the image or of the first one below it that has it. The caller frees `bits`. */
-struct image_bits { uint64_t *bits, nbits; unsigned gran_bits; bool follows; /* enabled: writes will set more */ };
+/*
+ * A copy of a persistent bitmap as it is now, of the image or of the first one below it that has it. The caller frees `bits`.
+ * `live`: it is enabled in a writable image, whose writes will set more; image_bitmap_extent() follows them.
+ */
+struct image_bits { uint64_t *bits, nbits; unsigned gran_bits; struct block *live; };
 int image_bitmap_read(struct block *b, const char *name, struct image_bits *out, struct err *err);
+/* How far from `off` on (at most `len` bytes, not 0) the bitmap says the same: e->len, and e->data where it is set. */
+void image_bits_extent(const struct image_bits *bits, uint64_t off, uint64_t len, struct block_extent *e);
+/* The same of an enabled bitmap as it is now. -EAGAIN: nothing was written since the image was opened, a copy read before still holds. */
+int image_bitmap_extent(struct block *live, const char *name, uint64_t off, uint64_t len, struct block_extent *e);
 enum image_bitmap_op { BITMAP_ADD, BITMAP_REMOVE, BITMAP_CLEAR, BITMAP_ENABLE, BITMAP_DISABLE, BITMAP_MERGE };
 /* granularity: bytes, 0: by the cluster size (add); source, source_name: what to merge in. */
 struct image_bitmap_arg { uint64_t granularity; struct block *source; const char *source_name; };

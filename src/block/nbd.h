@@ -73,6 +73,7 @@ struct nbd_export {
 	const uint64_t *bits;           /* the caller's, until nbd_server_free() */
 	uint64_t nbits;
 	unsigned gran_bits;
+	struct block *live;             /* the image whose writes still change it; NULL: it stays as `bits` */
 };
 
 int nbd_server_new(struct nbd_server **out, const struct nbd_server_opts *o, struct err *err);

@@ -281,7 +281,7 @@ int nbd_config_keys(struct nbd_config *c, struct keyvals *l, const char *what, s
 char *nbd_config_text(const struct nbd_config *c)
 {
 	char *out = NULL, *name = escape(c->export ? c->export : ""), *path = c->path ? strdup(c->path) : NULL;
-	const char *s = c->tls_uri || c->tls_creds ? "s" : "", *slash = name && *name ? "/" : "";
+	const char *s = c->tls_uri ? "s" : "", *slash = name && *name ? "/" : "";
 	bool v6 = c->host && strchr(c->host, ':');
 	int n = -1;
 	if (name && path)

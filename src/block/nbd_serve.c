@@ -405,14 +405,14 @@ static uint32_t state_of(const struct block_extent *e, unsigned context)
 	return (e->data ? 0 : NBD_STATE_HOLE) | (e->zero ? NBD_STATE_ZERO : 0);
 }
 
-/* How far from `off` on the bitmap says the same. */
-static void bitmap_extent(const struct nbd_export *x, uint64_t off, uint64_t len, struct block_extent *e)
+static int bitmap_extent(const struct nbd_export *x, uint64_t off, uint64_t len, struct block_extent *e)
 {
-	uint64_t i = off >> x->gran_bits, last = (off + len - 1) >> x->gran_bits;
-	bool dirty = i < x->nbits && x->bits[i / 64] >> (i % 64) & 1;
-	while (++i <= last && (i < x->nbits && x->bits[i / 64] >> (i % 64) & 1) == dirty)
-		;
-	*e = (struct block_extent){ .len = MIN(len, (i << x->gran_bits) - off), .data = dirty };
+	struct image_bits bits = { .bits = (uint64_t *)(uintptr_t)x->bits, .nbits = x->nbits, .gran_bits = x->gran_bits };
+	int r = x->live ? image_bitmap_extent(x->live, x->bitmap, off, len, e) : -EAGAIN;
+	if (r != -EAGAIN)
+		return r;
+	image_bits_extent(&bits, off, len, e);
+	return 0;
 }
 
 /* { length, flags } pairs of one context; returns how many, or -errno. */
@@ -425,9 +425,9 @@ static int gather(struct nbd_job *j, unsigned context, uint8_t *out)
 		struct block_extent e;
 		uint64_t start = ALIGN_DOWN(at, (uint64_t)512);
 		uint64_t room = MIN(ALIGN_UP(end, (uint64_t)512), size) - start;
-		int r = 0;
+		int r;
 		if (context == CTX_BITMAP)
-			bitmap_extent(&ex->e, start, room, &e);
+			r = bitmap_extent(&ex->e, start, room, &e);
 		else
 			r = image_map(ex->e.blk, NULL, start, room, &e);
 		if (r || e.len <= at - start)

@@ -88,11 +88,12 @@ static uint16_t flags_of(const struct nbd_client *c, const struct nbd_ex *ex)
 	return ex->flags | (c->structured ? NBD_SEND_DF : 0);
 }
 
-static int send_infos(struct nbd_client *c, uint32_t opt, const struct nbd_ex *ex, bool name, bool desc)
+/* A description is sent unasked, as QEMU does: clients show it, and few ask. */
+static int send_infos(struct nbd_client *c, uint32_t opt, const struct nbd_ex *ex, bool name)
 {
 	uint8_t b[12];
 	int r = name ? send_info(c, opt, NBD_INFO_NAME, ex->e.name, strlen(ex->e.name)) : 0;
-	if (!r && desc && ex->e.desc)
+	if (!r && ex->e.desc)
 		r = send_info(c, opt, NBD_INFO_DESCRIPTION, ex->e.desc, strlen(ex->e.desc));
 	nbd_put32(b, 1); /* any alignment is served */
 	nbd_put32(b + 4, 4096);
@@ -111,18 +112,15 @@ static int info_or_go(struct nbd_client *c, uint32_t opt, struct opt o)
 {
 	const char *s;
 	uint32_t n;
-	bool name = false, desc = false;
+	bool name = false;
 	if (!get_string(&o, &s, &n) || o.left < 2 || nbd_get16(o.p) * 2u != o.left - 2)
 		return refuse(c, opt, NBD_REP_INVALID, "malformed option");
-	for (uint32_t i = 2; i < o.left; i += 2) {
-		unsigned what = nbd_get16(o.p + i);
-		name |= what == NBD_INFO_NAME;
-		desc |= what == NBD_INFO_DESCRIPTION;
-	}
+	for (uint32_t i = 2; i < o.left; i += 2)
+		name |= nbd_get16(o.p + i) == NBD_INFO_NAME;
 	struct nbd_ex *ex = nbd_server_find(c->s, s, n);
 	if (!ex)
 		return refuse(c, opt, NBD_REP_UNKNOWN, "export '%.*s' not present", (int)MIN(n, 256u), s);
-	int r = send_infos(c, opt, ex, name, desc);
+	int r = send_infos(c, opt, ex, name);
 	if (r || opt == NBD_OPT_INFO)
 		return r;
 	c->ex = ex;

@@ -164,7 +164,6 @@ int overlay_open(struct block *b, struct block *base, struct err *err)
 	pthread_rwlock_init(&o->top.rmw, NULL);
 	b->length = base->length;
 	b->size = base->size;
-	b->read_only = false;
 	b->probed_raw = base->probed_raw;
 	o->top.drv = &block_raw;
 	o->top.size = 512;

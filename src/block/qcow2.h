@@ -272,6 +272,7 @@ void q_bitmaps_free(struct qcow2 *q);
 int q_bitmaps_before_resize(struct qcow2 *q, struct err *err);
 int q_bitmaps_resized(struct qcow2 *q, uint64_t size);
 int qcow2_bitmap_read(struct block *b, const char *name, struct image_bits *out, struct err *err);
+int qcow2_bitmap_extent(struct block *b, const char *name, uint64_t off, uint64_t len, struct block_extent *e); /* image_bitmap_extent() */
 int qcow2_bitmap(struct block *b, enum image_bitmap_op op, const char *name, const struct image_bitmap_arg *a, struct err *err);
 
 /* --- qcow2_info.c --- */

@@ -505,7 +505,7 @@ int qcow2_bitmap_read(struct block *b, const char *name, struct image_bits *out,
 		r = err_set(err, -EIO, "%s: bitmap '%s' cannot be read", b->file, name);
 	if (!r) {
 		size_t size = (m->nbits / 64 + 1) * 8;
-		*out = (struct image_bits){ .nbits = m->nbits, .gran_bits = m->gran, .follows = m->flags & AUTO, .bits = malloc(size) };
+		*out = (struct image_bits){ .nbits = m->nbits, .gran_bits = m->gran, .live = m->flags & AUTO && !b->read_only ? b : NULL, .bits = malloc(size) };
 		if (out->bits)
 			memcpy(out->bits, m->bits, size);
 		else
@@ -513,6 +513,22 @@ int qcow2_bitmap_read(struct block *b, const char *name, struct image_bits *out,
 	}
 	if (!q->tracking)
 		q_bitmaps_free(q); /* from disk again, next time */
+	pthread_mutex_unlock(&q->lock);
+	return r;
+}
+
+int qcow2_bitmap_extent(struct block *b, const char *name, uint64_t off, uint64_t len, struct block_extent *e)
+{
+	struct qcow2 *q = b->qcow2;
+	int r = -EAGAIN;
+	pthread_mutex_lock(&q->lock);
+	if (q->tracking) {
+		const struct qbitmap *m = find(q, name);
+		struct image_bits bits = { .bits = m ? m->bits : NULL, .nbits = m ? m->nbits : 0, .gran_bits = m ? m->gran : 0 };
+		r = bits.bits ? 0 : -EIO;
+		if (!r)
+			image_bits_extent(&bits, off, len, e);
+	}
 	pthread_mutex_unlock(&q->lock);
 	return r;
 }

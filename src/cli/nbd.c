@@ -22,7 +22,7 @@ struct nbd_args {
 	const char *port, *bind, *socket, *name, *desc, *format, *tls, *authz, *pidfile, *connect, *bitmap, *file, *aio, *detect;
 	char *snapshot_id;
 	uint64_t shared, offset;
-	bool persistent, list, fork, image_opts, depth, verbose, seen_cache, socket_given;
+	bool persistent, list, fork, image_opts, depth, verbose, seen_cache, seen_discard, socket_given;
 	struct block_opts b;
 	struct tls_store objects;
 	struct throttle_set groups;
@@ -149,9 +149,14 @@ static int image_option(struct nbd_args *a, int c)
 	case OPT_CACHE:
 		return cache_option(a, optarg);
 	case OPT_AIO:
+		if (a->aio)
+			return fail("--aio can only be specified once");
 		a->aio = optarg;
 		return 0;
 	case OPT_DISCARD:
+		if (a->seen_discard)
+			return fail("--discard can only be specified once");
+		a->seen_discard = true;
 		a->b.discard_unmap = !strcmp(optarg, "unmap") || !strcmp(optarg, "on");
 		return a->b.discard_unmap || !strcmp(optarg, "ignore") || !strcmp(optarg, "off") ? 0 : fail("Invalid discard mode `%s'", optarg);
 	case OPT_DETECT:
@@ -250,8 +255,6 @@ static int check_args(struct nbd_args *a)
 		return fail("Device connection is incompatible with -p, -b and -k");
 	if (a->tls && a->connect)
 		return fail("TLS is not supported with a host device");
-	if (a->socket && (a->port || a->bind))
-		return fail("-k is incompatible with -p and -b");
 	if (a->authz && !a->tls)
 		return fail("TLS authorization needs TLS credentials");
 	if (a->authz && a->list)
@@ -313,7 +316,7 @@ static int make_server(struct running *r, struct nbd_export *e, struct err *err)
 	if (ret)
 		return ret;
 	uint64_t size = block_length(r->blk);
-	if (a->offset > size)
+	if (a->offset && a->offset >= size)
 		return err_set(err, -EINVAL, "Offset (%llu) has to be smaller than image size (%llu)", (unsigned long long)a->offset, (unsigned long long)size);
 	*e = (struct nbd_export){ .name = a->name ? a->name : "", .desc = a->desc, .blk = r->blk, .off = a->offset, .len = size - a->offset,
 				  .writable = !block_read_only(r->blk), .multi_conn = a->shared != 1, .depth = a->depth };

@@ -159,15 +159,10 @@ int serve_bitmap(struct nbd_export *e, const char *name, struct image_bits *bits
 	int r = image_bitmap_read(e->blk, name, bits, err);
 	if (r)
 		return r;
-	if (bits->follows && !block_read_only(e->blk)) {
-		free(bits->bits);
-		bits->bits = NULL;
-		return err_set(err, -ENOTSUP, "Bitmap '%s' is enabled and the image writable: it would change while it is shown; open it read-only, or "
-			       "disable the bitmap", name);
-	}
 	e->bitmap = name;
 	e->bits = bits->bits;
 	e->nbits = bits->nbits;
 	e->gran_bits = bits->gran_bits;
+	e->live = bits->live;
 	return 0;
 }

@@ -127,7 +127,9 @@ static int check_peer(struct tls_session *t, const struct tls_creds *c, const ch
 {
 	unsigned status = 0;
 	char name[1024];
-	if (c->x509 && (!c->server || c->verify_peer)) {
+	if (c->x509 && c->verify_peer) {
+		if (!c->server && !hostname) /* a certificate for anything would do */
+			return err_set(err, -EINVAL, "TLS: no host name to check the certificate against (give tls-hostname)");
 		int r = gnutls_certificate_verify_peers3(t->s, c->server ? NULL : hostname, &status);
 		if (r < 0)
 			return err_set(err, -EACCES, "TLS: cannot verify the peer: %s", gnutls_strerror(r));

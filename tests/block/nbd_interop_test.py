@@ -151,6 +151,50 @@ def test_bitmap():
     assert "not found" in run(lodge_nbd, "-k", sock(), "-f", "qcow2", "-B", "nope", "b.qcow2", ok=(1,))
 
 
+def test_live_bitmap():
+    """An enabled bitmap of an image that is written meanwhile follows the writes, as qemu-nbd's does, and is stored at the end."""
+    for tool in (lodge_nbd, "qemu-nbd"):
+        run("qemu-img", "create", "-q", "-f", "qcow2", "lb.qcow2", "8M")
+        run("qemu-img", "bitmap", "--add", "-g", "64k", "lb.qcow2", "b0")
+        run("qemu-io", "-c", "write 0 64k", "lb.qcow2")
+        p, s = serve("-f", "qcow2", "-B", "b0", "lb.qcow2", tool=tool)
+        h = nbd.NBD()
+        h.add_meta_context("qemu:dirty-bitmap:b0")
+        h.connect_unix(s)
+
+        def dirty():
+            seen = []
+            h.block_status(8 << 20, 0, lambda ctx, o, e, err: seen.append(merged([{"length": n, "type": f} for n, f in zip(e[::2], e[1::2])])))
+            return seen[0]
+        assert dirty() == [[(1,), 65536], [(0,), (8 << 20) - 65536]], tool
+        h.pwrite(b"x" * 512, 1 << 20)
+        h.zero(65536, 2 << 20)
+        got = dirty()
+        assert got == [[(1,), 65536], [(0,), 983040], [(1,), 65536], [(0,), 983040], [(1,), 65536], [(0,), 6225920]], (tool, got)
+        h.shutdown()
+        stop(p)
+        run("qemu-img", "check", "lb.qcow2")
+        run("qemu-img", "bitmap", "--disable", "lb.qcow2", "b0")
+        p, s = serve("-f", "qcow2", "-r", "-B", "b0", "lb.qcow2", tool="qemu-nbd")
+        assert merged(json.loads(run("nbdinfo", "--map=qemu:dirty-bitmap:b0", "--json", uri(s)))) == got, tool
+        stop(p)
+
+
+def test_options():
+    """Options whose effect is easily missed, beside qemu-nbd."""
+    open("o.raw", "wb").truncate(1 << 20)
+    for tool in (lodge_nbd, "qemu-nbd"):
+        p, s = serve("-f", "raw", "-x", "x", "-D", "a disk", "-s", "-r", "-p", "1", "-b", "192.0.2.1", "o.raw", tool=tool)
+        h = nbd.NBD()
+        h.set_export_name("x")
+        h.connect_unix(s)   # no description is asked for
+        assert h.get_export_description() == "a disk" and h.is_read_only(), tool
+        h.shutdown()
+        stop(p)
+        for bad in (("-o", "1M"), ("--aio=threads", "--aio=threads"), ("--discard=unmap", "--discard=unmap"), ("-n", "--cache=none")):
+            run(tool, "-k", sock(), "-f", "raw", *bad, "o.raw", ok=(1,), timeout=60)
+
+
 def test_random():
     """Random requests of any alignment, many in flight, against a model; libnbd checks the protocol."""
     rnd = random.Random(5)
@@ -514,6 +558,10 @@ def test_tls():
             assert run(client, "info", "--object", tls_object(kind, "client", bad, extra), "--image-opts", name(), ok=(1,))
             if kind == "x509":
                 assert run(client, "info", *ok, name(hostname="elsewhere"), ok=(1,))
+                # A Unix socket has no name that could be checked; who does not want a check says so.
+                bare = name(hostname="").replace(",file.tls-hostname=", "")
+                assert run(client, "info", *ok, bare, ok=(1,))
+                assert "8 MiB" in run(client, "info", "--object", tls_object(kind, "client", good, ",verify-peer=no"), "--image-opts", bare)
             if client == lodge_img:
                 assert "exports available: 1" in run(lodge_nbd, "-L", "-k", s, "--object", tls_object(kind, "client", good, extra), "--tls-creds", "t",
                                                      ok=(0,) if kind == "psk" else (0, 1))
