@@ -12,7 +12,7 @@ static const struct filter_type {
 	const char *name;
 	int (*open)(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 } types[] = {
-	{ "copy-on-read", cor_open }, { "throttle", throttle_node_open },
+	{ "blkdebug", blkdebug_open }, { "copy-on-read", cor_open }, { "throttle", throttle_node_open },
 };
 
 static const struct filter_type *find(const char *name)
@@ -28,14 +28,29 @@ bool filter_has_driver(const char *name)
 	return find(name);
 }
 
+static const char *const prefixes[] = { "blkdebug:" };
+
 bool filter_is_name(const char *file)
 {
+	for (size_t i = 0; i < ARRAY_SIZE(prefixes); i++)
+		if (!strncmp(file, prefixes[i], strlen(prefixes[i])))
+			return true;
 	return false;
 }
 
+/* blkdebug:CONFIG:FILE; the file may be any name, and have colons. */
 int filter_name(struct block_name *n, const char *file, struct err *err)
 {
-	return err_set(err, -EINVAL, "%s", file);
+	const char *first = strchr(file, ':') + 1, *second = strchr(first, ':');
+	if (!second)
+		return err_set(err, -EINVAL, "%s: blkdebug requires both config file and image path", file);
+	char *config = strndup(first, (size_t)(second - first));
+	int r = config ? keyvals_add(&n->all, "config", config) : -ENOMEM;
+	if (!r)
+		r = keyvals_add(&n->all, "image.filename", second + 1);
+	free(config);
+	n->filter = "blkdebug";
+	return r ? err_set(err, r, "out of memory") : 0;
 }
 
 /* --- opening --- */

@@ -48,9 +48,9 @@ int pass_truncate(struct block *b, uint64_t len);
 int pass_allocate(struct block *b, uint64_t off, uint64_t len, bool write);
 void pass_event(struct block *b, enum block_event e);
 #define PASS_MOVES .read = pass_read, .write = pass_write, .discard = pass_discard, .zero = pass_zero, .flush = pass_flush
-#define PASS_PLACE                                                                                                          \
-	.fast = pass_fast, .map = pass_map, .resize = pass_resize, .file_length = pass_file_length, .truncate = pass_truncate, \
-	.allocate = pass_allocate
+#define PASS_PLACE_BUT_MAP                                                                                             \
+	.fast = pass_fast, .resize = pass_resize, .file_length = pass_file_length, .truncate = pass_truncate, .allocate = pass_allocate
+#define PASS_PLACE PASS_PLACE_BUT_MAP, .map = pass_map
 
 static inline void block_event(struct block *b, enum block_event e)
 {
@@ -61,6 +61,7 @@ static inline void block_event(struct block *b, enum block_event e)
 /* --- the drivers; b->drv and b->child are set when they return 0 --- */
 int throttle_node_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 
+int blkdebug_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 int cor_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 
 /*

@@ -47,6 +47,14 @@ const char *image_format(const struct block *b);
 /* Bytes of disk the image's own files occupy, -errno. */
 int64_t image_disk_size(struct block *b);
 
+/* --- breakpoints: blkdebug below or at `b`; -ENOTSUP where there is none --- */
+/* The next request that comes by `event` stops until image_resume(). -ENOENT: no such event. */
+int image_break(struct block *b, const char *event, const char *tag);
+int image_unbreak(struct block *b, const char *tag);    /* and resume who stands there; -ENOENT: no such tag */
+int image_resume(struct block *b, const char *tag);     /* one that stands at `tag` (NULL: anywhere) */
+unsigned image_stopped(struct block *b, const char *tag); /* how many stand there, and were not told to go on; NULL: anywhere */
+char *image_stop_news(struct block *b);                 /* a tag where a request stopped since the last call, for the caller to free; NULL: none */
+
 /* --- resizing --- */
 enum block_prealloc { PREALLOC_OFF, PREALLOC_METADATA, PREALLOC_FALLOC, PREALLOC_FULL };
 int image_resize(struct block *b, uint64_t size, enum block_prealloc p, struct err *err);

@@ -75,6 +75,7 @@ int q_load_tables(struct qcow2 *q, struct err *err)
 {
 	uint64_t bytes = (uint64_t)q->h.reftable_clusters * q->cs;
 	uint64_t *t = malloc(MAX(bytes, 8u));
+	q_event(q, EVENT_REFTABLE_LOAD);
 	int r = t ? q_pread(q, q->h.reftable_off, t, bytes) : -ENOMEM;
 	if (r) {
 		free(t);

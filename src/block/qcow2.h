@@ -123,6 +123,13 @@ static inline uint64_t size_to_clusters(const struct qcow2 *q, uint64_t bytes)
 	return (bytes >> q->h.cluster_bits) + !!(bytes & (q->cs - 1));
 }
 
+/* Tell the file what happens, for blkdebug (events.h). */
+static inline void q_event(struct qcow2 *q, enum block_event e)
+{
+	if (q->leaf->drv->event)
+		q->leaf->drv->event(q->leaf, e);
+}
+
 /* --- qcow2.c: header, opening, requests --- */
 int q_pread(struct qcow2 *q, uint64_t off, void *buf, uint64_t len);    /* of the file, not the disk */
 int q_pwrite(struct qcow2 *q, uint64_t off, const void *buf, uint64_t len);

@@ -157,7 +157,9 @@ struct qtable *q_table(struct qcow2 *q, struct qcache *c, uint64_t off, bool fre
 	}
 	if (fresh)
 		memset(t->data, 0, q->cs);
-	else
+	else if (c == &q->l2)
+		q_event(q, EVENT_L2_LOAD);
+	if (!fresh)
 		*r = q_pread(q, off, t->data, q->cs);
 	if (*r) {
 		free(t->data);
@@ -205,6 +207,7 @@ int q_write_tables(struct qcow2 *q, struct qcache *c)
 	for (struct qtable *t = c->lru.lru_next; t != &c->lru; t = t->lru_next) {
 		if (!t->hi)
 			continue;
+		q_event(q, c == &q->l2 ? EVENT_L2_UPDATE : EVENT_REFBLOCK_UPDATE_PART);
 		int r = q_pwrite(q, t->off + t->lo, t->data + t->lo, t->hi - t->lo);
 		if (r) {
 			first = first ? first : r;
@@ -226,6 +229,7 @@ static int write_l1(struct qcow2 *q)
 		return -ENOMEM;
 	for (uint32_t i = lo; i < hi; i++)
 		put64(be + (i - lo), q->l1[i]);
+	q_event(q, EVENT_L1_UPDATE);
 	int r = q_pwrite(q, q->h.l1_off + lo * 8ull, be, (hi - lo) * 8ull);
 	free(be);
 	if (!r) {
@@ -269,14 +273,17 @@ int q_flush_tables(struct qcow2 *q)
 int q_flush(struct qcow2 *q, bool sync)
 {
 	pthread_mutex_lock(&q->flush_lock);
+	q_event(q, EVENT_FLUSH_TO_OS);
 	pthread_mutex_lock(&q->lock);
 	int r = q_flush_tables(q);
 	unsigned ndead = q->ndead;
 	pthread_mutex_unlock(&q->lock);
 	if (!r && sync && q->data != q->leaf)
 		r = q->data->drv->flush(q->data);
-	if (!r && sync)
+	if (!r && sync) {
+		q_event(q, EVENT_FLUSH_TO_DISK);
 		r = q_sync(q);
+	}
 	if (!r && ndead) {
 		pthread_mutex_lock(&q->lock);
 		q_bury(q, ndead);

@@ -65,6 +65,7 @@ static int grow_l1(struct qcow2 *q, uint64_t entries)
 	uint8_t *be = calloc(1, bytes);
 	uint64_t *l1 = calloc(entries, 8);
 	int r = be && l1 ? q_flush_tables(q) : -ENOMEM;
+	q_event(q, EVENT_L1_GROW_ALLOC_TABLE);
 	if (!r)
 		r = q_alloc(q, bytes >> q->h.cluster_bits, true, &off, &got);
 	for (uint32_t i = 0; !r && i < q->h.l1_size; i++) {
@@ -72,6 +73,7 @@ static int grow_l1(struct qcow2 *q, uint64_t entries)
 		put64(be + i * 8, l1[i]);
 	}
 	if (!r) {
+		q_event(q, EVENT_L1_GROW_WRITE_TABLE);
 		r = q_pwrite(q, off, be, bytes);
 		h.l1_off = off;
 		h.l1_size = (uint32_t)entries;
@@ -79,6 +81,7 @@ static int grow_l1(struct qcow2 *q, uint64_t entries)
 			r = q_flush_tables(q);
 		if (!r)
 			r = q_sync(q);
+		q_event(q, EVENT_L1_GROW_ACTIVATE_TABLE);
 		if (!r)
 			r = q_write_head(q, &h);
 		if (r)
@@ -203,6 +206,7 @@ int qcow2_make_empty(struct block *b, struct err *err)
 	if (r)
 		return err_set_errno(err, r, "%s", b->file);
 	r = q_stop(q, &all, err);
+	q_event(q, EVENT_EMPTY_IMAGE_PREPARE);
 	if (!r)
 		r = qbuild_begin(&w, q, false, err);
 	if (!r)

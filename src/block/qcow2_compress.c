@@ -178,6 +178,7 @@ static int store(struct qcow2 *q, uint64_t off, const uint8_t *data, unsigned le
 	pthread_mutex_unlock(&q->lock);
 	if (r)
 		return r;
+	q_event(q, EVENT_WRITE_COMPRESSED);
 	r = at >> MIN(x, 56u) ? -EFBIG : q_pwrite(q, at, data, len);
 	pthread_mutex_lock(&q->lock);
 	if (!r)

@@ -63,10 +63,14 @@ static int read_run(struct qcow2 *q, const struct qrun *run, uint64_t off, struc
 {
 	switch (run->kind) {
 	case Q_DATA:
+		q_event(q, EVENT_READ_AIO);
 		return q->data->drv->read(q->data, run->host, v, n, run->len);
 	case Q_COMPRESSED:
+		q_event(q, EVENT_READ_COMPRESSED);
 		return q_inflate(q, run->raw, off & (q->cs - 1), v, n, run->len);
 	case Q_HOLE:
+		if (q->b->backing)
+			q_event(q, EVENT_READ_BACKING_AIO);
 		return read_backing(q, off, v, n, run->len);
 	case Q_ZERO:
 		break;
@@ -131,6 +135,7 @@ static int write_in_place(struct qcow2 *q, uint64_t off, struct slice *s, const 
 		return r;
 	s->n = iov_slice(s->v, iov, n, skip, run.len);
 	*done = run.len;
+	q_event(q, EVENT_WRITE_AIO);
 	return q->data->drv->write(q->data, run.host, s->v, s->n, run.len, 0);
 }
 
@@ -232,6 +237,7 @@ static int copy_edge(struct qcow2 *q, const struct group *g, uint64_t off, uint6
 	if (!*buf)
 		return -ENOMEM;
 	struct iovec v = { *buf, *len };
+	q_event(q, EVENT_COW_READ);
 	return zero ? 0 : q_read_locked(q, off, &v, 1, *len);
 }
 
@@ -250,6 +256,9 @@ static int group_write(struct qcow2 *q, const struct group *g, uint64_t off, uin
 	if (tail)
 		v[s->n++] = (struct iovec){ tbuf, tail };
 	len = head + (end - off) + tail;
+	q_event(q, EVENT_WRITE_AIO);
+	if (head || tail)
+		q_event(q, EVENT_COW_WRITE);
 	if (!r)
 		r = q->data->drv->write(q->data, g->host + (off - head - g->first), v, s->n, len, 0);
 	free(hbuf);

@@ -156,6 +156,7 @@ static struct qtable *own_table(struct qcow2 *q, uint64_t i, uint64_t old, int *
 	*r = q_alloc(q, 1, true, &off, &got);
 	if (*r)
 		return NULL;
+	q_event(q, old ? EVENT_L2_ALLOC_COW_READ : EVENT_L2_ALLOC_WRITE);
 	if (old) {
 		/* The copy is the cached table under its new place: nobody reads the old one through the cache. */
 		t = q_table(q, &q->l2, old, false, r);

@@ -46,6 +46,7 @@ static struct qtable *block_of(struct qcow2 *q, uint64_t cluster, int *r)
 		*r = q_corrupt(q, "refcount block %llu is not aligned: 0x%llx", (unsigned long long)i, (unsigned long long)q->reftable[i]);
 		return NULL;
 	}
+	q_event(q, EVENT_REFBLOCK_LOAD);
 	return q_table(q, &q->refs, q->reftable[i], false, r);
 }
 
@@ -182,7 +183,10 @@ static int link_bigger_table(struct qcow2 *q, const struct extension *e, uint64_
 	uint64_t old = q->h.reftable_off, old_bytes = (uint64_t)q->h.reftable_clusters * q->cs;
 	h.reftable_off = (e->end - e->table_clusters) << q->h.cluster_bits;
 	h.reftable_clusters = (uint32_t)e->table_clusters;
+	q_event(q, EVENT_REFTABLE_GROW);
+	q_event(q, EVENT_REFBLOCK_ALLOC_WRITE_TABLE);
 	int r = write_table_entries(q, table, 0, entries, h.reftable_off);
+	q_event(q, EVENT_REFBLOCK_ALLOC_SWITCH_TABLE);
 	if (!r)
 		r = q_sync(q);
 	if (!r)
@@ -202,6 +206,7 @@ static int extend(struct qcow2 *q, uint64_t n, uint64_t *off)
 {
 	struct extension e = { .n = n };
 	int r = end_of_all(q, &e.start);
+	q_event(q, EVENT_REFBLOCK_ALLOC);
 	if (r)
 		return r;
 	e.start = MAX(e.start, 1u);
@@ -216,6 +221,7 @@ static int extend(struct qcow2 *q, uint64_t n, uint64_t *off)
 	r = make_blocks(q, &e, table);
 	/* On failure the counts that went to old blocks stay: clusters lost, nothing else. */
 	if (!r && e.nblocks) {
+		q_event(q, e.table_clusters ? EVENT_REFBLOCK_ALLOC_WRITE_BLOCKS : EVENT_REFBLOCK_ALLOC_WRITE);
 		r = q_write_tables(q, &q->refs);
 		if (!r)
 			r = q_sync(q);
@@ -223,6 +229,7 @@ static int extend(struct qcow2 *q, uint64_t n, uint64_t *off)
 	if (!r && e.table_clusters)
 		r = link_bigger_table(q, &e, table, entries);
 	else if (!r && e.nblocks) {
+		q_event(q, EVENT_REFBLOCK_ALLOC_HOOKUP);
 		r = write_table_entries(q, table, e.first_block, e.last_block - e.first_block + 1, q->h.reftable_off);
 		if (!r)
 			memcpy(q->reftable, table, entries * sizeof *table);
@@ -282,6 +289,7 @@ int q_alloc(struct qcow2 *q, uint64_t n, bool all, uint64_t *off, uint64_t *got)
 {
 	uint64_t start = 0;
 	int r = q->broken;
+	q_event(q, EVENT_CLUSTER_ALLOC);
 	if (!r)
 		r = find_free(q, q->free_hint, n, all, &start, got);
 	if (r)
@@ -312,6 +320,7 @@ int q_alloc_bytes(struct qcow2 *q, unsigned len, uint64_t *off)
 {
 	uint64_t got, at = q->comp_off, room = at ? q->cs - (at & (q->cs - 1)) : 0, fresh = 0, refs = 0;
 	int r = 0;
+	q_event(q, EVENT_CLUSTER_ALLOC_BYTES);
 	if (room < len) {
 		r = q_alloc(q, 1, true, &fresh, &got);
 		if (r)
@@ -343,6 +352,7 @@ int q_alloc_bytes(struct qcow2 *q, unsigned len, uint64_t *off)
 
 void q_unalloc(struct qcow2 *q, uint64_t off, uint64_t bytes)
 {
+	q_event(q, EVENT_CLUSTER_FREE);
 	if (q_ref_add(q, off, bytes, -1))
 		log_warn("%s: %llu bytes at 0x%llx stay allocated", q->b->file, (unsigned long long)bytes, (unsigned long long)off);
 }
@@ -372,6 +382,7 @@ void q_bury(struct qcow2 *q, unsigned n)
 	for (unsigned i = 0; i < n; i++) {
 		for (uint64_t c = q->dead[i].off; c < q->dead[i].off + q->dead[i].n && !q->broken; c++) {
 			uint64_t left = 0, off = c << q->h.cluster_bits;
+			q_event(q, EVENT_CLUSTER_FREE);
 			if (q_ref_add(q, off, 1, -1) || q_ref(q, c, &left) || left)
 				continue;
 			if (q->comp_off && q->comp_off >> q->h.cluster_bits == c)

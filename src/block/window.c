@@ -7,11 +7,13 @@
 
 static int window_read(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len)
 {
+	block_event(b->child, EVENT_READ_AIO);
 	return b->child->drv->read(b->child, b->base + off, iov, n, len);
 }
 
 static int window_write(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len, unsigned flags)
 {
+	block_event(b->child, EVENT_WRITE_AIO);
 	return b->child->drv->write(b->child, b->base + off, iov, n, len, flags);
 }
 

@@ -143,7 +143,7 @@ static int open_as(struct io *io)
 	char *text = i->options ? options_text(i) : NULL;
 	if (i->options && !text)
 		return io_fail("out of memory");
-	struct img_open o = { .format = text ? NULL : i->format, .cache = i->cache, .write = !i->read_only, .shared = i->shared,
+	struct img_open o = { .format = text ? NULL : i->format, .cache = i->cache ? i->cache : "writethrough", .write = !i->read_only, .shared = i->shared,
 			      .discard_ignore = i->discard_ignore, .snapshot = i->snapshot, .copy_on_read = i->copy_on_read, .options = text != NULL, .plain = true, .program = "qemu-io" };
 	io->b = img_open(text ? text : i->file, &o);
 	free(text);
@@ -152,10 +152,11 @@ static int open_as(struct io *io)
 
 static int close_image(struct io *io)
 {
+	io_aio_end(io);
 	int r = block_close_checked(io->b);
 	io->b = NULL;
 	if (r)
-		printf("flush failed: %s\n", strerror(-r));
+		io_fail("flush failed: %s", strerror(-r));
 	return r;
 }
 
@@ -349,7 +350,7 @@ static void usage(void)
 	      "  -s, --snapshot       writes go to a temporary file\n  -n, --nocache        not through the page cache: -t none\n"
 	      "  -m, --misalign       buffers that O_DIRECT would not take\n  -k, --native-aio     as -i native\n"
 	      "  -i, --aio=MODE       threads, native or io_uring; requests are done one after the other with all of them\n"
-	      "  -t, --cache=MODE     none, writeback (default), writethrough, directsync, unsafe\n  -d, --discard=MODE   unmap (default) or ignore\n"
+	      "  -t, --cache=MODE     none, writeback, writethrough (default), directsync, unsafe\n  -d, --discard=MODE   unmap (default) or ignore\n"
 	      "  -C, --copy-on-read   what a read finds in a backing file is written to the image\n  -U, --force-share    whatever others do with the image; with -r\n  -h, --help           this text\n"
 	      "  -V, --version        the version\n\nSee 'qemu-io -c help' for information on available commands.");
 }

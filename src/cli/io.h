@@ -9,10 +9,13 @@
 
 struct io_image { char *file, *format, *options, *cache; bool read_only, snapshot, shared, discard_ignore, copy_on_read; };
 
+struct io_aio;
 struct io {
 	struct block *b;                /* NULL: none is open */
 	struct io_image as;             /* how it was opened; strings owned */
 	bool misalign, quit;
+	bool breaks;                    /* breakpoints were set: aio_ requests have threads */
+	struct io_aio *aio;
 };
 
 struct io_command {
@@ -32,6 +35,17 @@ int io_usage(const char *name);
 int io_number(const char *text, uint64_t *out);
 /* "1.500 KiB", "512 bytes". */
 const char *io_bytes(double v, char buf[32]);
+
+/* --- io_break.c --- */
+/* fn(io, a copy of args) on a thread; -1 after telling why not. */
+int io_aio_start(struct io *io, void (*fn)(struct io *io, const void *args), const void *args, size_t size);
+/* Until all are done: -1 when one stands at a breakpoint. */
+int io_aio_wait(struct io *io);
+void io_aio_end(struct io *io); /* stopped ones go on */
+int io_break(struct io *io, int argc, char **argv);
+int io_remove_break(struct io *io, int argc, char **argv);
+int io_resume(struct io *io, int argc, char **argv);
+int io_wait_break(struct io *io, int argc, char **argv);
 
 int io_open(struct io *io, int argc, char **argv);
 int io_close(struct io *io, int argc, char **argv);

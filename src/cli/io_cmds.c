@@ -222,6 +222,11 @@ static int cmd_readv(struct io *io, int argc, char **argv)
 	return parse(argc, argv, "CP:qv", false, true, "readv", &a) ? -1 : do_read(io, &a, "read");
 }
 
+static void aio_read(struct io *io, const void *args)
+{
+	do_read(io, args, "readv");
+}
+
 static int cmd_aio_read(struct io *io, int argc, char **argv)
 {
 	struct args a;
@@ -229,6 +234,8 @@ static int cmd_aio_read(struct io *io, int argc, char **argv)
 		return -1;
 	if (a.invalid)
 		puts("injecting invalid read request");
+	else if (io->breaks)
+		return io_aio_start(io, aio_read, &a, sizeof a);
 	else
 		do_read(io, &a, "readv");
 	return 0; /* submitting it worked */
@@ -328,6 +335,11 @@ static int cmd_writev(struct io *io, int argc, char **argv)
 	return do_write(io, &a, "writev");
 }
 
+static void aio_write(struct io *io, const void *args)
+{
+	do_write(io, args, "aio_write");
+}
+
 static int cmd_aio_write(struct io *io, int argc, char **argv)
 {
 	struct args a;
@@ -341,6 +353,8 @@ static int cmd_aio_write(struct io *io, int argc, char **argv)
 		return -1;
 	if (a.invalid)
 		puts("injecting invalid write request");
+	else if (io->breaks)
+		return io_aio_start(io, aio_write, &a, sizeof a);
 	else
 		do_write(io, &a, "aio_write");
 	return 0;
@@ -365,12 +379,12 @@ static int cmd_discard(struct io *io, int argc, char **argv)
 static int cmd_flush(struct io *io, int argc, char **argv)
 {
 	int r = image_flush(io->b);
-	return r ? failed("flush", r) : 0;
+	return r ? io_fail("flush failed: %s", strerror(-r)) : 0; /* standard output stays as qemu-io's */
 }
 
 static int cmd_aio_flush(struct io *io, int argc, char **argv)
 {
-	return 0; /* everything is done when its command ends */
+	return io_aio_wait(io);
 }
 
 static int cmd_truncate(struct io *io, int argc, char **argv)
@@ -505,25 +519,17 @@ static int cmd_abort(struct io *io, int argc, char **argv)
 	abort();
 }
 
-/* Breakpoints are QEMU's blkdebug driver's, which this is not. */
-static int cmd_break(struct io *io, int argc, char **argv)
-{
-	printf("Could not %s: Operation not supported\n", !strcmp(argv[0], "resume") ? "resume request" : !strcmp(argv[0], "break") ? "set breakpoint"
-	       : !strcmp(argv[0], "wait_break") ? "wait for breakpoint" : "remove breakpoint");
-	return -1;
-}
-
 #define REPORT " -C: figures in one line, for machines; -q: none\n"
 
 const struct io_command io_commands[] = {
 	{ "abort", NULL, cmd_abort, 0, 0, true, NULL, "end the program with abort(), as a crash would", NULL },
-	{ "aio_flush", NULL, cmd_aio_flush, 0, 0, false, NULL, "wait for aio_ requests (they are done when their command ends)", NULL },
+	{ "aio_flush", NULL, cmd_aio_flush, 0, 0, false, NULL, "wait for aio_ requests (without breakpoints they are done when their command ends)", NULL },
 	{ "aio_read", NULL, cmd_aio_read, 2, -1, false, "[-Ciqv] [-P pattern] off len [len..]", "read; what fails is told, but is no failure of the command",
 	  REPORT " -P BYTE: every byte must be this\n -i: count it as invalid and do nothing\n -v: show the bytes" },
 	{ "aio_write", NULL, cmd_aio_write, 2, -1, false, "[-Cfiquz] [-P pattern] off len [len..]", "write; what fails is told, but is no failure of the command",
 	  REPORT " -P BYTE: write this, not 0xcd\n -f: and make it stable\n -i: count it as invalid and do nothing\n -z: zeroes, without a buffer; -u: they may be unmapped" },
 	{ "alloc", "a", cmd_alloc, 1, 2, false, "offset [count]", "how much of a range the image itself holds", NULL },
-	{ "break", NULL, cmd_break, 2, 2, false, "event tag", "not supported (QEMU's blkdebug)", NULL },
+	{ "break", NULL, io_break, 2, 2, false, "event tag", "stop the next request that comes by a point (blkdebug's events)", NULL },
 	{ "close", "c", io_close, 0, 0, false, NULL, "close the image", NULL },
 	{ "discard", "d", cmd_discard, 2, -1, false, "[-Cq] off len", "forget what a range holds", REPORT },
 	{ "flush", "f", cmd_flush, 0, 0, false, NULL, "make stable what was written", NULL },
@@ -539,14 +545,14 @@ const struct io_command io_commands[] = {
 	  REPORT " -P BYTE: every byte must be this\n -s OFF, -l LEN: look at this part of them only\n -v: show the bytes\n -p: nothing" },
 	{ "readv", NULL, cmd_readv, 2, -1, false, "[-Cqv] [-P pattern] off len [len..]", "read as much as the lengths say together",
 	  REPORT " -P BYTE: every byte must be this\n -v: show the bytes" },
-	{ "remove_break", NULL, cmd_break, 1, 1, false, "tag", "not supported (QEMU's blkdebug)", NULL },
+	{ "remove_break", NULL, io_remove_break, 1, 1, false, "tag", "forget a breakpoint; who stands there goes on", NULL },
 	{ "reopen", NULL, io_reopen, 0, -1, false, "[(-r|-w)] [-c cache] [-o options]", "close the image and open it in another way",
 	  " -r: to read only\n -w: to write\n -c MODE: cache mode\n -o OPTIONS: as with open" },
-	{ "resume", NULL, cmd_break, 1, 1, false, "tag", "not supported (QEMU's blkdebug)", NULL },
+	{ "resume", NULL, io_resume, 1, 1, false, "tag", "let a request go on that stands at a breakpoint", NULL },
 	{ "sigraise", NULL, cmd_sigraise, 1, 1, true, "signal", "send the program a signal, by number", NULL },
 	{ "sleep", NULL, cmd_sleep, 1, 1, true, "ms", "wait so many milliseconds", NULL },
 	{ "truncate", "t", cmd_truncate, 1, 3, false, "[-m prealloc_mode] off", "change the disk's size", NULL },
-	{ "wait_break", NULL, cmd_break, 1, 1, false, "tag", "not supported (QEMU's blkdebug)", NULL },
+	{ "wait_break", NULL, io_wait_break, 1, 1, false, "tag", "wait until a request stands at a breakpoint", NULL },
 	{ "write", "w", cmd_write, 2, -1, false, "[-bcCfnquz] [-P pattern | -s source_file] off len", "write",
 	  REPORT " -P BYTE: this, not 0xcd\n -s FILE: the file's bytes, over and over\n -c: compressed, whole clusters\n -f: and make it stable\n"
 	  " -z: zeroes, without a buffer; -u: they may be unmapped; -n: fail where that would mean writing them\n -p: nothing" },

@@ -210,14 +210,7 @@ static void test_cor(void **state)
 	workers_destroy(w);
 }
 
-/* --- limits below --- */
-
-static double now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
+/* --- blkdebug --- */
 
 static void *read_one(void *opaque)
 {
@@ -225,6 +218,133 @@ static void *read_one(void *opaque)
 	must(request(u->b, BLOCK_READ, u->id, u->buf, 1, 0));
 	__atomic_store_n(&u->seed, 1, __ATOMIC_RELEASE);
 	return NULL;
+}
+
+/* Widened and cut requests of several threads share blocks. */
+static void test_blkdebug_limits(void **state)
+{
+	static const char *const limits[] = { "align=4096", "align=4096,file.max-transfer=8192,file.opt-write-zero=16384,file.max-write-zero=16384",
+					      "align=65536,file.opt-discard=131072,file.max-discard=131072", "max-transfer=512" };
+	struct workers *w;
+	struct err e = { 0 };
+	assert_int_equal(workers_create(&w, NULL, 4, &e), 0);
+	for (unsigned i = 0; i < ARRAY_SIZE(limits); i++) {
+		static uint8_t got[SIZE];
+		uint8_t model[SECTORS];
+		char text[512];
+		make_images(65536, false);
+		for (unsigned k = 0; k < SECTORS; k++)
+			model[k] = k % 5 ? (uint8_t)(k % 200 + 1) : 0;
+		snprintf(text, sizeof text, "driver=raw,file.driver=blkdebug,file.%s,file.image.driver=file,file.image.filename=%%s/base", limits[i]);
+		struct block *b = open_options(text, NULL, false, w);
+		hammer(b, model);
+		assert_int_equal(image_zero(b, 7 * 512, 300 * 512, true), 0);
+		memset(model + 7, 0, 300);
+		assert_int_equal(image_discard(b, SIZE - 512, 512), 0); /* less than what can be discarded, or nothing that reads otherwise */
+		assert_int_equal(image_read(b, 0, got, SIZE - 512), 0);
+		for (unsigned k = 0; k < SIZE - 512; k++)
+			if (got[k] != model[k / 512])
+				fail_msg("%s: byte %u is %u, not %u", limits[i], k, got[k], model[k / 512]);
+		block_close(b);
+	}
+	workers_destroy(w);
+}
+
+/* Two stop at one point each, go on one by one, and closing finds nobody. */
+static void test_breakpoints(void **state)
+{
+	struct workers *w;
+	struct err e = { 0 };
+	struct user u[2];
+	uint8_t buf[2][512];
+	char *tag;
+	make_images(65536, false);
+	assert_int_equal(workers_create(&w, NULL, 4, &e), 0);
+	struct block *b = open_options("driver=qcow2,file.driver=blkdebug,file.image.driver=file,file.image.filename=%s/top", NULL, false, w);
+	assert_int_equal(image_break(b, "nothing", "a"), -2);
+	assert_int_equal(image_break(b, "read_backing_aio", "a"), 0);
+	assert_int_equal(image_break(b, "read_backing_aio", "b"), 0);
+	assert_int_equal(image_break(b, "write_aio", "c"), 0);
+	assert_int_equal(image_unbreak(b, "c"), 0);
+	for (unsigned i = 0; i < 2; i++) {
+		u[i] = (struct user){ .b = b, .id = i, .buf = buf[i] };
+		assert_int_equal(pthread_create(&u[i].thread, NULL, read_one, &u[i]), 0);
+	}
+	/* Whoever comes first meets both, one after the other. */
+	for (int i = 0; i < 2; i++) {
+		while (!image_stopped(b, NULL))
+			usleep(1000);
+		assert_non_null(tag = image_stop_news(b));
+		assert_int_equal(image_stopped(b, tag), 1);
+		assert_int_equal(image_resume(b, "nowhere"), -2);
+		assert_int_equal(image_resume(b, tag), 0);
+		free(tag);
+	}
+	for (unsigned i = 0; i < 2; i++)
+		pthread_join(u[i].thread, NULL);
+	assert_int_equal(image_resume(b, "a"), -2);
+	block_close(b);
+	workers_destroy(w);
+}
+
+/* --- descriptions that make no sense: an error or a node, never more --- */
+
+static void test_mutations(void **state)
+{
+	static const char *const seeds[] = {
+		"driver=qcow2,file.driver=blkdebug,file.config=%1$s/conf,file.image.filename=%1$s/top,file.inject-error.0.event=none,file.set-state.0.event=pwritev,file.align=4096",
+		"driver=copy-on-read,bottom=x,file.driver=qcow2,file.file.filename=%1$s/top,file.backing.node-name=x,file.backing.driver=raw,file.backing.file.filename=%1$s/base",
+		"driver=throttle,throttle-group=g,file.driver=raw,file.offset=512,file.size=1024,file.file.driver=qcow2,file.file.file.filename=%1$s/top",
+		"driver=raw,file.driver=blkdebug,file.image.driver=blkdebug,file.image.image.filename=blkdebug::%1$s/base",
+	};
+	static const char conf[] = "[inject-error]\nevent = \"write_aio\"\nstate = \"1\"\nsector = \"12\"\n\n# x\n[set-state \"a\"]\nevent = \"none\"\nnew_state = \"2\"\n";
+	struct throttle_set t = { 0 };
+	struct throttle_limits l = { 0 };
+	unsigned seed = 7, opened = 0;
+	char name[64];
+	make_images(65536, false);
+	snprintf(name, sizeof name, "%s/conf", dir);
+	assert_int_equal(throttle_set_add(&t, "g", &l, NULL, NULL), 0);
+	for (unsigned i = 0; i < 1500; i++) {
+		struct keyvals kv = { 0 };
+		struct err e = { 0 };
+		struct block *b;
+		char text[1024], file[sizeof conf];
+		int n = snprintf(text, sizeof text, seeds[i % ARRAY_SIZE(seeds)], dir);
+		memcpy(file, conf, sizeof conf);
+		for (unsigned k = (unsigned)rand_r(&seed) % 3; k--;) {
+			text[(unsigned)rand_r(&seed) % (unsigned)n] = ",.=019abz:"[rand_r(&seed) % 10];
+			file[(unsigned)rand_r(&seed) % (sizeof conf - 1)] = (char)rand_r(&seed);
+		}
+		FILE *f = fopen(name, "w");
+		assert_non_null(f);
+		fwrite(file, 1, sizeof conf - 1, f);
+		fclose(f);
+		int r = keyvals_parse(&kv, "test", text, "driver", &e);
+		if (!r)
+			r = block_open(&b, &(struct block_opts){ .options = &kv, .throttles = &t, .cache = CACHE_UNSAFE }, NULL, NULL, &e);
+		if (!r) {
+			uint8_t sector[512];
+			(void)image_read(b, 0, sector, 512);
+			block_close(b);
+			opened++;
+		} else if (!*e.msg) {
+			fail_msg("%s: refused without a word", text);
+		}
+		keyvals_free(&kv);
+	}
+	assert_true(opened > 100);
+	throttle_set_free(&t);
+	unlink(name);
+}
+
+/* --- limits below --- */
+
+static double now(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
 /* One request in 100 seconds: a drain does not wait for that. */
@@ -278,6 +398,7 @@ static int teardown(void **state)
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = { cmocka_unit_test(test_cor), cmocka_unit_test(test_drain) };
+	const struct CMUnitTest tests[] = { cmocka_unit_test(test_cor), cmocka_unit_test(test_blkdebug_limits), cmocka_unit_test(test_breakpoints),
+					    cmocka_unit_test(test_mutations), cmocka_unit_test(test_drain) };
 	return cmocka_run_group_tests(tests, setup, teardown);
 }

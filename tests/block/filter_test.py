@@ -53,6 +53,50 @@ COR = [
     *[(f'json:{{"driver":"copy-on-read",{bottom}"file":{CHAIN}}}', "read -P 2 0 64k", "read -P 1 64k 64k", "read -P 0 1M 64k", "map", "read 0 4M", "map")
       for bottom in ('"bottom":"n2",', '"bottom":"n1",', '"bottom":"nobody",', "")],
 ]
+DEBUG_CMDS = ("read 0 4k", "read 64k 4k", "write 1M 100", "write 1M 64k", "flush", "read -P 205 1M 64k", "write -c 2M 64k", "read -P 205 2M 64k", "discard 0 64k",
+              "write 3M 1k", "write 3M 1k", "flush")
+D = "driver=qcow2,file.driver=blkdebug,file.image.filename=top.q,file.inject-error.0."
+R = "driver=raw,file.driver=blkdebug,file.image.filename=raw,"
+RAW_CMDS = ("read 0 4k", "read 0 4k", "write 64k 4k", "read -P 205 64k 4k", "write -z 64k 4k", "discard 64k 64k", "flush", "write 1k 512", "flush", "flush",
+            "read 1000 100", "write -z 5k 90k", "discard 3k 120k", "map", "truncate 5M", "length")
+BLKDEBUG = [
+    *[(f"{D}event={e},file.inject-error.0.once=on,file.inject-error.0.errno=28", *DEBUG_CMDS) for e in (
+        "l1_update", "l2_load", "l2_update", "l2_alloc_write", "l2_alloc_cow_read", "read_aio", "read_backing_aio", "write_aio", "refblock_load",
+        "cluster_alloc", "flush_to_os", "pwritev", "pwritev_done", "none", "reftable_load", "refblock_update_part", "cluster_free",
+        "read_compressed", "vmstate_save", "l1_shrink_write_table", "pwritev_rmw_head")],
+    *[(f"{D}event={e}", *DEBUG_CMDS[:7]) for e in ("read_aio", "read_backing_aio", "foo", "write_aio,file.inject-error.0.iotype=read", "none,file.inject-error.0.iotype=discard",
+                                                  "none,file.inject-error.0.foo=1", "none,file.inject-error.0.errno=x", "none,file.inject-error.0.once=x",
+                                                  "none,file.inject-error.0.iotype=x", "none,file.inject-error.0.sector=x", "write_aio,file.inject-error.0.immediately=on")],
+    *[(f"{D}event={e},file.inject-error.0.once=on", "write -c 2M 64k", "write -c 2M 64k", "read -P 205 2M 64k") for e in ("cluster_alloc_bytes",)],
+    (f"{D}event=none,file.inject-error.0.sector=100000", "read 0 64k", "write 0 64k"),
+    (f"{D}event=write_aio,file.inject-error.0.state=2,file.set-state.0.event=write_aio,file.set-state.0.state=1,file.set-state.0.new_state=2",
+     "write 0 4k", "write 0 4k", "write 0 4k", "read 0 4k"),
+    (f"{D}event=write_aio,file.inject-error.1.event=read_aio,file.inject-error.0.once=on,file.inject-error.1.errno=28", "write 0 4k", "write 0 4k", "read 0 4k", "write 0 4k"),
+    *[(R + f"file.inject-error.0.event=none,file.inject-error.0.{o}", *RAW_CMDS) for o in (
+        "iotype=read", "iotype=write", "iotype=write-zeroes", "iotype=discard", "iotype=flush", "sector=2", "sector=130", "sector=-1", "errno=5,file.inject-error.0.once=on", "errno=0",
+        "errno=28,file.inject-error.0.sector=8")],
+    *[(R + f"file.{o}", *RAW_CMDS) for o in ("align=511", "max-transfer=5000", "max-transfer=16k", "opt-write-zero=64k", "max-write-zero=16k", "opt-discard=64k", "max-discard=64k",
+                                             "opt-write-zero=64k,file.max-write-zero=16k", "opt-discard=64k,file.max-discard=1k", "max-transfer=3G", "inject-error.event=none",
+                                             "set-state.event=none", "set-state.0.state=1", "image=x", "foo=1", "config=no-such", "config=c1", "config=bad1", "config=bad2",
+                                             "config=bad3", "config=bad4", "config=bad5", "config=empty", "max-transfer=16k,file.inject-error.0.event=none,file.inject-error.0.sector=40")],
+    *[(name, *DEBUG_CMDS) for name in ("-f qcow2 blkdebug:c1:top.q", "-f qcow2 blkdebug::top.q", "-f qcow2 blkdebug:nothing:top.q",
+                                       "-f qcow2 blkdebug:top.q", "-f qcow2 blkdebug:", "-f raw blkdebug::blkdebug:c1:raw", "-r blkdebug:c1:top.q", "-f qcow2 blkdebug:c1:nothing")],
+    ("-f qcow2 blkdebug:c2:top.q", "write 0 4k", "write 0 4k", "write 0 4k", "read 0 4k"),
+    ('json:{"driver":"qcow2","file":{"driver":"blkdebug","image":{"driver":"file","filename":"top.q"},"inject-error":[{"event":"write_aio","once":true,"errno":28,"sector":-1}],'
+     '"set-state":[{"event":"pwritev","state":1,"new_state":2}]}}', *DEBUG_CMDS),
+    ("driver=blkdebug,image.driver=qcow2,image.file.filename=top.q,inject-error.0.event=none,inject-error.0.sector=4", "read 0 1k", "read 2k 1k", "write 1k 2k", "map", "length"),
+]
+I = "-f qcow2 blkdebug::top.q"
+BREAKS = [
+    (I, "break write_aio A", "aio_write 0 4k", "wait_break A", "resume A", "aio_flush", "aio_write 64k 4k", "aio_flush", "read -P 205 0 4k"),
+    (I, "break write_aio A", "break pwritev B", "aio_write 0 4k", "wait_break A", "resume A", "wait_break B", "resume B", "aio_flush"),
+    (I, "break foo A", "length"), (I, "resume A"), (I, "remove_break A"), ("top.q", "break write_aio A"), ("top.q", "resume A"), ("top.q", "remove_break A"),
+    (I, "break write_aio A", "remove_break A", "aio_write 0 4k", "aio_flush", "resume A"),
+    (I, "break read_backing_aio A", "aio_read -P 1 64k 4k", "wait_break A", "resume A", "aio_flush", "aio_read -P 2 0 4k", "aio_flush"),
+]
+CONFIGS = {"c1": '[inject-error]\nevent = "write_aio"\nerrno = "28"\nonce = "on"\n', "c2": '# two\n\n[set-state "a"]\nevent = "write_aio"\nstate = "1"\nnew_state = "2"\n'
+           '[inject-error "b"]\n  event = "write_aio"\n  state = "2"\n', "bad1": "[inject-error]\nevent = write_aio\n", "bad2": 'event = "write_aio"\n', "bad3": '[foo]\nevent = "none"\n',
+           "bad4": '[inject-error]\nevent = "write_aio"\nfoo = "x"', "bad5": '[inject-error]\n \nevent = "write_aio"', "empty": ""}
 GROUP = ["--object", "throttle-group,id=g,x-iops-total=2000"]
 GRAPHS = [
     ("t", ["driver=file,node-name=f,filename=top.q", "driver=qcow2,node-name=q,file=f", "driver=throttle,node-name=t,throttle-group=g,file=q"],
@@ -74,6 +118,9 @@ def more_images(d):
     g.run("qemu-img", "create", "-f", "raw", "inside", "1M", cwd=d)
     with open(os.path.join(d, "inside"), "ab") as f, open(os.path.join(d, "top.q"), "rb") as t:
         f.write(t.read())
+    for name, text in CONFIGS.items():
+        with open(os.path.join(d, name), "w", encoding="utf-8") as f:
+            f.write(text)
     for name, how, size in (("t3.q", "cluster_size=64k", None), ("old2.q", "compat=0.10", "4M"), ("small.q", "cluster_size=4k", "5001k"), ("sub.q", "extended_l2=on,cluster_size=128k", "4M"),
                             ("data2.q", "data_file=ext2", "4M"), ("zstd.q", "compression_type=zstd,cluster_size=2M", "4000k")):
         back = "top.q" if name == "t3.q" else "base.q"
@@ -106,11 +153,11 @@ def main():
         os.mkdir(os.path.join(tmp, "images"))
         g.make(os.path.join(tmp, "images"))
         more_images(os.path.join(tmp, "images"))
-        g.cases(tmp, io, THROTTLE + COR)
+        g.cases(tmp, io, THROTTLE + COR + BLKDEBUG + BREAKS)
         g.graphs(tmp, lodge, GRAPHS, GROUP)
         g.drives(tmp, lodge, DRIVES)
         slow(tmp, io)
-    print(f"filter_test: {len(THROTTLE + COR)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
+    print(f"filter_test: {len(THROTTLE + COR + BLKDEBUG + BREAKS)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
     return bool(g.bad)
 
 
