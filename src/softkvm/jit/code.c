@@ -261,6 +261,30 @@ static void thunk_check(struct jit *j, struct em *e, unsigned mode, bool write, 
 	e8(e, 0xc3);
 }
 
+/*
+ * span: code calls it, ST being a linear address and SA how many bytes from there are accessed, 1 to 4096. ST: the host address, ZF clear; or ZF set: they
+ * lie in two pages, or the TLB will not have an entry.
+ */
+static void thunk_span(struct jit *j, struct em *e, unsigned mode, bool write)
+{
+	const struct tlb *tlb = j->c->tlbs[mode];
+	uint8_t *bad, *miss;
+
+	em_align(e);
+	j->span[mode][write] = (uint32_t)(e->p - j->rw);
+	EM(e, 0x44, 0x89, 0xf9, 0x81, 0xe1, 0xff, 0x0f, 0x00, 0x00, 0x01, 0xc1);        /* mov ecx, r15d ; and ecx, 4095 ; add ecx, eax */
+	EM(e, 0x81, 0xf9, 0x00, 0x10, 0x00, 0x00);              /* cmp ecx, 4096 */
+	bad = em_jcc(e, 7);
+	miss = em_check(e, write ? tlb->w : tlb->r, 1, false);
+	e8(e, 0xc3);
+	em_here(e, miss);
+	EM(e, 0x50, 0xe8, 0x00, 0x00, 0x00, 0x00);              /* push rax ; call */
+	em_to(e->p - 4, j->rw + j->fill[mode][write]);
+	e8(e, 0xc3);
+	em_here(e, bad);
+	EM(e, 0x31, 0xc9, 0xc3);                                /* xor ecx, ecx ; ret */
+}
+
 /* lookup: the same for em_lookup(). */
 static void thunk_lookup(struct jit *j, struct em *e)
 {
@@ -276,6 +300,9 @@ static void thunk_lookup(struct jit *j, struct em *e)
 
 static void thunks_check(struct jit *j, struct em *e)
 {
+	for (unsigned m = 0; m < TLB_MODES; m++)
+		for (unsigned w = 0; w < 2; w++)
+			thunk_span(j, e, m, w);
 	for (unsigned m = 0; m < TLB_MODES; m++)
 		for (unsigned w = 0; w < 2; w++)
 			for (unsigned order = 0; order < CHECK_SIZES; order++)

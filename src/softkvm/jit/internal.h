@@ -158,6 +158,7 @@ struct jit_low {
 	uint8_t narrow;                 /* load 16 bytes only */
 	uint16_t fcw;                   /* on its way to the control word */
 	uint32_t host_mxcsr, mxcsr;     /* mxcsr: on its way there */
+	uint64_t string_to;             /* host address that MOVS is about to write */
 	uint64_t regs[16], go_on;       /* of code whose check failed, by host register; where it goes on (jit_miss()) */
 	struct { _Alignas(32) uint8_t index[32], mask[32], data[32]; } gather;
 	_Alignas(64) uint8_t xs[576];   /* x87 state in XSAVE's form */
@@ -182,6 +183,7 @@ enum {
 	POINT_TRAP = 1,
 	POINT_HOST_FLAGS = 2,           /* the guest's flags are the host's, rather than in aflags */
 	POINT_32 = 4,                   /* stack slots are of 4 bytes */
+	POINT_RDI = 8, POINT_RSI = 16,  /* the host's string instruction: what belongs into rdi is in ST, and into rsi in SA */
 };
 #define POINTS_MAX (REGION_INSNS * 4)   /* of one translation */
 /* Translations in the order of their code. */
@@ -205,6 +207,7 @@ struct jit {
 	uint32_t enter, leave, abandon, call_out;       /* thunks */
 	/* Of reads and of writes: a check, one that has failed, and what looks for an entry then. */
 	uint32_t check[TLB_MODES][2][CHECK_SIZES], miss[TLB_MODES][2][CHECK_SIZES], fill[TLB_MODES][2], fail, lookup;
+	uint32_t span[TLB_MODES][2];    /* a check of as many bytes as SA says */
 	struct jit_point *points;       /* touched as they are used */
 	uint32_t npoints, points_max;
 	struct jit_span *spans;
@@ -409,6 +412,7 @@ struct tr {
 	int8_t map[16];                 /* host register of each guest register, -1: in memory */
 	const struct jit_map_thunks *thunks;
 	bool mapped;                    /* that is where registers are now */
+	uint8_t point_flags;            /* POINT_RDI and POINT_RSI, for the points to come */
 	uint8_t align;                  /* bits of operands' linear addresses that are to be 0 (gen_sys.c) */
 	bool index;                     /* SA is added to operands' addresses (gen_sys.c) */
 	bool row;                       /* in a row (gen_group.c): ST is the host address of displacement row_low */
@@ -486,6 +490,8 @@ bool gen_vec(struct tr *t, unsigned n);
 bool gen_gather(struct tr *t, unsigned n);
 bool gen_x87(struct tr *t, unsigned n);
 bool gen_odd(struct tr *t, unsigned n);                 /* bit strings, CMPXCHG16B, CLD: gen_sys.c */
+bool gen_string(struct tr *t, unsigned n);              /* REP STOS and MOVS ... */
+bool gen_string_may(const struct tr *t, const struct tinsn *i); /* ... but for forms that no compiler makes: code goes on behind it */
 bool gen_sys(struct tr *t, unsigned n);                 /* with IF_ONCE ... */
 bool gen_sys_may(const struct tr *t, const struct tinsn *i);    /* ... those that are worth a try */
 /* Instruction n needs these JV_* bits: looks unless they are known. Destroys flags; on failure to `k`. */

@@ -69,7 +69,7 @@ void gen_point(struct tr *t, unsigned n)
 		p = point_new(t);
 	p->n = (uint8_t)n;
 	p->rsp = (int8_t)(t->rsp_off / (t->bits / 8));
-	p->flags = POINT_TRAP | (t->in_host && !t->in_mem ? POINT_HOST_FLAGS : 0) | (tr_64(t) ? 0 : POINT_32);
+	p->flags = POINT_TRAP | t->point_flags | (t->in_host && !t->in_mem ? POINT_HOST_FLAGS : 0) | (tr_64(t) ? 0 : POINT_32);
 }
 
 void points_keep(struct tr *t)
@@ -184,9 +184,17 @@ static void take_registers(struct cpu *c, const struct jit_code *k, const struct
 	int8_t map[16];
 
 	map_of(map, k->map);
-	for (unsigned g = 0; g < 16; g++)
-		if (map[g] >= 0)
-			c->gpr[g] = (uint64_t)r[reg[map[g]]];
+	for (unsigned g = 0; g < 16; g++) {
+		unsigned h = (unsigned)map[g];
+
+		if (map[g] < 0)
+			continue;
+		if (h == H_RDI && (p->flags & POINT_RDI))
+			h = ST;
+		else if (h == H_RSI && (p->flags & POINT_RSI))
+			h = SA;
+		c->gpr[g] = (uint64_t)r[reg[h]];
+	}
 	if (p->rsp) {
 		c->gpr[R_RSP] += (uint64_t)(int64_t)p->rsp * (p->flags & POINT_32 ? 4 : 8);
 		if (!(k->mode & BM_CODE64))

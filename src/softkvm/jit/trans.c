@@ -172,7 +172,7 @@ int tr_part(const struct tr *t, uint64_t rip)
 
 static enum tend end_of(const struct tr *t, const struct tinsn *i)
 {
-	if (!(i->in->flags & IF_END))
+	if (!(i->in->flags & IF_END) || (!i->by_handler && gen_string_may(t, i)))
 		return END_NONE;
 	if (i->by_handler || i->z.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY || i->op[0].type != ZYDIS_OPERAND_TYPE_IMMEDIATE ||
 	    !i->op[0].imm.is_relative || i->z.operand_width != t->bits)
@@ -319,7 +319,7 @@ static bool gen_one(struct tr *t, unsigned n)
 		return gen_patched(t, n);
 	if (t->t[n].in->flags & IF_ONCE)
 		return gen_sys(t, n);
-	return gen_int(t, n) || gen_vec(t, n) || gen_gather(t, n) || gen_x87(t, n) || gen_branch(t, n) || gen_odd(t, n);
+	return gen_int(t, n) || gen_vec(t, n) || gen_gather(t, n) || gen_x87(t, n) || gen_branch(t, n) || gen_string(t, n) || gen_odd(t, n);
 }
 
 static void reset(struct tr *t, const struct em *h, const struct em *cold)
@@ -332,7 +332,7 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 	t->live = 0;
 	t->ncold = t->nfix = t->npoints = 0;
 	t->row = t->index = false;
-	t->align = 0;
+	t->align = t->point_flags = 0;
 	t->rsp_off = 0;
 	t->k->links = 0;
 	t->k->patches = 0;
@@ -515,7 +515,7 @@ static bool walk(struct tr *t)
 				again |= !walk_insn(t, n);
 			n += done ? done : 1;
 		}
-		if (!(t->t[n - 1].in->flags & IF_END))
+		if (t->t[n - 1].end == END_NONE)
 			gen_edge(t, tr_end(t, n - 1), n - 1, true);
 	}
 	if (again || t->failed)

@@ -239,6 +239,36 @@ static void put_immediate(struct code *c)
 	put(c, &v, forms[f].imm);
 }
 
+/* A repeated string instruction whose run is often in one page on each side: mov edi ; mov esi, or lea rsi near rdi ; mov rcx ; rep. */
+static void put_string(struct code *c)
+{
+	uint32_t to = DATA + 8192 * below(4) + below(4096), from = DATA + 8192 * below(4) + below(4096);
+	uint64_t count = below(8) ? below(below(2) ? 9 : 260) : below(4) ? 500 + below(4000) : (1ull << (29 + below(4))) + below(9);
+	uint8_t rex = (uint8_t)(0x48 & (unsigned)-below(2)), lea[4] = { 0x48, 0x8d, 0x77, (uint8_t)(below(96) - 48) };
+
+	c->at[c->count++] = c->n;
+	put(c, "\xbf", 1);
+	put(c, &to, 4);
+	if (below(2)) {
+		put(c, "\xbe", 1);
+		put(c, &from, 4);
+	} else {
+		put(c, lea + narrow, 4 - narrow);
+	}
+	put(c, "\x88\x07\x8a\x06", 4);        /* mov [rdi], al ; mov al, [rsi]: the TLB has both pages */
+	put(c, &"\x48\xb9"[narrow], 2u - narrow);
+	put(c, &count, narrow ? 4 : 8);
+	c->at[c->count++] = c->n;
+	if (below(8) == 0)
+		put(c, &"\x67\x64\x2e"[below(3)], 1);
+	if (below(4) == 0)
+		put(c, "\x66", 1);
+	put(c, &"\xf3\xf3\xf3\xf2"[below(4)], 1);
+	if (rex && !narrow)
+		put(c, &rex, 1);
+	put(c, &"\xa4\xa5\xaa\xab"[below(4)], 1);
+}
+
 /* xor edx, edx ; div by memory. Flags are undefined then. */
 static void put_div(struct code *c, uint16_t *bad)
 {
@@ -343,6 +373,8 @@ static void make(struct code *c, bool vec, unsigned at)
 			put_stack(c);
 		if (!bad && below(6) == 0)
 			put_row(c);
+		if (below(24) == 0 && c->count < BODY * 2 - 2)
+			put_string(c);
 		if (patched && !bad && below(2) && c->count < BODY * 2 - 1)
 			put_immediate(c);
 		if (below(16) == 0)
