@@ -126,19 +126,13 @@ static int move(struct block *b, bool write, uint64_t off, const struct iovec *i
 	return r;
 }
 
-static void scatter(const struct iovec *iov, int n, uint8_t *buf, bool to_buf)
-{
-	for (int i = 0; i < n; buf += iov[i++].iov_len)
-		memcpy(to_buf ? buf : iov[i].iov_base, to_buf ? iov[i].iov_base : buf, iov[i].iov_len);
-}
-
 static int read_wide(struct block *b, struct span s, uint64_t off, const struct iovec *iov, int n)
 {
 	uint8_t *buf = malloc(s.end - s.off);
 	struct iovec v = { buf, s.end - s.off };
 	int r = buf ? move(b, false, s.off, &v, 1, s.end - s.off, 0) : -ENOMEM;
 	if (!r)
-		scatter(iov, n, buf + (off - s.off), false);
+		iov_copy(iov, n, buf + (off - s.off), false);
 	free(buf);
 	return r;
 }
@@ -172,7 +166,7 @@ static int write_wide(struct block *b, struct span s, uint64_t off, const struct
 	if (!r && tail >= head_end)
 		r = read_edge(b, tail, s.end, buf + (tail - s.off), EVENT_PWRITEV_RMW_TAIL, EVENT_PWRITEV_RMW_AFTER_TAIL);
 	if (!r) {
-		scatter(iov, n, buf + (off - s.off), true);
+		iov_copy(iov, n, buf + (off - s.off), true);
 		blkdebug_event(b, EVENT_PWRITEV);
 		r = move(b, true, s.off, &v, 1, s.end - s.off, flags);
 		blkdebug_event(b, EVENT_PWRITEV_DONE);

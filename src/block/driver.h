@@ -199,5 +199,7 @@ const char *probe_format(const uint8_t *head, size_t len);
 int iov_slice(struct iovec *out, const struct iovec *iov, int n, uint64_t skip, uint64_t len);
 bool iov_is_zero(const struct iovec *iov, int n);
 void iov_zero(const struct iovec *iov, int n);
+/* All of it, to `buf` or from it. */
+void iov_copy(const struct iovec *iov, int n, uint8_t *buf, bool to_buf);
 
 #endif

@@ -12,7 +12,8 @@ static const struct filter_type {
 	const char *name;
 	int (*open)(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 } types[] = {
-	{ "blkdebug", blkdebug_open }, { "copy-on-read", cor_open }, { "throttle", throttle_node_open },
+	{ "blkdebug", blkdebug_open }, { "blkverify", blkverify_open }, { "copy-on-read", cor_open }, { "quorum", quorum_open },
+	{ "throttle", throttle_node_open },
 };
 
 static const struct filter_type *find(const char *name)
@@ -28,7 +29,7 @@ bool filter_has_driver(const char *name)
 	return find(name);
 }
 
-static const char *const prefixes[] = { "blkdebug:" };
+static const char *const prefixes[] = { "blkdebug:", "blkverify:" };
 
 bool filter_is_name(const char *file)
 {
@@ -38,18 +39,20 @@ bool filter_is_name(const char *file)
 	return false;
 }
 
-/* blkdebug:CONFIG:FILE; the file may be any name, and have colons. */
+/* blkdebug:CONFIG:FILE, blkverify:RAW:IMAGE; what stands last may be any name, and have colons. */
 int filter_name(struct block_name *n, const char *file, struct err *err)
 {
 	const char *first = strchr(file, ':') + 1, *second = strchr(first, ':');
+	bool debug = !strncmp(file, "blkdebug:", strlen("blkdebug:"));
 	if (!second)
-		return err_set(err, -EINVAL, "%s: blkdebug requires both config file and image path", file);
-	char *config = strndup(first, (size_t)(second - first));
-	int r = config ? keyvals_add(&n->all, "config", config) : -ENOMEM;
+		return err_set(err, -EINVAL, "%s: %s", file, debug ? "blkdebug requires both config file and image path" :
+			       "blkverify requires raw copy and original image path");
+	char *name = strndup(first, (size_t)(second - first));
+	int r = name ? keyvals_add(&n->all, debug ? "config" : "raw.filename", name) : -ENOMEM;
 	if (!r)
-		r = keyvals_add(&n->all, "image.filename", second + 1);
-	free(config);
-	n->filter = "blkdebug";
+		r = keyvals_add(&n->all, debug ? "image.filename" : "x-image", second + 1);
+	free(name);
+	n->filter = debug ? "blkdebug" : "blkverify";
 	return r ? err_set(err, r, "out of memory") : 0;
 }
 
@@ -95,14 +98,17 @@ int filter_open_child(struct block **out, struct block *b, struct block_name *n,
 	const char *name = keyvals_get(&n->all, c->key);
 	if (name)
 		return err_set(err, -ENOENT, "%s: %s=%s names no node; write out its options (%s.driver=...)", n->filter, c->key, name, c->key);
-	if (!keyvals_sub(&sub, &n->all, prefix))
+	if (!keyvals_sub(&sub, &n->all, prefix) && !c->name)
 		return c->optional ? 0 : err_set(err, -EINVAL, "%s: %s= is missing", n->filter, c->key);
 	int r = 0;
 	if (sub.n == 1 && !strcmp(sub.o[0].key, "filename"))
 		o.file = sub.o[0].val; /* any name */
 	else
 		o.options = &sub;
-	if (o.file && c->disk)
+	if (c->name) {
+		o.file = c->name;
+		o.options = NULL;
+	} else if (o.file && c->disk)
 		r = err_set(err, -EINVAL, "%s: %s: Must specify either driver or file", n->filter, c->key);
 	if (!r)
 		r = block_open_node(out, &o, b->loop, b->workers, depth + 1, err);

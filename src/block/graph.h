@@ -11,14 +11,14 @@
 #include "block/driver.h"
 
 bool filter_has_driver(const char *name);
-/* A name like blkdebug:CONFIG:FILE, and what it says. */
+/* A name like blkdebug:CONFIG:FILE or blkverify:RAW:IMAGE, and what it says. */
 bool filter_is_name(const char *file);
 int filter_name(struct block_name *n, const char *file, struct err *err);
 /* The node that n->filter names, with its children. */
 int filter_open(struct block **out, struct block_name *n, struct loop *l, struct workers *w, unsigned depth, struct err *err);
 
 /* How a child is opened whose options stand under `key` ("file"). */
-struct filter_child { const char *key; bool disk; /* an image with a format, not a file */ bool optional; };
+struct filter_child { const char *key; bool disk; /* an image with a format, not a file */ bool optional; const char *name; /* instead of options */ };
 /* Open it as a child of `b`. 0 with *out NULL: optional and not there. */
 int filter_open_child(struct block **out, struct block *b, struct block_name *n, const struct filter_child *c, unsigned depth, struct err *err);
 /* b->child from `key`; size, length and so on as the child's. */
@@ -62,6 +62,8 @@ static inline void block_event(struct block *b, enum block_event e)
 int throttle_node_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 
 int blkdebug_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
+int blkverify_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
+int quorum_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 int cor_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 
 /*

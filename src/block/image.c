@@ -188,7 +188,7 @@ int image_copy_range(struct block *from, uint64_t off, struct block *to, uint64_
 			b = image_backing(b);
 		if (r)
 			return r;
-		while (b && b->child)
+		while (b && b->child && !b->drv->filter) /* filters want to see what is read */
 			b = b->qcow2 ? b->qcow2->data : b->child;
 		if (e.zero)
 			r = blank ? 0 : image_zero(to, to_off + done, e.len, true);

@@ -46,3 +46,9 @@ void iov_zero(const struct iovec *iov, int n)
 	for (int i = 0; i < n; i++)
 		memset(iov[i].iov_base, 0, iov[i].iov_len);
 }
+
+void iov_copy(const struct iovec *iov, int n, uint8_t *buf, bool to_buf)
+{
+	for (int i = 0; i < n; buf += iov[i++].iov_len)
+		memcpy(to_buf ? buf : iov[i].iov_base, to_buf ? iov[i].iov_base : buf, iov[i].iov_len);
+}

@@ -73,17 +73,6 @@ static bool is_aligned(const struct block *b, uint64_t off, const struct iovec *
 	return !(bits & (b->mem_align - 1));
 }
 
-static void copy_iov(const struct iovec *iov, int n, uint8_t *buf, bool to_buf)
-{
-	for (int i = 0; i < n; i++) {
-		if (to_buf)
-			memcpy(buf, iov[i].iov_base, iov[i].iov_len);
-		else
-			memcpy(iov[i].iov_base, buf, iov[i].iov_len);
-		buf += iov[i].iov_len;
-	}
-}
-
 /* One piece of at most BOUNCE_MAX bytes through `buf`, which has room for a block more on both sides. */
 static int bounce_piece(struct block *b, bool write, uint64_t off, const struct iovec *iov, int n, uint64_t len,
 			uint8_t *buf, int flags)
@@ -96,7 +85,7 @@ static int bounce_piece(struct block *b, bool write, uint64_t off, const struct 
 		r = transfer(b, false, start, &whole, 1, end - start, 0);
 	if (r)
 		return r;
-	copy_iov(iov, n, buf + (off - start), write);
+	iov_copy(iov, n, buf + (off - start), write);
 	return write ? transfer(b, true, start, &whole, 1, end - start, flags) : 0;
 }
 

@@ -287,6 +287,64 @@ static void test_breakpoints(void **state)
 	workers_destroy(w);
 }
 
+/* --- quorum and blkverify --- */
+
+#define THREE "driver=quorum,vote-threshold=2,rewrite-corrupted=on,children.0.driver=raw,children.0.file.filename=%1$s/base," \
+	"children.1.driver=qcow2,children.1.file.filename=%1$s/top,children.2.driver=raw,children.2.file.filename=%1$s/third"
+#define PAIR "driver=blkverify,raw.filename=%1$s/base,test.driver=qcow2,test.file.filename=%1$s/top,test.backing="
+
+static void make_third(unsigned char fill)
+{
+	char name[64];
+	snprintf(name, sizeof name, "%s/third", dir);
+	FILE *f = fopen(name, "w");
+	assert_non_null(f);
+	for (unsigned i = 0; i < SIZE; i++)
+		fputc(fill, f);
+	fclose(f);
+}
+
+/* One of three is wrong everywhere: reads of all threads are right beside their writes, and rewriting undoes none. */
+static void test_quorum(void **state)
+{
+	struct workers *w;
+	struct err e = { 0 };
+	uint8_t model[SECTORS], *got = malloc(SIZE);
+	assert_int_equal(workers_create(&w, NULL, 4, &e), 0);
+	make_images(65536, false); /* base is locked by the qcow2 image's backing file, too: a copy for that one */
+	struct block *b = open_options("driver=qcow2,file.driver=file,file.filename=%1$s/top", NULL, true, NULL);
+	assert_int_equal(image_read(b, 0, got, SIZE), 0); /* all of it is in the image now */
+	assert_int_equal(image_set_backing(b, NULL, NULL, &e), 0);
+	block_close(b);
+	make_third(0xee);
+	for (unsigned i = 0; i < SECTORS; i++)
+		model[i] = i % 5 ? (uint8_t)(i % 200 + 1) : 0;
+	b = open_options(THREE, NULL, false, w);
+	hammer(b, model);
+	for (int i = 0; i < 2; i++) {
+		assert_int_equal(image_read(b, 0, got, SIZE), 0);
+		for (unsigned k = 0; k < SIZE; k++)
+			if (got[k] != model[k / 512])
+				fail_msg("byte %u is %u, not %u", k, got[k], model[k / 512]);
+		block_close(b);
+		if (!i) /* the one that was wrong is as the others now */
+			b = open_options("driver=raw,file.filename=%s/third", NULL, false, NULL);
+	}
+	b = open_options(PAIR, NULL, false, w);
+	hammer(b, model);
+	assert_int_equal(image_read(b, 0, got, SIZE), 0);
+	block_close(b);
+	b = open_options("driver=raw,file.filename=%s/base", NULL, false, NULL);
+	assert_int_equal(image_write(b, 4711 * 3, "x", 1), 0);
+	block_close(b);
+	b = open_options(PAIR, NULL, false, w);
+	assert_int_equal(image_read(b, 0, got, 512), 0);
+	assert_int_equal(image_read(b, 0, got, SIZE), -5);
+	block_close(b);
+	free(got);
+	workers_destroy(w);
+}
+
 /* --- descriptions that make no sense: an error or a node, never more --- */
 
 static void test_mutations(void **state)
@@ -295,6 +353,8 @@ static void test_mutations(void **state)
 		"driver=qcow2,file.driver=blkdebug,file.config=%1$s/conf,file.image.filename=%1$s/top,file.inject-error.0.event=none,file.set-state.0.event=pwritev,file.align=4096",
 		"driver=copy-on-read,bottom=x,file.driver=qcow2,file.file.filename=%1$s/top,file.backing.node-name=x,file.backing.driver=raw,file.backing.file.filename=%1$s/base",
 		"driver=throttle,throttle-group=g,file.driver=raw,file.offset=512,file.size=1024,file.file.driver=qcow2,file.file.file.filename=%1$s/top",
+		"driver=quorum,vote-threshold=1,blkverify=off,children.0.driver=raw,children.0.file.filename=%1$s/base,children.1.driver=blkverify,"
+		"children.1.raw.filename=%1$s/conf,children.1.test.driver=qcow2,children.1.test.file.filename=%1$s/top,children.1.test.backing=",
 		"driver=raw,file.driver=blkdebug,file.image.driver=blkdebug,file.image.image.filename=blkdebug::%1$s/base",
 	};
 	static const char conf[] = "[inject-error]\nevent = \"write_aio\"\nstate = \"1\"\nsector = \"12\"\n\n# x\n[set-state \"a\"]\nevent = \"none\"\nnew_state = \"2\"\n";
@@ -391,6 +451,8 @@ static int teardown(void **state)
 	char name[64];
 	snprintf(name, sizeof name, "%s/base", dir);
 	unlink(name);
+	snprintf(name, sizeof name, "%s/third", dir);
+	unlink(name);
 	snprintf(name, sizeof name, "%s/top", dir);
 	unlink(name);
 	return rmdir(dir);
@@ -399,6 +461,6 @@ static int teardown(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = { cmocka_unit_test(test_cor), cmocka_unit_test(test_blkdebug_limits), cmocka_unit_test(test_breakpoints),
-					    cmocka_unit_test(test_mutations), cmocka_unit_test(test_drain) };
+					    cmocka_unit_test(test_mutations), cmocka_unit_test(test_quorum), cmocka_unit_test(test_drain) };
 	return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -94,6 +94,27 @@ BREAKS = [
     (I, "break write_aio A", "remove_break A", "aio_write 0 4k", "aio_flush", "resume A"),
     (I, "break read_backing_aio A", "aio_read -P 1 64k 4k", "wait_break A", "resume A", "aio_flush", "aio_read -P 2 0 4k", "aio_flush"),
 ]
+V = "--image-opts driver=blkverify,"
+Q = "driver=quorum,children.0.driver=raw,children.0.file.filename=raw,children.1.driver=qcow2,children.1.file.filename=four.q"
+THIRD = ",children.2.driver=raw,children.2.file.filename=raw3"
+PAIR_CMDS = ("read -P 0 0 64k", "read -P 7 64k 64k", "write -P 3 8k 4k", "write -P 4 512 1k", "discard 0 64k", "flush", "map", "length", "truncate 5M", "length", "read 0 4M")
+MIRRORS = [
+    ("blkverify:raw4:four.q", *PAIR_CMDS[:8]), ("-r blkverify:raw:four.q", "read 0 4k", "write 0 4k"), ("-f qcow2 blkverify:raw:four.q", "length"),
+    *[(name, "length") for name in ("blkverify:raw4", "blkverify:raw4:", "blkverify:", "blkverify:nothing:raw", "blkverify::raw4", "blkverify:inside:four.q", "blkverify:raw:base.q")],
+    (V + "raw.driver=file,raw.filename=raw4,test.driver=qcow2,test.file.filename=four.q", "read 0 64k", "write 0 100"),
+    (V + "raw.driver=file,raw.filename=raw4", "length"), (V + "test.driver=qcow2,test.file.filename=four.q", "length"),
+    (V + "raw.filename=raw4,test.file.filename=four.q", "length", "read 64k 4k"), (V + "raw.filename=raw4,test.filename=four.q", "length"),
+    *[(Q + o, *PAIR_CMDS) for o in (
+        "", ",vote-threshold=0", ",vote-threshold=3", ",vote-threshold=2,blkverify=on,rewrite-corrupted=on", ",vote-threshold=1,blkverify=on", ",read-pattern=fifo",
+        ",vote-threshold=1,read-pattern=fifo", ",vote-threshold=2,read-pattern=foo", ",vote-threshold=2,foo=1", ",vote-threshold=x", THIRD + ",vote-threshold=2",
+        THIRD + ",vote-threshold=3", THIRD + ",vote-threshold=2,rewrite-corrupted=on", ",children.2.driver=raw,children.2.file.filename=inside,vote-threshold=2",
+        ",children.3.driver=raw,children.3.file.filename=raw3,vote-threshold=2", ",children.2.filename=raw3,vote-threshold=2")],
+    ("driver=quorum,vote-threshold=1", "length"),
+    ('json:{"driver":"quorum","vote-threshold":1,"children":[{"driver":"raw","file":{"driver":"file","filename":"raw"}},{"driver":"qcow2","file":{"driver":"file","filename":"four.q"}}]}',
+     "read -P 7 64k 64k", "write -P 5 0 4k", "length"),
+    (Q + ",children.2.driver=raw,children.2.file.driver=blkdebug,children.2.file.image.filename=raw3,children.2.file.inject-error.0.event=none,vote-threshold=2", *PAIR_CMDS),
+    (Q + ",children.2.driver=raw,children.2.file.driver=blkdebug,children.2.file.image.filename=raw3,children.2.file.inject-error.0.event=none,vote-threshold=3", *PAIR_CMDS),
+]
 CONFIGS = {"c1": '[inject-error]\nevent = "write_aio"\nerrno = "28"\nonce = "on"\n', "c2": '# two\n\n[set-state "a"]\nevent = "write_aio"\nstate = "1"\nnew_state = "2"\n'
            '[inject-error "b"]\n  event = "write_aio"\n  state = "2"\n', "bad1": "[inject-error]\nevent = write_aio\n", "bad2": 'event = "write_aio"\n', "bad3": '[foo]\nevent = "none"\n',
            "bad4": '[inject-error]\nevent = "write_aio"\nfoo = "x"', "bad5": '[inject-error]\n \nevent = "write_aio"', "empty": ""}
@@ -106,6 +127,13 @@ GRAPHS = [
     ("q", ["driver=file,node-name=f,filename=top.q", "driver=file,node-name=bf,filename=other.q,read-only=on", "driver=qcow2,node-name=b,file=bf,read-only=on",
            "driver=throttle,node-name=t,throttle-group=g,file=b,read-only=on", "driver=qcow2,node-name=q,file=f,backing=t"], ("read -P 2 0 64k", "read -P 3 64k 64k")),
     ("t", ["driver=file,node-name=f,filename=top.q", "driver=throttle,node-name=t,throttle-group=none,file=f"], ()),
+    ("q", ["driver=file,node-name=f0,filename=raw", "driver=raw,node-name=r0,file=f0", "driver=file,node-name=f1,filename=four.q", "driver=qcow2,node-name=r1,file=f1",
+           "driver=quorum,node-name=q,vote-threshold=2,children.0=r0,children.1=r1"], ("length", "read -P 7 64k 64k")),
+    ("v", ["driver=file,node-name=f0,filename=raw", "driver=file,node-name=f1,filename=four.q", "driver=qcow2,node-name=r1,file=f1",
+           "driver=blkverify,node-name=v,raw=f0,test=r1"], ("length", "read -P 7 64k 64k")),
+    ("q", ["driver=file,node-name=f,filename=top.q", "driver=blkdebug,node-name=d,image=f,align=4096", "driver=qcow2,node-name=q,file=d"], ("read -P 2 0 64k",)),
+    ("c", ["driver=file,node-name=f,filename=top.q", "driver=qcow2,node-name=q,file=f", "driver=copy-on-read,node-name=c,file=q"], ("read -P 1 64k 64k",)),
+    ("c", ["driver=file,node-name=f,filename=top.q,read-only=on", "driver=qcow2,node-name=q,file=f,read-only=on", "driver=copy-on-read,node-name=c,file=q"], ()),
 ]
 DRIVES = {
     True: ["file.driver=raw,file.file.filename=top.q,format=qcow2", "file=top.q,copy-on-read=on", "file=top.q,copy-on-read=on,readonly=on"],
@@ -118,6 +146,10 @@ def more_images(d):
     g.run("qemu-img", "create", "-f", "raw", "inside", "1M", cwd=d)
     with open(os.path.join(d, "inside"), "ab") as f, open(os.path.join(d, "top.q"), "rb") as t:
         f.write(t.read())
+    for name in ("raw3", "raw4"):
+        shutil.copy(os.path.join(d, "raw"), os.path.join(d, name))
+    g.run("qemu-io", "-f", "raw", "-c", "write -P 9 0 4k", "-c", "write -P 0 128k 64k", "raw3", cwd=d)
+    g.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "raw", "four.q", cwd=d)
     for name, text in CONFIGS.items():
         with open(os.path.join(d, name), "w", encoding="utf-8") as f:
             f.write(text)
@@ -153,11 +185,11 @@ def main():
         os.mkdir(os.path.join(tmp, "images"))
         g.make(os.path.join(tmp, "images"))
         more_images(os.path.join(tmp, "images"))
-        g.cases(tmp, io, THROTTLE + COR + BLKDEBUG + BREAKS)
+        g.cases(tmp, io, THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS)
         g.graphs(tmp, lodge, GRAPHS, GROUP)
         g.drives(tmp, lodge, DRIVES)
         slow(tmp, io)
-    print(f"filter_test: {len(THROTTLE + COR + BLKDEBUG + BREAKS)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
+    print(f"filter_test: {len(THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
     return bool(g.bad)
 
 
