@@ -117,19 +117,6 @@ void em_charge(struct em *e, struct cpu *c, uint32_t n)
 	n < 128 ? e8(e, n) : e32(e, n);
 }
 
-void em_lookup(struct em *e, const struct jit *j, uint8_t *out[LOOKUP_OUT])
-{
-	const struct jit_ind *ind = j->low->ind;
-
-	out[0] = em_jcc(e, 14);                                 /* jle: of the budget */
-	EM(e, 0x0f, 0xb7, 0xc8, 0x48, 0xc1, 0xf8, 0x10);        /* movzx ecx, ax ; sar rax, 16 */
-	out[1] = em_jcc(e, 4);                                  /* jz: an empty entry would do */
-	em_mem(e, true, 0x63, ST, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->high);        /* movsxd */
-	EM(e, 0x49, 0x39, 0xc7);                                /* cmp r15, rax */
-	out[2] = em_jcc(e, 5);
-	em_mem(e, false, 0x8b, SA, -1, H_RCX, 3, (int32_t)(uintptr_t)&ind->at);
-}
-
 /* -- thunks -------------------------------------------------------------------------------------- */
 static void load_all(struct em *e, struct cpu *c, const int8_t *map)
 {
@@ -285,17 +272,43 @@ static void thunk_span(struct jit *j, struct em *e, unsigned mode, bool write)
 	EM(e, 0x31, 0xc9, 0xc3);                                /* xor ecx, ecx ; ret */
 }
 
-/* lookup: the same for em_lookup(). */
+/*
+ * lookup: the code for the target of an indirect jump in rax, as `check`; the flags are em_charge()'s. The table of indirect targets has it, or else it is
+ * looked for, in C.
+ */
 static void thunk_lookup(struct jit *j, struct em *e)
 {
-	uint8_t *out[LOOKUP_OUT];
+	uint8_t *out, *other, *far, *none;
 
 	em_align(e);
 	j->lookup = (uint32_t)(e->p - j->rw);
-	em_lookup(e, j, out);
+	out = em_jcc(e, 14);                                    /* jle */
+	em_to(out, j->rw + j->fail);
+	EM(e, 0x89, 0xc1, 0x81, 0xe1);                          /* mov ecx, eax ; and ecx, index */
+	e32(e, (uint32_t)((BIT(IND_BITS) - 1) << IND_LOW));
+	em_mem(e, true, 0x63, ST, H_RCX, -1, 0, (int32_t)(uintptr_t)&j->low->ind->high);        /* movsxd */
+	em_mem(e, false, 0x8b, SC, SC, -1, 0, (int32_t)(uintptr_t)&j->low->ind->at);
+	EM(e, 0x49, 0xc1, 0xe7, IND_HIGH, 0x49, 0x31, 0xc7);    /* shl r15, 18 ; xor r15, rax: its low bits, if it is that address */
+	EM(e, 0x30, 0xc1, 0xf6, 0xc1, 0x0f);                    /* xor cl, al ; test cl, 15 */
+	other = em_jcc(e, 5);
+	EM(e, 0x49, 0x81, 0xff);                                /* cmp r15, */
+	e32(e, (uint32_t)(BIT(IND_HIGH) - 1));
+	far = em_jcc(e, 7);
+	EM(e, 0x81, 0xf9, 0x00, 0x01, 0x00, 0x00);              /* cmp ecx, 256 */
+	none = em_jcc(e, 2);
+	EM(e, 0x89, 0xc8, 0xc3);                                /* mov eax, ecx ; ret */
+	em_here(e, other);
+	em_here(e, far);
+	em_here(e, none);
+	EM(e, 0x52, 0x56, 0x57, 0x41, 0x50, 0x41, 0x51, 0x41, 0x52, 0x41, 0x53);        /* push rdx, rsi, rdi, r8-r11 */
+	em_imm(e, H_RDI, (uintptr_t)j);
+	em_mov(e, H_RSI, SA);
+	em_imm(e, H_RAX, (uintptr_t)jit_find);
+	EM(e, 0xff, 0xd0);                                      /* call rax */
+	EM(e, 0x41, 0x5b, 0x41, 0x5a, 0x41, 0x59, 0x41, 0x58, 0x5f, 0x5e, 0x5a);
+	EM(e, 0x48, 0x85, 0xc0);                                /* test rax, rax */
+	em_to(em_jcc(e, 4), j->rw + j->fail);
 	e8(e, 0xc3);
-	for (unsigned n = 0; n < LOOKUP_OUT; n++)
-		em_to(out[n], j->rw + j->fail);
 }
 
 static void thunks_check(struct jit *j, struct em *e)

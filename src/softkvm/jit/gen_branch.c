@@ -140,17 +140,8 @@ static struct cold *cold_last(struct tr *t, unsigned n)
  */
 static void lookup(struct tr *t, unsigned n, struct cold *k)
 {
-	struct em *e = &t->h;
-	uint8_t *out[LOOKUP_OUT];
-
-	em_charge(e, t->c, tr_count(t, n));
-	if (!t->k->in_line) {
-		gen_call_check(t, k, t->j->lookup);
-		return;
-	}
-	em_lookup(e, t->j, out);
-	for (unsigned m = 0; m < LOOKUP_OUT; m++)
-		cold_from(k, out[m]);
+	em_charge(&t->h, t->c, tr_count(t, n));
+	gen_call_check(t, k, t->j->lookup);
 }
 
 static void go(struct tr *t)

@@ -14,7 +14,8 @@ static void want(struct jit *j, struct jit_code *k)
 {
 	k->wanted = true;
 	jit_cut_incoming(j, k);
-	code_moves(j, k);       /* nor is it found by the table of indirect targets */
+	code_moves(j, k);       /* nor is it found by lookups */
+	jit_page_hide(j, k);
 }
 
 void heat_begin(const struct jit *j, struct jit_code *k)

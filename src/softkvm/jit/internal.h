@@ -43,10 +43,15 @@ struct jit_page {
 	uint64_t gpa;
 	const _Atomic uint32_t *ver;    /* which page: where its version is */
 	uint32_t mode;
+	low_ptr slots;                  /* jit_slot: a table of `size`, a power of two or 0, `used` of them ever */
+	uint16_t size, used;
 	bool moves;                     /* its translations read `lin` */
 	struct jit_code *codes;         /* if it moves */
 	struct jit_page *next;          /* of the same hash */
 };
+_Static_assert(sizeof(struct jit_page) == 64, "jit_page: a cache line");
+/* Where the entry of the translation of an offset in the page is, an address; 0: it has none now. */
+struct jit_slot { uint16_t off1; uint32_t at; };        /* off1: the offset plus one; 0: free, so none is behind it */
 #define JIT_PAGE_BITS 12
 #define JIT_AT_BITS 10
 
@@ -143,16 +148,28 @@ bool jit_link_near(const struct jit_link *l);
 uint32_t jit_link_at2(const struct jit_link *l);
 
 /*
- * Recent targets of indirect jumps, at the index of the address' lowest 16 bits: the others (of an address that 48 bits hold, and not 0), and where the
- * entry of its translation is, which looks whether it is good. 0: empty.
+ * Recent targets of indirect jumps, at the index of the address' bits 3 to 17, so that those of a function are neighbours: bits 18 to 47, sign-extended, and
+ * where the entry of its translation is, which looks whether it is good. The entry's address is a multiple of 16; its lowest byte is xored with the
+ * address' one, so that whoever xors it again has four bits that are 0 if it is that address, as the rest of the byte is part of the index. An
+ * empty entry, all 0, would be one of low addresses, so what comes of it is looked at: less than 256.
  */
 struct jit_ind { int32_t high; uint32_t at; };
+#define IND_BITS 15
+#define IND_LOW 3
+#define IND_HIGH (IND_BITS + IND_LOW)
+static inline unsigned jit_ind_index(uint64_t rip) { return rip >> IND_LOW & (BIT(IND_BITS) - 1); }
+/* Where it is entered, 0: not known. */
+static inline uint32_t jit_ind_entry(const struct jit_ind *table, uint64_t rip)
+{
+	const struct jit_ind *i = &table[jit_ind_index(rip)];
+	uint32_t at = i->at ^ (uint8_t)rip;
 
-static inline bool jit_ind_is(const struct jit_ind *i, uint64_t rip) { return (int64_t)rip >> 16 == i->high && i->at; }
+	return (int64_t)rip >> IND_HIGH == i->high && !(at & 15) && at > UINT8_MAX ? at : 0;
+}
 
 /* The part that translated code addresses: below 2 GiB. */
 struct jit_low {
-	struct jit_ind ind[1 << 16];
+	struct jit_ind ind[1 << IND_BITS];
 	uint64_t stamp;                 /* of the code that runs: block_cache generation and mode */
 	uint8_t vec_ok;                 /* JV_*: vector and x87 state that is the host's now, and what may use it (live.c) */
 	uint8_t narrow;                 /* load 16 bytes only */
@@ -271,9 +288,6 @@ void em_here(struct em *e, uint8_t *rel32);                             /* that 
 void em_to(uint8_t *rel32, const uint8_t *target);
 void em_align(struct em *e);
 void em_flags(struct em *e, struct cpu *c);                             /* the host's from cpu->aflags; uses SA */
-/* The code for the target of an indirect jump in SA, if the table has it; the flags are em_charge()'s. `out`: jumps that are taken if not. */
-#define LOOKUP_OUT 3
-void em_lookup(struct em *e, const struct jit *j, uint8_t *out[LOOKUP_OUT]);
 void em_charge(struct em *e, struct cpu *c, uint32_t n);                /* instructions, of the budget; the host's flags say what is left */
 /* ST, scratch SC: from linear address to host address of an access, if `t`, a TLB's table, has it. Returns the jump that is taken if not. `apart`: the
  * host address is ST + SC then, a cycle earlier. */
@@ -323,13 +337,32 @@ void points_unmap(struct jit *j);
 
 /* page.c. The new translation `k` belongs to a page, which is at k->rip now. jit_page_add(): it is complete. */
 void jit_page_join(struct jit *j, struct jit_code *k);
-void jit_page_add(struct jit_code *k);
+void jit_page_add(struct jit *j, struct jit_code *k);
+/* Lookups do not find it any more. */
+void jit_page_hide(struct jit *j, const struct jit_code *k);
 /* Jumps between it and other pages, and lookups that lead to it, have to ask anew. */
 void code_moves(struct jit *j, struct jit_code *k);
 /* Nobody can come to it any more: replaced, and its page has another version since, as its entry will find. */
 bool code_gone(const struct jit_code *k);
 /* The page is where `rip` is from now on. Never while its code runs. */
 void jit_page_move(struct jit *j, struct jit_page *p, uint64_t rip);
+
+/*
+ * find.c: where the translation of what is at `rip` now is entered, for a lookup that the table of indirect targets could not answer, and which it can
+ * from now on. 0: the loop may know. Leaves the host's vector registers alone.
+ */
+uint64_t jit_find(struct jit *j, uint64_t rip);
+struct jit_slot *jit_slot_of(struct jit_page *p, uint64_t rip);         /* its slot, or a free one; NULL: no table */
+/* Pages whose code was entered lately. */
+static inline struct jit_page **jit_page_at(struct jit *j, uint64_t rip) { return &j->at[rip >> 12 & ((1u << JIT_AT_BITS) - 1)]; }
+static inline uint32_t jit_stamp_mode(uint64_t stamp) { return (uint32_t)stamp & ~(1u << 31); }
+static inline void jit_ind_put(struct jit *j, uint64_t rip, uint32_t entry)
+{
+	int64_t high = (int64_t)rip >> IND_HIGH;
+
+	if (high == (int64_t)((uint64_t)high << 34) >> 34)      /* what bits 18 to 47 hold */
+		j->low->ind[jit_ind_index(rip)] = (struct jit_ind){ .high = (int32_t)high, .at = entry ^ (uint8_t)rip };
+}
 
 /* live.c: vector and x87 state. */
 void live_emit_save(struct em *e, struct jit *j);

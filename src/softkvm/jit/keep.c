@@ -27,6 +27,7 @@ bool jit_blocks_begin(struct cpu *c)
 		*at = k->next;
 		jit_cut_incoming(j, k);
 		jit_cut_outgoing(j, k);
+		jit_page_hide(j, k);
 		code_moves(j, k);       /* nor by the table of indirect targets: it does not move with its page any more */
 		k->b = NULL;
 		any = true;

@@ -6,6 +6,8 @@
  */
 #include "softkvm/jit/internal.h"
 
+#define SLOTS_FIRST 4
+
 /* Code whose address fits an immediate stays: the kernel's, and programs linked to a place. */
 static bool may_move(uint32_t mode, uint64_t rip)
 {
@@ -41,8 +43,46 @@ void jit_page_join(struct jit *j, struct jit_code *k)
 	k->page = p;
 }
 
-void jit_page_add(struct jit_code *k)
+/* Room for one more slot, no more than three quarters of them in use; without it the lookup is the loop's. */
+static bool slots_grow(struct jit *j, struct jit_page *p)
 {
+	struct jit_slot *old = LOW_PTR(struct jit_slot, p->slots);
+	unsigned had = p->size, size = had ? had * 2 : SLOTS_FIRST;
+	struct jit_slot *s;
+
+	if (p->used + 1u <= had / 4 * 3)
+		return true;
+	s = jit_arena(j, size * sizeof *s);
+	if (!s)
+		return false;
+	memset(s, 0, size * sizeof *s);
+	p->slots = low_of(s);
+	p->size = (uint16_t)size;
+	p->used = 0;
+	for (unsigned n = 0; n < had; n++)
+		if (old[n].at) {
+			*jit_slot_of(p, old[n].off1 - 1u) = old[n];
+			p->used++;
+		}
+	return true;
+}
+
+void jit_page_hide(struct jit *j, const struct jit_code *k)
+{
+	struct jit_slot *s = jit_slot_of(k->page, k->rip);
+
+	if (s && s->off1 && s->at == jit_entry(j, k))
+		s->at = 0;
+}
+
+void jit_page_add(struct jit *j, struct jit_code *k)
+{
+	if (slots_grow(j, k->page)) {
+		struct jit_slot *s = jit_slot_of(k->page, k->rip);
+
+		k->page->used += !s->off1;
+		*s = (struct jit_slot){ .off1 = (uint16_t)((k->rip & 4095) + 1), .at = jit_entry(j, k) };
+	}
 	if (!k->page->moves)
 		return;
 	k->page_next = k->page->codes;
@@ -52,10 +92,9 @@ void jit_page_add(struct jit_code *k)
 void code_moves(struct jit *j, struct jit_code *k)
 {
 	uint64_t rip = jit_code_rip(k);
-	struct jit_ind *i = &j->low->ind[(uint16_t)rip];
 
-	if (jit_ind_is(i, rip) && i->at == jit_entry(j, k))
-		*i = (struct jit_ind){ 0 };
+	if (jit_ind_entry(j->low->ind, rip) == jit_entry(j, k))
+		j->low->ind[jit_ind_index(rip)] = (struct jit_ind){ 0 };
 	jit_cut_far(j, k);
 	k->stamp = 0;
 }
@@ -73,6 +112,7 @@ void jit_page_move(struct jit *j, struct jit_page *p, uint64_t rip)
 		code_moves(j, k);
 		if (code_gone(k)) {
 			*at = k->page_next;
+			jit_page_hide(j, k);
 			jit_cut_incoming(j, k);
 		} else {
 			at = &k->page_next;

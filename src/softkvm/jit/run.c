@@ -282,14 +282,6 @@ static void resolve(struct jit *j, struct jit_link *l, struct jit_code *to)
 }
 
 /* -- running ------------------------------------------------------------------------------------- */
-static struct jit_page **page_at(struct jit *j, uint64_t rip) { return &j->at[rip >> 12 & ((1u << JIT_AT_BITS) - 1)]; }
-
-static void ind_put(struct jit *j, uint64_t rip, const struct jit_code *k)
-{
-	if (rip >> 16 && (int64_t)rip >> 16 == (int32_t)((int64_t)rip >> 16))
-		j->low->ind[(uint16_t)rip] = (struct jit_ind){ .high = (int32_t)((int64_t)rip >> 16), .at = jit_entry(j, k) };
-}
-
 /* The loop would find nothing to do but to look up cpu->rip, where code of a mode that is translated goes on: its stamp, else 0. */
 static uint64_t may_go_on(struct cpu *c, const struct jit *j)
 {
@@ -323,11 +315,11 @@ static bool same_page(struct cpu *c, struct jit_page *p, uint64_t stamp)
  */
 static struct jit_code *page_code(struct cpu *c, struct jit *j, uint64_t stamp)
 {
-	struct jit_page *p = *page_at(j, c->rip);
+	struct jit_page *p = *jit_page_at(j, c->rip);
 	struct jit_code *k;
 	const struct block *b;
 
-	if (!p || p->lin != (c->rip & ~4095ull) || p->mode != (uint32_t)(stamp & ~(1u << 31)) || !same_page(c, p, stamp))
+	if (!p || p->lin != (c->rip & ~4095ull) || p->mode != jit_stamp_mode(stamp) || !same_page(c, p, stamp))
 		return NULL;
 	b = block_hash_find(c->blocks, p->gpa | (c->rip & 4095), p->mode);
 	if (!b || b->cross || b->ver != p->ver || b->ver_value != atomic_load_explicit(p->ver, memory_order_acquire))
@@ -336,7 +328,7 @@ static struct jit_code *page_code(struct cpu *c, struct jit *j, uint64_t stamp)
 	if (!k || k->page != p || k->wanted)
 		return NULL;
 	j->low->stamp = stamp;
-	ind_put(j, c->rip, k);
+	jit_ind_put(j, c->rip, jit_entry(j, k));
 	return k;
 }
 
@@ -346,14 +338,14 @@ static struct jit_code *page_code(struct cpu *c, struct jit *j, uint64_t stamp)
  */
 static uint64_t next_code(struct cpu *c, struct jit *j)
 {
-	const struct jit_ind *ind = &j->low->ind[(uint16_t)c->rip];
 	uint64_t stamp = may_go_on(c, j);
 	const struct jit_code *k;
-	uint32_t at = ind->at;
+	uint32_t at;
 
 	if (!stamp)
 		return 1;
-	if (!jit_ind_is(ind, c->rip) || entry_stamp(at) != stamp) {
+	at = jit_ind_entry(j->low->ind, c->rip);
+	if (!at || entry_stamp(at) != stamp) {
 		k = page_code(c, j, stamp);
 		if (!k)
 			return 1;
@@ -524,8 +516,8 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 		code_valid(j, k, stamp);
 	if (want)
 		resolve(j, want, k);
-	*page_at(j, c->rip) = k->page;
-	ind_put(j, c->rip, k);
+	*jit_page_at(j, c->rip) = k->page;
+	jit_ind_put(j, c->rip, jit_entry(j, k));
 	return run_linked(c, j, k);
 }
 

@@ -646,7 +646,7 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	count(t, (size_t)(t->h.p - h.p) + (size_t)(t->cold.p - cold.p));
 	unmap_written(j, (size_t)(t->h.p - h.p) + (size_t)(t->cold.p - cold.p));
 	jit_code_grown(j);
-	jit_page_add(k);
+	jit_page_add(j, k);
 	k->next = j->codes;
 	j->codes = k;
 	b->code = k;

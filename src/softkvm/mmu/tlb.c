@@ -106,11 +106,6 @@ static void left_forget(struct itlb *t, bool all, unsigned pcid)
 			t->left[i].valid = false;
 }
 
-static void fetch_note(struct itlb *t, uint64_t lin, int user)
-{
-	t->fetched[user][(lin >> 18) % FETCH_WORDS] |= 1ull << (lin >> 12 & 63);
-}
-
 static void itlb_clear(struct cpu *c, bool global_too)
 {
 	struct itlb *t = c->itlb;
@@ -313,14 +308,12 @@ static void check_fetch(struct cpu *c, uint64_t lin)
 void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 {
 	bool user = c->cpl == 3;
-	uint64_t key = (lin & ~4095ull) | (user ? 3 : 1);
-	unsigned i = (lin >> 12) % ITLB_ENTRIES;
-	struct itlb_entry *e = &c->itlb->e[i];
+	unsigned i = itlb_index(lin);
+	const struct code_page *have = itlb_fetch(c->itlb, lin, user);
 	struct walk w;
 
-	fetch_note(c->itlb, lin, user);
-	if (likely(e->key == key)) {
-		*out = e->page;
+	if (likely(have)) {
+		*out = *have;
 		return;
 	}
 	check_fetch(c, lin);
@@ -336,7 +329,7 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 		return;
 	if (!c->vm->client_tells_code)
 		watch_enter(c->vm, out->ver);
-	*e = (struct itlb_entry){ key, *out, w.global };
+	c->itlb->e[i] = (struct itlb_entry){ itlb_key(lin, user), *out, w.global };
 	if (!user && !w.global)
 		c->itlb->sup_nonglobal = true;
 	if (user && w.global)

@@ -76,6 +76,17 @@ struct itlb {
 	uint64_t large2m[16], large1g[16];
 };
 
+static inline uint64_t itlb_key(uint64_t lin, bool user) { return (lin & ~4095ull) | (user ? 3 : 1); }
+static inline unsigned itlb_index(uint64_t lin) { return (lin >> 12) % ITLB_ENTRIES; }
+/* What is fetched from that page of code, NULL if it has to be looked up. */
+static inline const struct code_page *itlb_fetch(struct itlb *t, uint64_t lin, bool user)
+{
+	const struct itlb_entry *e = &t->e[itlb_index(lin)];
+
+	t->fetched[user][(lin >> 18) % FETCH_WORDS] |= 1ull << (lin >> 12 & 63);
+	return likely(e->key == itlb_key(lin, user)) ? &e->page : NULL;
+}
+
 #define PWC_GEN_BITS 28
 static inline uint64_t pwc_key(const struct itlb *t, uint64_t lin)
 {
