@@ -84,6 +84,7 @@ static int open_disks(struct backends *b, struct vm_opts *o, struct loop *l, str
 		bo.snapshot |= o->snapshot;
 		bo.tls = &o->tls;
 		bo.throttles = &b->groups;
+		bo.options = o->drives[i].whole ? &o->drives[i].node : NULL;
 		bo.leaf = o->drives[i].leaf.n ? &o->drives[i].leaf : NULL;
 		bo.backing_options = o->drives[i].backing.n ? &o->drives[i].backing : NULL;
 		bo.data_options = o->drives[i].data.n ? &o->drives[i].data : NULL;

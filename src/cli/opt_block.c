@@ -46,6 +46,9 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 		if (b->format && strcmp(b->format, v))
 			return err_set(err, -EINVAL, "%s: format=%s and driver=%s are both given", what, b->format, v);
 		b->format = !strcmp(v, "file") || !strcmp(v, "host_device") ? "raw" : v;
+		d->whole = strcmp(b->format, "raw") && block_check_format(what, v, NULL);
+		if (d->whole) /* a node of another kind, described by the keys that are no drive's */
+			b->format = NULL;
 	}
 	if (b->format && (ret = block_check_format(what, b->format, err)))
 		return ret;
@@ -64,7 +67,7 @@ static int common_keys(struct vm_drive *d, const char *what, struct err *err)
 	    (ret = detect_zeroes_key(what, keyvals_get(l, "detect-zeroes"), b, err)) ||
 	    (ret = block_aio_key(what, keyvals_get(l, "aio"), b, err)) ||
 	    (ret = throttle_keys(l, what, "throttling.", &d->limits, err)) ||
-	    (ret = block_format_keys(l, what, b, err)) ||
+	    (!d->whole && (ret = block_format_keys(l, what, b, err))) ||
 	    (ret = keyvals_bool(l, what, "copy-on-read", &b->copy_on_read, err)))
 		return ret;
 	if (b->copy_on_read && b->read_only) {
@@ -105,6 +108,21 @@ static int drive_device(struct vm_opts *o, struct vm_drive *d, const char *what,
 	return keyvals_parse(l, what, text, "driver", err);
 }
 
+/* What nobody took describes the node. */
+static int whole_node(struct vm_drive *d, struct err *err)
+{
+	int ret = keyvals_add(&d->node, "driver", keyvals_get(&d->text, "driver"));
+
+	for (unsigned i = 0; !ret && i < d->text.n; i++) {
+		struct keyval *kv = &d->text.o[i];
+
+		if (!kv->used)
+			ret = keyvals_add(&d->node, kv->key, kv->val);
+		kv->used = true;
+	}
+	return ret ? err_set(err, -ENOMEM, "out of memory") : 0;
+}
+
 /* `device`: the class behind it, NULL: a -device will name it. */
 static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what, const char *device, struct err *err)
 {
@@ -115,6 +133,12 @@ static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what,
 
 	if (ret)
 		return ret;
+	d->id = v ? vmopts_printf(o, "%s", v) : vmopts_printf(o, "#drive%u", o->auto_ids++);
+	if (d->whole) {
+		if (device && (ret = drive_device(o, d, what, device, err)))
+			return ret;
+		return whole_node(d, err);
+	}
 	d->file = vmopts_printf(o, "%s", keyvals_get(&d->text, "file") ? keyvals_get(&d->text, "file") : "");
 	if (!*d->file && keyvals_get(&d->text, "filename"))
 		d->file = vmopts_printf(o, "%s", keyvals_get(&d->text, "filename"));
@@ -130,7 +154,6 @@ static int finish_drive(struct vm_opts *o, struct vm_drive *d, const char *what,
 	d->empty = !*d->file && !d->leaf.n;
 	if (d->empty && device && strcmp(device, "scsi-cd"))
 		return err_set(err, -EINVAL, "%s: file= is missing: the disk needs media, but the drive is empty (only a CD drive may be)", what);
-	d->id = v ? vmopts_printf(o, "%s", v) : vmopts_printf(o, "#drive%u", o->auto_ids++);
 	if (device && (ret = drive_device(o, d, what, device, err)))
 		return ret;
 	return keyvals_end(&d->text, what, err);

@@ -75,6 +75,7 @@ void vmopts_free(struct vm_opts *o)
 		keyvals_free(&o->drives[i].leaf);
 		keyvals_free(&o->drives[i].backing);
 		keyvals_free(&o->drives[i].data);
+		keyvals_free(&o->drives[i].node);
 	}
 	for (unsigned i = 0; i < o->nnodes; i++) {
 		keyvals_free(&o->nodes[i].opts);

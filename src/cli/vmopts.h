@@ -23,6 +23,8 @@ struct vm_drive {
 	struct block_opts b;            /* strings owned by `text` */
 	struct keyvals text;
 	struct keyvals leaf, backing, data; /* file.driver=..., backing.*, data-file.*, for the block layer */
+	struct keyvals node;            /* whole: driver= names no format and no file, and this describes it */
+	bool whole;
 	char *id, *file;
 	const char *place;              /* index= or unit=, on the bus of `cls`; NULL: the next free one */
 	bool empty;                     /* a drive without a medium */

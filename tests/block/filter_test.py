@@ -136,8 +136,11 @@ GRAPHS = [
     ("c", ["driver=file,node-name=f,filename=top.q,read-only=on", "driver=qcow2,node-name=q,file=f,read-only=on", "driver=copy-on-read,node-name=c,file=q"], ()),
 ]
 DRIVES = {
-    True: ["file.driver=raw,file.file.filename=top.q,format=qcow2", "file=top.q,copy-on-read=on", "file=top.q,copy-on-read=on,readonly=on"],
-    False: ["file.driver=throttle,file.throttle-group=none,file.file.filename=top.q,format=qcow2", "file=top.q,copy-on-read=maybe"],
+    True: ["file.driver=raw,file.file.filename=top.q,format=qcow2", "file=top.q,copy-on-read=on", "file=top.q,copy-on-read=on,readonly=on",
+           Q + ",vote-threshold=2", "driver=copy-on-read,file.driver=qcow2,file.file.filename=top.q,cache=none,serial=x", "file=blkdebug:c1:top.q,format=qcow2",
+           "file.driver=blkdebug,file.image.filename=top.q,format=qcow2", "driver=null-co,size=1M", "file=blkverify:raw4:four.q,format=raw"],
+    False: ["file.driver=throttle,file.throttle-group=none,file.file.filename=top.q,format=qcow2", "file=top.q,copy-on-read=maybe", Q + ",vote-threshold=5", "driver=copy-on-read,file=top.q", "driver=nonsense,file=top.q",
+            "driver=copy-on-read,file.driver=qcow2,file.file.filename=top.q,readonly=on", "driver=null-co,size=1M,foo=1"],
 }
 
 
