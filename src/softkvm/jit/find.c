@@ -26,7 +26,7 @@ static bool still_there(struct jit *j, struct jit_page *p, uint64_t rip)
 
 	if (p->stamp == j->low->stamp)
 		return true;
-	g = itlb_fetch(j->c->itlb, rip, j->c->cpl == 3);
+	g = itlb_fetch(j->c->itlb, rip, p->mode & BM_USER);        /* cpu->cpl may be about to change */
 	if (!g || !g->host || g->ver != p->ver)
 		return false;
 	p->stamp = j->low->stamp;

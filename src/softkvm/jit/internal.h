@@ -402,7 +402,7 @@ struct tinsn {
 struct fill { uint8_t *from, *back; uint16_t point; uint8_t order; bool write, apart; };
 
 struct cold {
-	uint8_t *from[6];
+	uint8_t *from[8];
 	unsigned nfrom, nfills;
 	uint8_t *back;
 	uint8_t n, count, need;         /* the instructions that go to their handlers; what the code behind relies on */

@@ -42,6 +42,71 @@ GUEST_ASM(loop, 64,
 /* #PF: with EFLAGS.AC the access may be made. */
 GUEST_ASM(on_fault, 64, "inc %r13; add $8, %rsp; orl $0x40000, 16(%rsp); iretq");
 
+#define SELECTORS "mov %cs, %eax;" MIX(rax) "mov %r15, %rax; mov %ss, %ax;" MIX(rax) "mov %r15, %r11; mov %ds, %r11w;" MIX(r11)
+#define WRMSR(number, high, low) "mov $" #number ", %ecx; mov $" #high ", %edx; mov $" #low ", %eax; wrmsr;"
+/*
+ * Ring 3 and back by SYSCALL and SYSRET, 2000 times. The kernel answers with the code at 0x30000; what it gives back as flags is a hash, now
+ * and then with AC, NT or TF, whose trap is counted in r13. r9: PKRU is there; r10 counts as r8 does, in the kernel.
+ */
+GUEST_ASM(to_user, 64,
+	"mov $7, %eax; xor %ecx, %ecx; cpuid; and $8, %ecx; shl $19, %ecx; mov %ecx, %r9d; mov %cr4, %rax; or %rcx, %rax; mov %rax, %cr4;"
+	WRMSR(0xc0000081, 0x00330010, 0x1234) WRMSR(0xc0000082, 0, 0x30000) WRMSR(0xc0000084, 0, 0x47711)
+	"mov $2000, %r8d; xor %r15d, %r15d; xor %r13d, %r13d; mov $0x9e3779b97f4a7c15, %r14; mov $0x200000, %ecx; mov $2, %r11d; mov $0x280000, %esp; sysretq");
+GUEST_ASM(user, 64,
+	"1: mov %r8d, %edx; mov %r15, %r11;" SELECTORS "add %r15, %r14; syscall;" FLAGS RFLAGS MIX(rcx) MIX(r11) SELECTORS
+	"cld; add %r15, %r14; mov %r8, %rbx; syscall; setc %al; movzx %al, %eax;" MIX(rax) "dec %r8d; jnz 1b; xor %edx, %edx; syscall");
+GUEST_ASM(in_kernel, 64,
+	"test %edx, %edx; jz 9f;" FLAGS RFLAGS MIX(rcx) MIX(r11) "mov %rcx, %rbp;" SELECTORS
+	"mov %r8d, %eax; shl $3, %eax; and $0x38, %eax; test $31, %r8b; jnz 4f; or $0x85, %al; 4: mov %ax, 0x101000; add %r15, %r14; verw 0x101000;" FLAGS "cmp %r14, %r15; verw 0x101000; setz %al; setl %ah;" MIX(rax)
+	"cmp %eax, %eax; verw 0x101000; setz %al; setc %ah;" MIX(rax)
+	"test %r9d, %r9d; jz 2f; mov %r15, %rax; xor %ecx, %ecx; rdpkru;" MIX(rax) MIX(rdx) "2: mov %rbp, %rcx;"
+	"mov %r15, %r11; and $0x200cd5, %r11d; mov %r15d, %eax; test $31, %r8b; jnz 3f; and $0x44100, %eax; or %rax, %r11;"
+	"3: mov $1, %edx; sysretq; 9: out %al, $0x80; hlt");
+/* #DB */
+GUEST_ASM(on_step, 64, "inc %r13; andl $0xfffffeff, 16(%rsp); iretq");
+
+static struct kvm_regs run_rings(const char *mode, struct softkvm_stats *s)
+{
+	const uint64_t user_page = 0x200087, ss_and_cs[2] = { 0x00cff3000000ffff, 0x00affb000000ffff };
+	struct kvm_regs r;
+	struct guest g;
+
+	setenv("LODGE_SOFT_MODE", mode, 1);
+	guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+	guest_load(&g, 0x10000, to_user, (size_t)(to_user_end - to_user));
+	guest_load(&g, 0x20000, on_step, (size_t)(on_step_end - on_step));
+	guest_load(&g, 0x30000, in_kernel, (size_t)(in_kernel_end - in_kernel));
+	guest_load(&g, 0x200000, user, (size_t)(user_end - user));
+	guest_long64(&g, 0, 0x10000);
+	guest_load(&g, 0x1038, ss_and_cs, 16);
+	guest_load(&g, 0x5008, &user_page, 8);
+	guest_gate(&g, 64, 1, 0x20000, 0);
+	assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+	guest_get_regs(&g, 0, &r);
+	assert_int_equal(softkvm_vcpu_stats(g.vcpu[0].f, s), 0);
+	guest_destroy(&g);
+	return r;
+}
+
+static void rings_agree(void **state)
+{
+	static const char *const modes[] = { "interp", "translate", "translate-at-once" };
+	struct kvm_regs r[3];
+	struct softkvm_stats s[3];
+
+	for (unsigned m = 0; m < 3; m++) {
+		r[m] = run_rings(modes[m], &s[m]);
+		print_message("%s: %016llx, %llu steps, %llu calls of handlers\n", modes[m], (unsigned long long)r[m].r15, (unsigned long long)r[m].r13,
+			      (unsigned long long)s[m].handler_calls);
+		assert_int_equal(r[m].r8, 0);
+		assert_int_equal(r[m].r13, r[0].r13);
+		assert_int_equal(r[m].r14, r[0].r14);
+		assert_int_equal(r[m].r15, r[0].r15);
+	}
+	assert_true(r[0].r13 > 0);
+	assert_true(s[2].handler_calls < 2000);
+}
+
 static struct kvm_regs run(const char *mode, struct softkvm_stats *s)
 {
 	const uint64_t kernel = 0x83, user = 0x200087;
@@ -85,7 +150,7 @@ static void all_modes_agree(void **state)
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = { cmocka_unit_test(all_modes_agree) };
+	const struct CMUnitTest tests[] = { cmocka_unit_test(all_modes_agree), cmocka_unit_test(rings_agree) };
 
 	if (!__builtin_cpu_supports("bmi2")) {
 		printf("no translator here\n");
