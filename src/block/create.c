@@ -152,9 +152,15 @@ int image_create(const struct image_create *want, struct err *err)
 		r = make_file(c.file, c.tls, &leaf, err);
 	if (r)
 		return r;
-	if (qcow2)
-		return create_qcow2(&c, leaf, err);
-	r = image_resize(leaf, ALIGN_UP(c.size, (uint64_t)512), c.prealloc, err);
-	block_free(leaf);
+	char *path = leaf->nbd || leaf->is_dev ? NULL : realpath(leaf->file, NULL);
+	if (qcow2) {
+		r = create_qcow2(&c, leaf, err);
+	} else {
+		r = image_resize(leaf, ALIGN_UP(c.size, (uint64_t)512), c.prealloc, err);
+		block_free(leaf);
+	}
+	if (r && path) /* half an image is worse than none */
+		unlink(path);
+	free(path);
 	return r;
 }

@@ -112,6 +112,17 @@ static int clean_tail(struct qcow2 *q, uint64_t old, uint64_t size)
 	return r;
 }
 
+/* Growing failed, the disk is full perhaps: entries behind the old end must not keep clusters that the file does not reach. */
+static void forget_tail(struct qcow2 *q, uint64_t old, uint64_t size)
+{
+	uint64_t start = ALIGN_UP(old, (uint64_t)q->cs), len = q->b->length;
+	if (q->broken || size <= start)
+		return;
+	__atomic_store_n(&q->b->length, size, __ATOMIC_RELAXED);
+	q_discard(q, start, size - start, true);
+	__atomic_store_n(&q->b->length, len, __ATOMIC_RELAXED);
+}
+
 static int set_size(struct qcow2 *q, uint64_t size)
 {
 	struct qhead h = q->h;
@@ -154,8 +165,11 @@ int qcow2_resize(struct block *b, uint64_t size, enum block_prealloc p, struct e
 		r = q->data->drv->resize(q->data, size, PREALLOC_OFF, err);
 	if (!r && size > old)
 		r = clean_tail(q, old, size);
-	if (!r && size > old)
+	if (!r && size > old) {
 		r = q_preallocate(q, old, size, p);
+		if (r)
+			forget_tail(q, old, size);
+	}
 	if (!r)
 		r = set_size(q, size);
 	if (!r)

@@ -173,7 +173,9 @@ static int store(struct qcow2 *q, uint64_t off, const uint8_t *data, unsigned le
 	uint64_t at = 0;
 	struct qentry old;
 	pthread_mutex_lock(&q->lock);
-	int r = q_alloc_bytes(q, len, &at);
+	int r = q_entry_reserve(q, off); /* first: an L2 table amid the bytes would leave the rest of a cluster unused */
+	if (!r)
+		r = q_alloc_bytes(q, len, &at);
 	q->file_clusters = MAX(q->file_clusters, size_to_clusters(q, at + len));
 	pthread_mutex_unlock(&q->lock);
 	if (r)
