@@ -12,7 +12,8 @@ static const struct filter_type {
 	const char *name;
 	int (*open)(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 } types[] = {
-	{ "blkdebug", blkdebug_open }, { "blkverify", blkverify_open }, { "copy-on-read", cor_open }, { "quorum", quorum_open },
+	{ "blkdebug", blkdebug_open }, { "blkverify", blkverify_open }, { "compress", compress_open },
+	{ "copy-on-read", cor_open }, { "quorum", quorum_open },
 	{ "throttle", throttle_node_open },
 };
 
@@ -118,7 +119,7 @@ int filter_open_child(struct block **out, struct block *b, struct block_name *n,
 
 int filter_open_file(struct block *b, struct block_name *n, const char *key, unsigned depth, struct err *err)
 {
-	int r = filter_open_child(&b->child, b, n, &(struct filter_child){ key, false, false }, depth, err);
+	int r = filter_open_child(&b->child, b, n, &(struct filter_child){ .key = key }, depth, err);
 	if (r)
 		return r;
 	b->length = b->child->length;

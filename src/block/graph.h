@@ -64,6 +64,7 @@ int throttle_node_open(struct block *b, struct block_name *n, unsigned depth, st
 int blkdebug_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 int blkverify_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 int quorum_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
+int compress_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 int cor_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 
 /*

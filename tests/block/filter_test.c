@@ -345,6 +345,34 @@ static void test_quorum(void **state)
 	workers_destroy(w);
 }
 
+/* --- compress: parts of clusters from several threads --- */
+
+static void test_compress(void **state)
+{
+	struct image_check c = { 0 };
+	struct workers *w;
+	struct err e = { 0 };
+	uint8_t model[SECTORS], *got = malloc(SIZE);
+	assert_int_equal(workers_create(&w, NULL, 4, &e), 0);
+	make_images(16384, false);
+	for (unsigned i = 0; i < SECTORS; i++)
+		model[i] = i % 5 ? (uint8_t)(i % 200 + 1) : 0;
+	struct block *b = open_options("driver=compress,file.driver=qcow2,file.file.filename=%s/top", NULL, false, w);
+	hammer(b, model);
+	block_close(b);
+	b = open_options("driver=qcow2,file.driver=file,file.filename=%s/top", NULL, false, NULL);
+	assert_int_equal(image_read(b, 0, got, SIZE), 0);
+	for (unsigned k = 0; k < SIZE; k++)
+		if (got[k] != model[k / 512])
+			fail_msg("byte %u is %u, not %u", k, got[k], model[k / 512]);
+	assert_int_equal(image_check(b, 0, &c, &e), 0);
+	assert_int_equal(c.corruptions + c.leaks + c.errors, 0);
+	assert_true(c.compressed > 0 && c.compressed == c.allocated);
+	block_close(b);
+	free(got);
+	workers_destroy(w);
+}
+
 /* --- descriptions that make no sense: an error or a node, never more --- */
 
 static void test_mutations(void **state)
@@ -461,6 +489,7 @@ static int teardown(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = { cmocka_unit_test(test_cor), cmocka_unit_test(test_blkdebug_limits), cmocka_unit_test(test_breakpoints),
-					    cmocka_unit_test(test_mutations), cmocka_unit_test(test_quorum), cmocka_unit_test(test_drain) };
+					    cmocka_unit_test(test_mutations), cmocka_unit_test(test_quorum), cmocka_unit_test(test_compress),
+					    cmocka_unit_test(test_drain) };
 	return cmocka_run_group_tests(tests, setup, teardown);
 }

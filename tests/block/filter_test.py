@@ -115,6 +115,16 @@ MIRRORS = [
     (Q + ",children.2.driver=raw,children.2.file.driver=blkdebug,children.2.file.image.filename=raw3,children.2.file.inject-error.0.event=none,vote-threshold=2", *PAIR_CMDS),
     (Q + ",children.2.driver=raw,children.2.file.driver=blkdebug,children.2.file.image.filename=raw3,children.2.file.inject-error.0.event=none,vote-threshold=3", *PAIR_CMDS),
 ]
+Z = "driver=compress,file.driver=qcow2,file.file.filename=top.q"
+COMPRESS = [
+    (Z, "write -P 3 1M 128k", "read -P 3 1M 128k", "write -P 5 100000 70000", "read -P 5 100000 70000",
+     "read -P 1 64k 34464", "write -z 2M 64k", "read -P 0 2M 64k", "discard 2M 64k", "map", "flush", "length"),
+    ("-t writeback --image-opts " + Z, "write -P 3 1M 128k", "flush", "read -P 3 1M 128k"),
+    (T + "driver=compress,file.driver=throttle,file.throttle-group=g,file.file.driver=qcow2,file.file.file.filename=top.q", "write -P 3 1M 128k", "read -P 3 1M 128k"),
+    ("driver=compress,file.filename=top.q", "length"), ("driver=compress,file.driver=raw,file.file.filename=raw", "length"),
+    ("driver=compress,file.driver=qcow2,file.file.filename=data.q", "length", "write 0 64k"),
+    ("-r --image-opts " + Z, "read -P 2 0 64k", "write 0 512"),
+]
 CONFIGS = {"c1": '[inject-error]\nevent = "write_aio"\nerrno = "28"\nonce = "on"\n', "c2": '# two\n\n[set-state "a"]\nevent = "write_aio"\nstate = "1"\nnew_state = "2"\n'
            '[inject-error "b"]\n  event = "write_aio"\n  state = "2"\n', "bad1": "[inject-error]\nevent = write_aio\n", "bad2": 'event = "write_aio"\n', "bad3": '[foo]\nevent = "none"\n',
            "bad4": '[inject-error]\nevent = "write_aio"\nfoo = "x"', "bad5": '[inject-error]\n \nevent = "write_aio"', "empty": ""}
@@ -188,11 +198,11 @@ def main():
         os.mkdir(os.path.join(tmp, "images"))
         g.make(os.path.join(tmp, "images"))
         more_images(os.path.join(tmp, "images"))
-        g.cases(tmp, io, THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS)
+        g.cases(tmp, io, THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS + COMPRESS)
         g.graphs(tmp, lodge, GRAPHS, GROUP)
         g.drives(tmp, lodge, DRIVES)
         slow(tmp, io)
-    print(f"filter_test: {len(THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
+    print(f"filter_test: {len(THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS + COMPRESS)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
     return bool(g.bad)
 
 
