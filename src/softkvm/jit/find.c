@@ -35,7 +35,7 @@ static bool still_there(struct jit *j, struct jit_page *p, uint64_t rip)
 
 uint64_t jit_find(struct jit *j, uint64_t rip)
 {
-	struct jit_page *p = *jit_page_at(j, rip);
+	struct jit_page *p = LOW_PTR(struct jit_page, *jit_page_at(j, rip));
 	const struct jit_slot *s;
 
 	if (!p || p->lin != (rip & ~4095ull) || p->mode != jit_stamp_mode(j->low->stamp) || !still_there(j, p, rip))

@@ -53,7 +53,7 @@ _Static_assert(sizeof(struct jit_page) == 64, "jit_page: a cache line");
 /* Where the entry of the translation of an offset in the page is, an address; 0: it has none now. */
 struct jit_slot { uint16_t off1; uint32_t at; };        /* off1: the offset plus one; 0: free, so none is behind it */
 #define JIT_PAGE_BITS 12
-#define JIT_AT_BITS 10
+#define JIT_AT_BITS 13
 
 /* What translated code is left by: a jit_link, NULL, a jit_code whose entry found it stale or its count at the end, or one where the budget ended. */
 #define LEFT_ENTRY 2u
@@ -233,7 +233,7 @@ struct jit {
 	uint32_t heat_time;             /* budgets that ended in translated code */
 	unsigned in_line;               /* of two new translations, how many have their checks in line from the start; 0 but for tests */
 	struct jit_page *pages[1 << JIT_PAGE_BITS];
-	struct jit_page *at[1 << JIT_AT_BITS];          /* entered lately, by linear address */
+	low_ptr at[1 << JIT_AT_BITS];           /* jit_page entered lately, by linear address */
 	struct jit_code *codes;         /* all that may be entered */
 	uint64_t moves;                 /* of pages, ever */
 	bool alone;                     /* the instruction at alone_rip is to be interpreted: translated, it met a fault */
@@ -354,7 +354,7 @@ void jit_page_move(struct jit *j, struct jit_page *p, uint64_t rip);
 uint64_t jit_find(struct jit *j, uint64_t rip);
 struct jit_slot *jit_slot_of(struct jit_page *p, uint64_t rip);         /* its slot, or a free one; NULL: no table */
 /* Pages whose code was entered lately. */
-static inline struct jit_page **jit_page_at(struct jit *j, uint64_t rip) { return &j->at[rip >> 12 & ((1u << JIT_AT_BITS) - 1)]; }
+static inline low_ptr *jit_page_at(struct jit *j, uint64_t rip) { return &j->at[rip >> 12 & ((1u << JIT_AT_BITS) - 1)]; }
 static inline uint32_t jit_stamp_mode(uint64_t stamp) { return (uint32_t)stamp & ~(1u << 31); }
 static inline void jit_ind_put(struct jit *j, uint64_t rip, uint32_t entry)
 {

@@ -315,7 +315,7 @@ static bool same_page(struct cpu *c, struct jit_page *p, uint64_t stamp)
  */
 static struct jit_code *page_code(struct cpu *c, struct jit *j, uint64_t stamp)
 {
-	struct jit_page *p = *jit_page_at(j, c->rip);
+	struct jit_page *p = LOW_PTR(struct jit_page, *jit_page_at(j, c->rip));
 	struct jit_code *k;
 	const struct block *b;
 
@@ -516,7 +516,7 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 		code_valid(j, k, stamp);
 	if (want)
 		resolve(j, want, k);
-	*jit_page_at(j, c->rip) = k->page;
+	*jit_page_at(j, c->rip) = low_of(k->page);
 	jit_ind_put(j, c->rip, jit_entry(j, k));
 	return run_linked(c, j, k);
 }

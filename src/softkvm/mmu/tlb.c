@@ -180,6 +180,7 @@ static void left_save(struct itlb *t, uint64_t cr3, uint32_t gen)
 	t->left[i].cr3 = cr3;
 	t->left[i].gen = gen;
 	t->left[i].valid = true;
+	memcpy(t->left[i].fetched, t->fetched[1], sizeof t->fetched[1]);
 }
 
 void mmu_switch(struct cpu *c, uint64_t cr3, bool keep)
@@ -196,7 +197,7 @@ void mmu_switch(struct cpu *c, uint64_t cr3, bool keep)
 	for (unsigned i = 0; keep && i < ARRAY_SIZE(t->left); i++)
 		if (t->left[i].valid && t->left[i].cr3 == cr3) {
 			c->fetch_gen[1] = t->left[i].gen;
-			memset(t->fetched[1], 0xff, sizeof t->fetched[1]);
+			memcpy(t->fetched[1], t->left[i].fetched, sizeof t->fetched[1]);
 			break;
 		}
 }
@@ -238,7 +239,7 @@ static void flush_2m(struct cpu *c, uint64_t lin)
 			t->e[i].key = 0;
 	for (unsigned u = 0; u < 2; u++) {
 		for (unsigned k = 0; k < 8; k++)
-			fetched[u] |= t->fetched[u][((lin >> 21 << 3) + k) % FETCH_WORDS];
+			fetched[u] |= t->fetched[u][itlb_word(lin & ~(BIT(21) - 1)) + k];
 		if (fetched[u])
 			fetch_changed(c, (int)u);
 	}
@@ -262,7 +263,7 @@ static void flush_4k(struct cpu *c, uint64_t lin)
 	if (!((e->key ^ lin) >> 12))
 		e->key = 0;
 	for (int u = 0; u < 2; u++)
-		if (c->itlb->fetched[u][(lin >> 18) % FETCH_WORDS] >> (lin >> 12 & 63) & 1)
+		if (c->itlb->fetched[u][itlb_word(lin)] >> (lin >> 12 & 63) & 1)
 			fetch_changed(c, u);
 }
 
@@ -320,6 +321,8 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 	uint32_t err = mmu_walk(c, lin, ACC_EXEC, (struct walk_as){ .user = user }, &w);
 	if (err)
 		tlb_page_fault(c, lin, err, true);
+	/* Not before: what faults was not fetched, and need not change anything. */
+	itlb_note(c->itlb, lin, user);
 
 	struct slot *s;
 	uint64_t gpa = w.gpa & ~4095ull;

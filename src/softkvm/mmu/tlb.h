@@ -19,7 +19,7 @@ struct tlb_full {
 static inline struct tlb_full *tlb_full(struct tlb *t) { return container_of(t, struct tlb_full, t); }
 
 #define ITLB_ENTRIES 512
-#define FETCH_WORDS 64
+#define FETCH_WORDS 256         /* bits by page: those of 2 MiB are together */
 struct itlb_entry {
 	uint64_t key;           /* linear page | user << 1 | 1; 0 empty */
 	struct code_page page;
@@ -63,14 +63,14 @@ struct itlb {
 	struct itlb_entry e[ITLB_ENTRIES];
 	uint64_t filled[ITLB_ENTRIES / 64];
 	/*
-	 * What was fetched since fetch_gen[user] last changed: pages by their low number bits, and whether a
+	 * What was fetched since fetch_gen[user] last changed: pages, hashed (itlb_word()), and whether a
 	 * supervisor page was not global. A flush that cannot concern them leaves decoded code where it is.
 	 */
 	uint64_t fetched[2][FETCH_WORDS];
 	bool sup_nonglobal, user_global;
 	uint32_t last_gen;      /* the value that fetch_gen took last */
 	/* Address spaces with a PCID that the guest left: their fetch_gen[1], good until something of that PCID is flushed. */
-	struct { uint64_t cr3; uint32_t gen; bool valid; } left[8];
+	struct { uint64_t cr3; uint32_t gen; bool valid; uint64_t fetched[FETCH_WORDS]; } left[8];
 	unsigned next_left;
 	/* Regions of which some 4 KiB entry came from a large page, hashed: INVLPG there flushes all of the region. */
 	uint64_t large2m[16], large1g[16];
@@ -78,13 +78,19 @@ struct itlb {
 
 static inline uint64_t itlb_key(uint64_t lin, bool user) { return (lin & ~4095ull) | (user ? 3 : 1); }
 static inline unsigned itlb_index(uint64_t lin) { return (lin >> 12) % ITLB_ENTRIES; }
+/* The word of `fetched` that has its page's bit. Kernel and user pages are both asked for, so the upper bits count as well. */
+static inline unsigned itlb_word(uint64_t lin) { return (lin >> 18 ^ lin >> 39 << 3) % FETCH_WORDS; }
+static inline void itlb_note(struct itlb *t, uint64_t lin, bool user) { t->fetched[user][itlb_word(lin)] |= 1ull << (lin >> 12 & 63); }
+
 /* What is fetched from that page of code, NULL if it has to be looked up. */
 static inline const struct code_page *itlb_fetch(struct itlb *t, uint64_t lin, bool user)
 {
 	const struct itlb_entry *e = &t->e[itlb_index(lin)];
 
-	t->fetched[user][(lin >> 18) % FETCH_WORDS] |= 1ull << (lin >> 12 & 63);
-	return likely(e->key == itlb_key(lin, user)) ? &e->page : NULL;
+	if (unlikely(e->key != itlb_key(lin, user)))
+		return NULL;
+	itlb_note(t, lin, user);
+	return &e->page;
 }
 
 #define PWC_GEN_BITS 28
