@@ -110,13 +110,11 @@ static void itlb_clear(struct cpu *c, bool global_too)
 {
 	struct itlb *t = c->itlb;
 
-	for (unsigned w = 0; w < ITLB_ENTRIES / 64; w++)
-		for (uint64_t m = t->filled[w]; m; m &= m - 1) {
-			unsigned i = w * 64 + (unsigned)__builtin_ctzll(m);
-			if (t->e[i].global && !global_too)
-				continue;
-			t->e[i].key = 0;
-			t->filled[w] &= ~(1ull << (i % 64));
+	for (unsigned g = 0; g <= global_too; g++)
+		for (unsigned w = 0; w < ITLB_ENTRIES / 64; w++) {
+			for (uint64_t m = t->filled[g][w]; m; m &= m - 1)
+				t->e[w * 64 + (unsigned)__builtin_ctzll(m)].key = 0;
+			t->filled[g][w] = 0;
 		}
 	pwc_flush(t);
 	fetch_changed(c, 1);
@@ -153,6 +151,8 @@ static void table_clear_nonglobal(struct cpu *c, struct tlb_full *f, int write)
 	for (unsigned w = 0; w < TLB_WORDS; w++) {
 		uint64_t m = f->filled[write][w] & ~f->global[write][w];
 
+		if (!m)
+			continue;
 		f->filled[write][w] &= f->global[write][w];
 		for (; m; m &= m - 1)
 			tlb_drop(c, f, write, w * 64 + (unsigned)__builtin_ctzll(m));
@@ -332,11 +332,12 @@ void mmu_fetch(struct cpu *c, uint64_t lin, struct code_page *out)
 		return;
 	if (!c->vm->client_tells_code)
 		watch_enter(c->vm, out->ver);
-	c->itlb->e[i] = (struct itlb_entry){ itlb_key(lin, user), *out, w.global };
+	c->itlb->e[i] = (struct itlb_entry){ itlb_key(lin, user), *out };
 	if (!user && !w.global)
 		c->itlb->sup_nonglobal = true;
 	if (user && w.global)
 		c->itlb->user_global = true;
-	c->itlb->filled[i / 64] |= 1ull << (i % 64);
+	c->itlb->filled[w.global][i / 64] |= 1ull << (i % 64);
+	c->itlb->filled[!w.global][i / 64] &= ~(1ull << (i % 64));
 	tlb_note_large(c, lin, w.leaf_size);
 }

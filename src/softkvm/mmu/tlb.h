@@ -23,7 +23,6 @@ static inline struct tlb_full *tlb_full(struct tlb *t) { return container_of(t, 
 struct itlb_entry {
 	uint64_t key;           /* linear page | user << 1 | 1; 0 empty */
 	struct code_page page;
-	bool global;
 };
 
 /*
@@ -61,7 +60,7 @@ struct itlb {
 	const _Atomic uint32_t *smc_ver;
 	unsigned smc_hits, smc_near;            /* smc_near: as CODE_NEAR_* weigh them */
 	struct itlb_entry e[ITLB_ENTRIES];
-	uint64_t filled[ITLB_ENTRIES / 64];
+	uint64_t filled[2][ITLB_ENTRIES / 64];  /* [1]: with global ones, which most flushes leave alone */
 	/*
 	 * What was fetched since fetch_gen[user] last changed: pages, hashed (itlb_word()), and whether a
 	 * supervisor page was not global. A flush that cannot concern them leaves decoded code where it is.
