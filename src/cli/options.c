@@ -36,8 +36,8 @@ static const struct option_def table[] = {
 	{ "no-shutdown", NULL, CTX_QEMU, opt_no_shutdown, "Stop instead of ending when the guest powers off.", NULL },
 
 	{ "disk", "FILE[,KEY=VALUE...]", CTX_RUN, opt_disk, "A virtio disk: format=raw|qcow2, readonly=on, serial=TEXT, cache=MODE, snapshot=on. May be repeated.", "Disks" },
-	{ "drive", "KEY=VALUE[,...]", BOTH, opt_drive, "A disk in QEMU's words: file=, format=raw|qcow2, if=virtio|scsi|none, media=disk|cdrom, id=, cache=, readonly=, snapshot=, discard=, aio=, serial=, bps=, iops= and throttling.*, werror=, rerror=.", NULL },
-	{ "blockdev", "KEY=VALUE[,...]|JSON", BOTH, opt_blockdev, "A block node: driver=raw|qcow2|file|host_device|throttle, node-name=, filename= or file=NODE, read-only=, cache.direct=, discard=.", NULL },
+	{ "drive", "KEY=VALUE[,...]", BOTH, opt_drive, "A disk in QEMU's words: file=, format=raw|qcow2, if=virtio|scsi|none, media=disk|cdrom, id=, cache=, readonly=, snapshot=, discard=, aio=, serial=, copy-on-read=, bps=, iops= and throttling.*, werror=, rerror=.", NULL },
+	{ "blockdev", "KEY=VALUE[,...]|JSON", BOTH, opt_blockdev, "A block node: a format, file, host_device, nbd, null-co, or " BLOCK_FILTERS "; node-name=, filename= or file=NODE, read-only=, cache.direct=, discard=.", NULL },
 	{ "hda", "FILE", CTX_QEMU, opt_hd, NULL, NULL },
 	{ "hdb", "FILE", CTX_QEMU, opt_hd, NULL, NULL },
 	{ "hdc", "FILE", CTX_QEMU, opt_hd, NULL, NULL },
