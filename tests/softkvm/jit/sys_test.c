@@ -104,7 +104,8 @@ static void rings_agree(void **state)
 		assert_int_equal(r[m].r15, r[0].r15);
 	}
 	assert_true(r[0].r13 > 0);
-	assert_true(s[2].handler_calls < 2000);
+	/* Of 8000 changes of rings and 12000 VERWs a part: null and odd selectors, AC and TF. */
+	assert_true(s[2].handler_calls < 5000);
 }
 
 static struct kvm_regs run(const char *mode, struct softkvm_stats *s)
