@@ -47,7 +47,8 @@ static int make_file(const char *file, const struct tls_store *tls, struct block
 	struct block_name n;
 	int r = block_name_resolve(&n, &(struct block_opts){ .file = file, .format = "raw", .tls = tls }, err);
 	bool remote = !r && (n.o.leaf || nbd_is_name(n.o.file));
-	int fd = r || remote ? -1 : open(n.o.file, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0644);
+	const char *path = r || strncmp(n.o.file, "file:", 5) ? n.o.file : n.o.file + 5;
+	int fd = r || remote ? -1 : open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0644);
 	if (!r && !remote && fd < 0)
 		r = err_set_errno(err, -errno, "%s: Could not create file", file);
 	if (fd >= 0)

@@ -35,16 +35,19 @@ static int grow(struct qbuild *w, uint64_t n, struct err *err)
 		return err_set(err, -EFBIG, "%s: too many clusters (%llu)", w->q->b->file, (unsigned long long)n);
 	if (n > w->room) {
 		uint64_t room = MIN(n + n / 8 + 4096, CLUSTERS_MAX);
-		uint32_t *refs = realloc(w->refs, room * sizeof *refs);
+		bool first = !w->room; /* fresh pages take no memory until they are used */
+		uint32_t *refs = first ? calloc(room, sizeof *refs) : realloc(w->refs, room * sizeof *refs);
 		if (refs)
 			w->refs = refs;
-		uint8_t *taken = refs ? realloc(w->taken, room) : NULL;
+		uint8_t *taken = !refs ? NULL : first ? calloc(room, 1) : realloc(w->taken, room);
 		if (taken)
 			w->taken = taken;
 		if (!refs || !taken)
 			return err_set(err, -ENOMEM, "%s: out of memory", w->q->b->file);
-		memset(refs + w->room, 0, (room - w->room) * sizeof *refs);
-		memset(taken + w->room, 0, room - w->room);
+		if (!first) {
+			memset(refs + w->room, 0, (room - w->room) * sizeof *refs);
+			memset(taken + w->room, 0, room - w->room);
+		}
 		w->room = room;
 	}
 	w->n = MAX(w->n, n);
@@ -80,9 +83,13 @@ int qbuild_begin(struct qbuild *w, struct qcow2 *q, bool empty, struct err *err)
 {
 	int64_t len = q->leaf->drv->file_length(q->leaf);
 	*w = (struct qbuild){ .q = q, .h = q->h, .old_uncounted = empty, .next = 1 };
-	int r = len < 0 ? err_set_errno(err, (int)len, "%s", q->b->file) : grow(w, q->leaf->is_dev ? 1 : size_to_clusters(q, (uint64_t)len) + 1, err);
-	if (!r && len >= 0)
-		w->n = q->leaf->is_dev ? 1 : size_to_clusters(q, (uint64_t)len);
+	int r = len < 0 ? err_set_errno(err, (int)len, "%s", q->b->file) : 0;
+	/* The size of a device, or an export, says nothing about where the image ends: counts do, unless they are what is in doubt. */
+	uint64_t n = r ? 0 : !q->leaf->is_dev ? size_to_clusters(q, (uint64_t)len) : empty ? (uint64_t)len >> q->h.cluster_bits : 1;
+	if (!r)
+		r = grow(w, n + 1, err);
+	if (!r)
+		w->n = n;
 	for (uint32_t i = 0; !r && !empty && i < q->reftable_size; i++)
 		if (q->reftable[i])
 			r = load_block(w, i, err);

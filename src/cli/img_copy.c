@@ -348,6 +348,8 @@ static int convert(struct convert *v, struct convert_args *a)
 	struct err err = { 0 };
 	struct image_info i;
 	char *final = NULL;
+	if (!strncmp(a->cr.file, "file:", 5)) /* a file like any other, whose name may have a colon */
+		a->cr.file += 5;
 	const char *target = a->cr.file;
 	int r = *a->options && keyvals_parse(&l, "-o", a->options, NULL, &err) ? img_fail("%s", err.msg) : 0;
 	a->cr.cluster_size = 65536;

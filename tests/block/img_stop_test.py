@@ -65,6 +65,11 @@ def convert(img):
                 assert not left or sig == signal.SIGKILL, (fmt, sig, left)
                 for n in left:
                     os.unlink(n)
+    # A name with a colon, said to be a file's.
+    run(img, "create", "-f", "qcow2", "file:x:y", "1M")
+    run(img, "convert", "-f", "raw", "-O", "qcow2", "a.raw", "file:x:z")
+    assert sorted(n for n in os.listdir(".") if ":" in n) == ["x:y", "x:z"]
+    run("qemu-img", "compare", "-f", "raw", "a.raw", "./x:z")
     # What stands there stays when nothing can be made of the source.
     run(img, "create", "-f", "raw", "out", "3M")
     for bad in (("-f", "qcow2", "a.raw"), ("-f", "raw", "nothere")):
