@@ -113,7 +113,6 @@ void jit_code_trim(struct jit *j)
 	j->huge[0] = j->huge[1] = 0;
 	trim(j->low->arena + j->arena, (uint8_t *)j->low + (j->low_size & ~(size_t)4095), MADV_DONTNEED);
 	trim((uint8_t *)(j->spans + j->nspans), (uint8_t *)((uintptr_t)j->points & ~(uintptr_t)4095), MADV_DONTNEED);
-	trim((uint8_t *)(j->counts + j->nspans), (uint8_t *)((uintptr_t)(j->counts + j->spans_max) & ~(uintptr_t)4095), MADV_DONTNEED);
 	trim((uint8_t *)(j->points + j->npoints), (uint8_t *)(j->points + j->points_max), MADV_DONTNEED);
 }
 

@@ -273,17 +273,14 @@ static void thunk_span(struct jit *j, struct em *e, unsigned mode, bool write)
 }
 
 /*
- * lookup: the code for the target of an indirect jump in rax, as `check`; the flags are em_charge()'s. The table of indirect targets has it, or else it is
- * looked for, in C.
+ * lookup: the code for the target of an indirect jump in rax, as `check`. The table of indirect targets has it, or else it is looked for, in C.
  */
 static void thunk_lookup(struct jit *j, struct em *e)
 {
-	uint8_t *out, *other, *far, *none;
+	uint8_t *other, *far, *none;
 
 	em_align(e);
 	j->lookup = (uint32_t)(e->p - j->rw);
-	out = em_jcc(e, 14);                                    /* jle */
-	em_to(out, j->rw + j->fail);
 	EM(e, 0x89, 0xc1, 0x81, 0xe1);                          /* mov ecx, eax ; and ecx, index */
 	e32(e, (uint32_t)((BIT(IND_BITS) - 1) << IND_LOW));
 	em_mem(e, true, 0x63, ST, H_RCX, -1, 0, (int32_t)(uintptr_t)&j->low->ind->high);        /* movsxd */

@@ -407,7 +407,10 @@ static void leave_here(struct tr *t, uint8_t *rel32, uint64_t rip)
 	leave_budget(&t->cold, t, rip);
 }
 
-/* A jump back counts the instructions: loops end when the budget does. */
+/*
+ * A jump back counts the instructions: loops end when the budget does. One that leaves the region need not while entries count theirs: then those that are
+ * not in line do, and of others the jumps back and the indirect ones.
+ */
 void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 {
 	int p = tr_part(t, rip);
@@ -420,7 +423,7 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 	}
 	if (p >= 0 ? t->part[p].live : !flags_dead_at(t, rip))
 		gen_flags_save(t);
-	if (rip <= t->t[n].rip) {
+	if (rip <= t->t[n].rip && (p >= 0 || t->k->in_line)) {
 		em_charge(e, t->c, p >= 0 && t->part[p].first <= n ? n + 1 - t->part[p].first : tr_count(t, n));
 		t->in_host = false;
 		if (p >= 0 && !(next && (unsigned)p == t->now + 1)) {
@@ -447,7 +450,7 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 
 bool gen_jcc_link(struct tr *t, unsigned n, unsigned cc, uint64_t rip)
 {
-	if (rip <= t->t[n].rip || tr_part(t, rip) >= 0 || (t->in_host && !t->in_mem && !flags_dead_at(t, rip)))
+	if ((t->k->in_line && rip <= t->t[n].rip) || tr_part(t, rip) >= 0 || (t->in_host && !t->in_mem && !flags_dead_at(t, rip)))
 		return false;
 	leave_by_link(t, rip, em_jcc(&t->h, cc));
 	return true;

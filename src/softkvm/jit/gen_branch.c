@@ -140,7 +140,10 @@ static struct cold *cold_last(struct tr *t, unsigned n)
  */
 static void lookup(struct tr *t, unsigned n, struct cold *k)
 {
-	em_charge(&t->h, t->c, tr_count(t, n));
+	if (t->k->in_line) {
+		em_charge(&t->h, t->c, tr_count(t, n));
+		cold_from(k, em_jcc(&t->h, 14));        /* jle */
+	}
 	gen_call_check(t, k, t->j->lookup);
 }
 

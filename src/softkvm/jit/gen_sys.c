@@ -154,7 +154,7 @@ static bool stac_clac(struct tr *t, unsigned n)
 	const struct jit_ind *ind = &t->j->low->ind[jit_ind_index(rip)];
 	struct em *e = &t->h;
 	struct cold *k;
-	uint8_t *out[3];
+	uint8_t *out[2];
 
 	if (!kernel(t) || t->k->page->moves || on == !!(t->k->mode & BM_AC) || (int64_t)rip != (int32_t)rip || !(rip >> IND_HIGH))
 		return false;
@@ -167,16 +167,14 @@ static bool stac_clac(struct tr *t, unsigned n)
 	em_imm(e, SA, (uintptr_t)t->c->tlbs[on ? TLB_KERNEL_AC : TLB_KERNEL]);
 	em_store(e, SA, &t->c->tlb);
 	word_op(e, 6, &t->j->low->stamp, BM_AC);
-	word_op(e, 5, &t->c->budget, tr_count(t, n));
-	out[0] = em_jcc(e, 14);
 	em_op_abs(e, false, 0x81, 7, &ind->high);               /* cmp dword [ind.high], rip >> 18 */
 	e32(e, (uint32_t)((int64_t)rip >> IND_HIGH));
-	out[1] = em_jcc(e, 5);
+	out[0] = em_jcc(e, 5);
 	em_load32(e, SA, &ind->at);
 	e8(e, 0x35);                                            /* xor eax, imm32 ; test al, 15 */
 	e32(e, (uint8_t)rip);
 	EM(e, 0xa8, 0x0f);
-	out[2] = em_jcc(e, 5);
+	out[1] = em_jcc(e, 5);
 	map_out(e, t);
 	EM(e, 0xff, 0xe0);                                      /* jmp rax */
 	for (unsigned m = 0; m < ARRAY_SIZE(out); m++)
@@ -371,7 +369,6 @@ static void ring_begin(struct tr *t, unsigned n, struct cold *k, bool to_user)
 		em_mov(e, SA, H_R14);
 	else
 		em_load(e, SA, &t->c->msr.lstar);
-	em_charge(e, t->c, tr_count(t, n));
 	gen_call_check(t, k, t->j->lookup);
 	em_store(e, SA, &t->j->low->go_on);
 }

@@ -95,7 +95,6 @@ struct jit_code {
 	uint32_t mode;
 	uint32_t entry, body;           /* offsets in the code area: with and without the look at stamp and version */
 	uint32_t entry_same, body_same; /* the same for those who come with this map */
-	uint32_t number;                /* of its count of entries (jit_count()) */
 	uint32_t hot, points;           /* where its code begins in the code area, and its points in struct jit's */
 	low_ptr links, in;              /* jit_link */
 	low_ptr patches;                /* jit_patch: immediates that it reads from memory */
@@ -229,7 +228,6 @@ struct jit {
 	uint32_t npoints, points_max;
 	struct jit_span *spans;
 	uint32_t nspans, spans_max;
-	int16_t *counts;                /* in low memory, together: what is entered is touched for nothing else. spans_max of them */
 	uint32_t heat_time;             /* budgets that ended in translated code */
 	unsigned in_line;               /* of two new translations, how many have their checks in line from the start; 0 but for tests */
 	struct jit_page *pages[1 << JIT_PAGE_BITS];
@@ -376,12 +374,8 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 
 /* Where it is entered with a look at whether it is good now: an address of executable memory, which is low. */
 static inline uint32_t jit_entry(const struct jit *j, const struct jit_code *k) { return (uint32_t)(uintptr_t)(j->rx + k->entry); }
-/* Of its entries that are left until heat.c looks; translated code counts down. */
-static inline int16_t *jit_count(const struct jit *j, const struct jit_code *k) { return &j->counts[k->number]; }
-
-/* heat.c: translations that run much get their checks in line. A count of entries has come to its end; the budget has, in a loop. */
+/* heat.c: translations that run much get their checks in line. The budget ended there. */
 void heat_begin(const struct jit *j, struct jit_code *k);
-void heat_entered(struct jit *j, struct jit_code *k);
 void heat_budget(struct jit *j, struct jit_code *k);
 
 /* -- a translation under way ------------------------------------------------------------------------ */

@@ -30,14 +30,11 @@ int points_map(struct jit *j, size_t bytes)
 	j->spans_max = (uint32_t)(bytes / sizeof *j->spans / POINTS_PER_SPAN);
 	j->points = (struct jit_point *)(void *)(j->spans + j->spans_max);
 	j->points_max = (uint32_t)(bytes / sizeof *j->points) - j->spans_max;
-	j->counts = low_alloc(j->spans_max * sizeof *j->counts);
-	return j->counts && low_is(j->counts, j->spans_max * sizeof *j->counts) ? 0 : -ENOMEM;
+	return 0;
 }
 
 void points_unmap(struct jit *j)
 {
-	if (j->counts)
-		low_free(j->counts, j->spans_max * sizeof *j->counts);
 	if (j->spans)
 		munmap(j->spans, j->spans_max * sizeof *j->spans + j->points_max * sizeof *j->points);
 }

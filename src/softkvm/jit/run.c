@@ -397,7 +397,7 @@ uint64_t jit_call_insn(struct cpu *c, const struct jit_site *s)
 	if (unlikely(atomic_load_explicit(&c->code_store, memory_order_relaxed)))
 		atomic_store_explicit(&c->code_store, false, memory_order_release);
 	if ((end[-1].flags & IF_END) && c->cur >= end - 1) {
-		c->budget -= s->n;
+		c->budget -= s->part || k->in_line ? s->n : 0;  /* else it was charged at the entry */
 		return next_code(c, c->jit);
 	}
 	if (!on)
@@ -408,8 +408,8 @@ uint64_t jit_call_insn(struct cpu *c, const struct jit_site *s)
 static void left_at_entry(struct cpu *c, struct jit *j, struct jit_code *k)
 {
 	c->rip = jit_code_rip(k);
-	if (*jit_count(j, k) < 0)
-		heat_entered(j, k);
+	if (c->budget <= 0)
+		heat_budget(j, k);
 	else
 		j->stale = k;
 }
@@ -419,7 +419,12 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 	uint64_t (*enter)(const uint8_t *) = (uint64_t (*)(const uint8_t *))(void *)(j->rx + j->enter);
 	uint64_t r;
 
-	c->budget -= k->b->n;
+	if (k->in_line) {
+		c->budget -= k->b->n;
+	} else if (c->budget <= k->b->n) {      /* some of it is to run */
+		c->charged -= k->b->n + 1 - c->budget;
+		c->budget = k->b->n + 1;
+	}
 	c->stats.blocks_run++;
 	c->stats.code_entries++;
 	r = enter(j->rx + k->body);
@@ -429,7 +434,7 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 		c->stats.left_for_loop++;
 		return JIT_LOOK;
 	}
-	*(r && !(r & LEFT_BUDGET) ? &c->stats.left_by_jump : &c->stats.left_by_budget) += 1;
+	*(c->budget > 0 ? &c->stats.left_by_jump : &c->stats.left_by_budget) += 1;
 	j->stale = NULL;
 	if (r & LEFT_ENTRY) {
 		left_at_entry(c, j, (struct jit_code *)(uintptr_t)(r & ~(uint64_t)LEFT_ENTRY));

@@ -395,16 +395,16 @@ static uint8_t *check(struct em *e, struct tr *t)
 	return leave_entry(t);
 }
 
-/* Until it is known to run much, a translation counts how often it is entered. Flags are free at an entry. */
-static void count_entry(struct tr *t, uint8_t *leave)
+/*
+ * Until it is known to run much its first block is taken from the budget here, and not where it is left: each way in comes by here, and where the budget ends
+ * is where the guest spends its time (heat.c). Flags are free at an entry.
+ */
+static void charge_entry(struct tr *t, uint8_t *leave)
 {
-	struct em *e = &t->h;
 	uint8_t *over;
 
-	EM(e, 0x66, 0x83);                              /* sub word [count], 1 ; js */
-	em_abs(e, 5, jit_count(t->j, t->k));
-	e8(e, 1);
-	over = em_jcc(e, 8);
+	em_charge(&t->h, t->c, t->part[0].n);
+	over = em_jcc(&t->h, 14);                       /* jle */
 	if (t->k->map) {
 		em_here(&t->cold, over);
 		map_out(&t->cold, t);
@@ -436,7 +436,7 @@ static void entry(struct tr *t)
 			em_to(to, e->p);
 	}
 	if (!k->in_line)
-		count_entry(t, left);
+		charge_entry(t, left);
 }
 
 /* False: it turned out to need its handler. */
@@ -604,7 +604,6 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	h = (struct em){ j->rw + j->hot, j->rw + j->hot + HOT_MAX, false };
 	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false };
 	*k = (struct jit_code){ .b = b, .rip = rip, .mode = mode, .in_line = in_line || (j->c->stats.translations & 1) < j->in_line };
-	k->number = j->nspans;
 	code_valid(j, k, 0);
 	heat_begin(j, k);
 	t->j = j;
