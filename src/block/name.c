@@ -259,6 +259,7 @@ static int from_options(struct block_name *n, const char *what, struct err *err)
 	}
 	if (!n->below)
 		strip_generic(&n->leaf);
+	n->o.node_name = keyvals_get(&n->all, "node-name");     /* the leaf's copy of it is gone */
 	return r;
 }
 
@@ -271,10 +272,13 @@ int block_name_resolve(struct block_name *n, const struct block_opts *o, struct 
 		return from_options(n, "block options", err);
 	}
 	if (o->leaf) {
-		keyvals_sub(&n->leaf, &(struct keyvals){ o->leaf->o, o->leaf->n }, "");
+		struct keyvals given = { o->leaf->o, o->leaf->n };
+
+		keyvals_sub(&n->leaf, &given, "");
 		int r = leaf_keys(n, "block options", err);
 		if (!n->below)
 			strip_generic(&n->leaf);
+		n->o.node_name = keyvals_get(&given, "node-name");
 		return r;
 	}
 	if (o->file && !strncmp(o->file, "json:", 5)) {
