@@ -381,8 +381,8 @@ static void test_mutations(void **state)
 		"driver=qcow2,file.driver=blkdebug,file.config=%1$s/conf,file.image.filename=%1$s/top,file.inject-error.0.event=none,file.set-state.0.event=pwritev,file.align=4096",
 		"driver=copy-on-read,bottom=x,file.driver=qcow2,file.file.filename=%1$s/top,file.backing.node-name=x,file.backing.driver=raw,file.backing.file.filename=%1$s/base",
 		"driver=throttle,throttle-group=g,file.driver=raw,file.offset=512,file.size=1024,file.file.driver=qcow2,file.file.file.filename=%1$s/top",
-		"driver=quorum,vote-threshold=1,blkverify=off,children.0.driver=raw,children.0.file.filename=%1$s/base,children.1.driver=blkverify,"
-		"children.1.raw.filename=%1$s/conf,children.1.test.driver=qcow2,children.1.test.file.filename=%1$s/top,children.1.test.backing=",
+		("driver=quorum,vote-threshold=1,blkverify=off,children.0.driver=raw,children.0.file.filename=%1$s/base,children.1.driver=blkverify,"
+		 "children.1.raw.filename=%1$s/conf,children.1.test.driver=qcow2,children.1.test.file.filename=%1$s/top,children.1.test.backing="),
 		"driver=raw,file.driver=blkdebug,file.image.driver=blkdebug,file.image.image.filename=blkdebug::%1$s/base",
 	};
 	static const char conf[] = "[inject-error]\nevent = \"write_aio\"\nstate = \"1\"\nsector = \"12\"\n\n# x\n[set-state \"a\"]\nevent = \"none\"\nnew_state = \"2\"\n";
