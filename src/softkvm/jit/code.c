@@ -272,9 +272,7 @@ static void thunk_span(struct jit *j, struct em *e, unsigned mode, bool write)
 	EM(e, 0x31, 0xc9, 0xc3);                                /* xor ecx, ecx ; ret */
 }
 
-/*
- * lookup: the code for the target of an indirect jump in rax, as `check`. The table of indirect targets has it, or else it is looked for, in C.
- */
+/* lookup: the code for the target of an indirect jump in rax, as `check`. The table of indirect targets has it, or else it is looked for, in C. */
 static void thunk_lookup(struct jit *j, struct em *e)
 {
 	uint8_t *other, *far, *none;

@@ -408,8 +408,8 @@ static void leave_here(struct tr *t, uint8_t *rel32, uint64_t rip)
 }
 
 /*
- * A jump back counts the instructions: loops end when the budget does. One that leaves the region need not while entries count theirs: then those that are
- * not in line do, and of others the jumps back and the indirect ones.
+ * A jump back within the region counts the instructions: loops end when the budget does. One that leaves it needs to only where the region's own entry
+ * does not count: where checks are in line.
  */
 void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 {

@@ -134,11 +134,7 @@ static struct cold *cold_last(struct tr *t, unsigned n)
 	return k;
 }
 
-/*
- * The target is in SA: find its code in the table of recent targets, else let the handler do the whole
- * instruction. Then SA is the code's address, and nothing has happened yet.
- */
-static void lookup(struct tr *t, unsigned n, struct cold *k)
+void gen_lookup(struct tr *t, unsigned n, struct cold *k)
 {
 	if (t->k->in_line) {
 		em_charge(&t->h, t->c, tr_count(t, n));
@@ -163,7 +159,7 @@ static void ret_from(struct tr *t, unsigned n, int32_t at)
 	if (at < 0)
 		stack(t, k, 0, false);
 	load(t, n, SA, MAX(at, 0));
-	lookup(t, n, k);
+	gen_lookup(t, n, k);
 	lea_rsp(t, word(t) + (int32_t)more);
 	go(t);
 }
@@ -265,14 +261,14 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 		em_mem(&t->h, tr_64(t), 0x8d, SA, (int)gen_get(t, insn_reg_off(o->reg.value) / 8, SA), -1, 0, 0);
 	}
 	if (call) {
-		lookup(t, n, k);
+		gen_lookup(t, n, k);
 		struct cold *k2 = cold_last(t, n);
 
 		stack(t, k2, -word(t), true);
 		store_rip(t, n);
 		lea_rsp(t, -word(t));
 	} else {
-		lookup(t, n, k);
+		gen_lookup(t, n, k);
 	}
 	go(t);
 	return true;

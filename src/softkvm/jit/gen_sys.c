@@ -369,7 +369,7 @@ static void ring_begin(struct tr *t, unsigned n, struct cold *k, bool to_user)
 		em_mov(e, SA, H_R14);
 	else
 		em_load(e, SA, &t->c->msr.lstar);
-	gen_call_check(t, k, t->j->lookup);
+	gen_lookup(t, n, k);
 	em_store(e, SA, &t->j->low->go_on);
 }
 

@@ -34,7 +34,7 @@ struct jit_link {
 };
 
 /*
- * Translations of a page for one mode. In low memory: translated code reads `stamp` of the page it goes to. A page that does not move has one
+ * Translations of a page for one mode. In low memory: entries read `stamp` of their page. A page that does not move has one
  * of these for each address.
  */
 struct jit_page {
@@ -49,13 +49,13 @@ struct jit_page {
 	struct jit_code *codes;         /* if it moves */
 	struct jit_page *next;          /* of the same hash */
 };
-_Static_assert(sizeof(struct jit_page) == 64, "jit_page: a cache line");
+_Static_assert(sizeof(struct jit_page) == 64, "jit_page: there are many");
 /* Where the entry of the translation of an offset in the page is, an address; 0: it has none now. */
 struct jit_slot { uint16_t off1; uint32_t at; };        /* off1: the offset plus one; 0: free, so none is behind it */
 #define JIT_PAGE_BITS 12
 #define JIT_AT_BITS 13
 
-/* What translated code is left by: a jit_link, NULL, a jit_code whose entry found it stale or its count at the end, or one where the budget ended. */
+/* What translated code is left by: a jit_link, NULL, a jit_code whose entry did not let in (it is stale, or the budget is used up), or one where the budget ended in a loop. */
 #define LEFT_ENTRY 2u
 #define LEFT_BUDGET 4u
 
@@ -313,7 +313,7 @@ void *jit_arena(struct jit *j, size_t size);                            /* low m
 void code_valid(struct jit *j, struct jit_code *k, uint64_t stamp);      /* its first block is valid now, under that stamp (0: none) */
 uint64_t jit_call_insn(struct cpu *c, const struct jit_site *s);
 void jit_cut_incoming(struct jit *j, struct jit_code *k);        /* who leads to it has to ask anew */
-void jit_cut_outgoing(struct jit *j, struct jit_code *k);
+void jit_cut_outgoing(struct jit *j, struct jit_code *k);        /* its own jumps */
 void jit_cut_far(struct jit *j, struct jit_code *k);             /* links between it and other pages */
 
 /* resume.c */
@@ -374,7 +374,8 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 
 /* Where it is entered with a look at whether it is good now: an address of executable memory, which is low. */
 static inline uint32_t jit_entry(const struct jit *j, const struct jit_code *k) { return (uint32_t)(uintptr_t)(j->rx + k->entry); }
-/* heat.c: translations that run much get their checks in line. The budget ended there. */
+
+/* heat.c: translations that run much get their checks in line. heat_budget(): the budget ended there. */
 void heat_begin(const struct jit *j, struct jit_code *k);
 void heat_budget(struct jit *j, struct jit_code *k);
 
@@ -510,6 +511,11 @@ bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, stru
 /* True when done natively. */
 bool gen_int(struct tr *t, unsigned n);
 bool gen_branch(struct tr *t, unsigned n);
+/*
+ * The target of an indirect jump is in SA: find its code, else let the handler do the whole instruction. Then SA is the code's address, and nothing has
+ * happened yet. Such a jump may lead back, so it counts where entries do not.
+ */
+void gen_lookup(struct tr *t, unsigned n, struct cold *k);
 unsigned gen_stack_group(struct tr *t, unsigned n, unsigned end);       /* instructions done together, 0: none */
 bool int_row(const struct tinsn *i);            /* may stand in a row */
 bool int_nothing(const struct tinsn *i);        /* NOP and what acts like one */

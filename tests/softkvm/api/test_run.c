@@ -100,6 +100,9 @@ GUEST_ASM(busy_patch, 64, "1: incb 2f+1(%rip); 2: mov $0, %al; jmp 1b");
 
 GUEST_ASM(busy_linked, 64, "1: call 2f; lea 3f(%rip), %rax; jmp *%rax; .skip 5000, 0x90; 2: mov $9, %ecx; 4: push %rcx; pop %rdx; dec %ecx; jnz 4b; ret;"
 	  ".skip 5000, 0x90; 3: jmp 1b");
+/* No jump but those of SYSCALL and SYSRET, to themselves. */
+GUEST_ASM(busy_rings, 64, "movq $0x200087, 0x5008; invlpg 0x200000; movw $0x050f, 0x200000; mov $0xc0000082, %ecx; xor %edx, %edx; lea 1f(%rip), %rax; wrmsr;"
+	  "mov $0xc0000081, %ecx; mov $0x00330010, %edx; xor %eax, %eax; wrmsr; mov $0x200000, %ecx; mov $2, %r11d; sysretq; 1: sub $2, %rcx; sysretq");
 GUEST_ASM(busy_div, 64, "mov $3, %ecx; 1: mov $2, %edx; mov $-1, %rax; div %rcx; lock incl (0x100000); jmp 1b");
 GUEST_ASM(busy_fsin, 64, "fninit; fldpi; 1: fsin; fld1; fpatan; jmp 1b");
 GUEST_ASM(busy_fsin_row, 64, "fninit; fldpi; 1: .rept 40; fsin; fcos; fptan; fstp %st; .endr; jmp 1b");
@@ -177,7 +180,7 @@ static void exit_in_time(void **state)
 	static const struct { const char *name; const uint8_t *code, *end; } loops[] = {
 		{ "jmp", busy_jump, busy_jump_end }, { "cpuid", busy_cpuid, busy_cpuid_end }, { "fxsave", busy_fxsave, busy_fxsave_end },
 		{ "rep stosb", busy_stos, busy_stos_end }, { "repe cmpsb", busy_cmps, busy_cmps_end }, { "TLB fill", busy_fill, busy_fill_end },
-		{ "self-modifying", busy_patch, busy_patch_end }, { "linked blocks", busy_linked, busy_linked_end },
+		{ "self-modifying", busy_patch, busy_patch_end }, { "linked blocks", busy_linked, busy_linked_end }, { "rings", busy_rings, busy_rings_end },
 		{ "div and lock", busy_div, busy_div_end }, { "fsin", busy_fsin, busy_fsin_end }, { "rows of fsin", busy_fsin_row, busy_fsin_row_end },
 	};
 #if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
