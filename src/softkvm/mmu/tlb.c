@@ -197,6 +197,7 @@ void mmu_switch(struct cpu *c, uint64_t cr3, bool keep)
 	for (unsigned i = 0; keep && i < ARRAY_SIZE(t->left); i++)
 		if (t->left[i].valid && t->left[i].cr3 == cr3) {
 			c->fetch_gen[1] = t->left[i].gen;
+			t->left[i].valid = false;       /* what is flushed from now on is not known there; leaving it again says so anew */
 			memcpy(t->fetched[1], t->left[i].fetched, sizeof t->fetched[1]);
 			break;
 		}

@@ -660,6 +660,22 @@ static void test_pcids(void **state)
 	}
 	mmu_switch(&t.cpu, a, true);
 	assert_int_not_equal(t.cpu.fetch_gen[1], gen);
+	/* What came back and then was flushed is gone, also if it is not noted on leaving, as there are global user pages by then. */
+	*entry(0) &= ~(uint64_t)PTE_G;
+	mmu_flush_all(&t.cpu);
+	fetch_again(3);
+	gen = t.cpu.fetch_gen[1];
+	mmu_switch(&t.cpu, b, true);
+	mmu_switch(&t.cpu, a, true);
+	assert_int_equal(t.cpu.fetch_gen[1], gen);
+	fetch_again(3);
+	mmu_flush_page(&t.cpu, LIN);
+	*entry(0) |= PTE_G;
+	fetch_again(3);
+	mmu_switch(&t.cpu, b, true);
+	mmu_switch(&t.cpu, a, true);
+	assert_int_not_equal(t.cpu.fetch_gen[1], gen);
+	*entry(0) &= ~(uint64_t)PTE_G;
 	/* Without PCIDs nothing is kept. */
 	t.cpu.cr4 &= ~(uint64_t)CR4_PCIDE;
 	mmu_flush_all(&t.cpu);
