@@ -215,21 +215,10 @@ static int blkdebug_write(struct block *b, uint64_t off, const struct iovec *iov
 
 /* --- ranges without data: edges by writing (zeroes) or not at all (discard), the rest in pieces of at most `max` --- */
 
-static int write_zeroes(struct block *b, uint64_t off, uint64_t len, unsigned flags)
-{
-	static uint8_t zeroes[1 << 16];
-	int r = flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : 0;
-	for (uint64_t n; !r && len; off += n, len -= n) {
-		n = MIN(len, sizeof zeroes);
-		r = write_any(b, off, &(struct iovec){ zeroes, n }, 1, n, flags);
-	}
-	return r;
-}
-
 static int zero_piece(struct block *b, uint64_t off, uint64_t len, unsigned flags, uint64_t align)
 {
 	if ((off | len) % align)
-		return write_zeroes(b, off, len, flags);
+		return flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : zero_by_writing(b, off, len, flags, write_any);
 	int r = check(b, BLKDEBUG_WRITE_ZEROES, off, len);
 	return r ? r : pass_zero(b, off, len, flags);
 }

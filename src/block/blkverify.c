@@ -68,13 +68,7 @@ static int verify_write(struct block *b, uint64_t off, const struct iovec *iov, 
 
 static int verify_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 {
-	static uint8_t zeroes[1 << 16];
-	int r = flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : 0;
-	for (uint64_t n; !r && len; off += n, len -= n) {
-		n = MIN(len, sizeof zeroes);
-		r = verify_write(b, off, &(struct iovec){ zeroes, n }, 1, n, flags);
-	}
-	return r;
+	return flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : zero_by_writing(b, off, len, flags, verify_write);
 }
 
 /* A hint that the two need not take alike. */

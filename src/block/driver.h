@@ -199,6 +199,9 @@ const char *probe_format(const uint8_t *head, size_t len);
 int iov_slice(struct iovec *out, const struct iovec *iov, int n, uint64_t skip, uint64_t len);
 bool iov_is_zero(const struct iovec *iov, int n);
 void iov_zero(const struct iovec *iov, int n);
+typedef int block_write_fn(struct block *b, uint64_t off, const struct iovec *iov, int n, uint64_t len, unsigned flags);
+/* Zeroes by writing them with `write`, as long as that returns 0. */
+int zero_by_writing(struct block *b, uint64_t off, uint64_t len, unsigned flags, block_write_fn *write);
 /* All of it, to `buf` or from it. */
 void iov_copy(const struct iovec *iov, int n, uint8_t *buf, bool to_buf);
 

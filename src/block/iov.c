@@ -52,3 +52,14 @@ void iov_copy(const struct iovec *iov, int n, uint8_t *buf, bool to_buf)
 	for (int i = 0; i < n; buf += iov[i++].iov_len)
 		memcpy(to_buf ? buf : iov[i].iov_base, to_buf ? iov[i].iov_base : buf, iov[i].iov_len);
 }
+
+int zero_by_writing(struct block *b, uint64_t off, uint64_t len, unsigned flags, block_write_fn *write)
+{
+	static uint8_t zeroes[1 << 20] __attribute__((aligned(4096))); /* never written: costs no memory */
+	int r = 0;
+	for (uint64_t n; !r && len; off += n, len -= n) {
+		n = MIN(len, (uint64_t)sizeof zeroes);
+		r = write(b, off, &(struct iovec){ zeroes, n }, 1, n, flags);
+	}
+	return r;
+}

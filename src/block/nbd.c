@@ -156,19 +156,6 @@ static int nbd_discard(struct block *b, uint64_t off, uint64_t len)
 	return r == -ENOTSUP ? 0 : r;
 }
 
-static int write_zeroes(struct block *b, uint64_t off, uint64_t len, unsigned flags)
-{
-	size_t size = (size_t)MIN(len, (uint64_t)1 << 20);
-	void *buf = calloc(1, size);
-	int r = buf || !len ? 0 : -ENOMEM;
-	for (uint64_t part; !r && len; off += part, len -= part) {
-		part = MIN(len, (uint64_t)size);
-		r = nbd_write(b, off, &(struct iovec){ buf, part }, 1, part, flags);
-	}
-	free(buf);
-	return r;
-}
-
 static int nbd_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 {
 	struct nbd *n = b->nbd;
@@ -179,21 +166,21 @@ static int nbd_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 	if (quick && (!(n->hello.flags & NBD_SEND_FAST_ZERO) || !(n->hello.flags & NBD_SEND_WRITE_ZEROES)))
 		return -ENOTSUP;
 	if (!(n->hello.flags & NBD_SEND_WRITE_ZEROES))
-		return write_zeroes(b, off, len, flags);
+		return zero_by_writing(b, off, len, flags, nbd_write);
 	if (!shrink(n, &start, &size))
-		return write_zeroes(b, off, len, flags);
+		return zero_by_writing(b, off, len, flags, nbd_write);
 	if (start > off)
-		r = write_zeroes(b, off, start - off, flags);
+		r = zero_by_writing(b, off, start - off, flags, nbd_write);
 	uint64_t at = start;
 	for (uint64_t part, left = size; !r && left; at += part, left -= part) {
 		struct nbd_op op = { .cmd = NBD_WRITE_ZEROES, .off = at, .len = part = MIN(left, (uint64_t)ZERO_MAX),
 				 .flags = (flags & BLOCK_REQ_MAY_UNMAP ? 0 : NBD_NO_HOLE) | (fua && can ? NBD_FUA : 0) | (quick ? NBD_FAST_ZERO : 0) };
 		r = nbd_transact(n, &op);
 		if (r == -ENOTSUP && !quick)
-			return write_zeroes(b, at, end - at, flags);
+			return zero_by_writing(b, at, end - at, flags, nbd_write);
 	}
 	if (!r && at < MIN(end, n->hello.size))
-		r = write_zeroes(b, at, end - at, flags);
+		r = zero_by_writing(b, at, end - at, flags, nbd_write);
 	return !r && fua && !can ? nbd_flush(b) : r;
 }
 

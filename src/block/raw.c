@@ -22,7 +22,7 @@
 #include "base/util.h"
 #include "block/driver.h"
 
-enum { BATCH = 256, BOUNCE_MAX = 1 << 20, ZEROES = 64 * 1024, FAST_MAX = 256 * 1024 };
+enum { BATCH = 256, BOUNCE_MAX = 1 << 20, FAST_MAX = 256 * 1024 };
 
 /* --- plain transfers --- */
 
@@ -185,21 +185,6 @@ static int raw_discard(struct block *b, uint64_t off, uint64_t len)
 	return r == -EOPNOTSUPP ? 0 : r;
 }
 
-static int write_zeroes(struct block *b, uint64_t off, uint64_t len, unsigned flags)
-{
-	static uint8_t zeroes[ZEROES] __attribute__((aligned(4096))); /* never written: costs no memory */
-	while (len) {
-		uint64_t n = MIN(len, (uint64_t)ZEROES);
-		struct iovec v = { zeroes, n };
-		int r = raw_write(b, off, &v, 1, n, flags);
-		if (r)
-			return r;
-		off += n;
-		len -= n;
-	}
-	return 0;
-}
-
 static int zero_range(struct block *b, uint64_t off, uint64_t len)
 {
 	if (__atomic_load_n(&b->no_zero_range, __ATOMIC_RELAXED))
@@ -222,7 +207,7 @@ static int raw_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 	if (r == -EOPNOTSUPP)
 		r = zero_range(b, off, len);
 	if (r == -EOPNOTSUPP)
-		return flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : write_zeroes(b, off, len, flags);
+		return flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : zero_by_writing(b, off, len, flags, raw_write);
 	if (!r && raw_sync_flags(b, flags))
 		r = fdatasync(b->fd) ? -errno : 0;
 	return r;
@@ -333,7 +318,7 @@ static int raw_truncate(struct block *b, uint64_t len)
 static int raw_allocate(struct block *b, uint64_t off, uint64_t len, bool write)
 {
 	if (write)
-		return write_zeroes(b, off, len, 0);
+		return zero_by_writing(b, off, len, 0, raw_write);
 	int r = len && !b->is_dev ? posix_fallocate(b->fd, (off_t)off, (off_t)len) : 0;
 	return -r;
 }

@@ -18,34 +18,11 @@
 #include "base/util.h"
 #include "block/block.h"
 #include "loop/loop.h"
+#include "request.h"
 
 enum { SIZE = 1 << 20 };
 static char dir[] = "/var/tmp/block-test-XXXXXX";
 static char path[64];
-
-struct wait { pthread_mutex_t lock; pthread_cond_t cond; bool done; };
-
-static void on_done(struct block_req *r)
-{
-	struct wait *w = (struct wait *)(uintptr_t)r->priv[3];
-	pthread_mutex_lock(&w->lock);
-	w->done = true;
-	pthread_cond_signal(&w->cond);
-	pthread_mutex_unlock(&w->lock);
-}
-
-static int request(struct block *b, enum block_op op, uint64_t off, uint64_t len, const struct iovec *iov, int n, unsigned flags)
-{
-	struct wait w = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false };
-	struct block_req r = { .op = op, .flags = flags, .off = off, .len = len, .iov = iov, .iovcnt = n, .done = on_done, .ret = 77 };
-	r.priv[3] = (uintptr_t)&w;
-	block_submit(b, &r);
-	pthread_mutex_lock(&w.lock);
-	while (!w.done)
-		pthread_cond_wait(&w.cond, &w.lock);
-	pthread_mutex_unlock(&w.lock);
-	return r.ret;
-}
 
 static int rw(struct block *b, enum block_op op, uint64_t off, void *buf, size_t len)
 {

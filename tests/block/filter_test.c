@@ -16,33 +16,14 @@
 #include "block/image.h"
 #include "block/throttle.h"
 #include "loop/loop.h"
+#include "request.h"
 
 enum { SIZE = 1 << 20, SECTORS = SIZE / 512, THREADS = 3, ROUNDS = 400 };
 static char dir[] = "/var/tmp/filter-test-XXXXXX";
 
-struct wait { pthread_mutex_t lock; pthread_cond_t cond; bool done; };
-
-static void on_done(struct block_req *r)
+static int sectors(struct block *b, enum block_op op, uint64_t sector, void *buf, uint64_t n, unsigned flags)
 {
-	struct wait *w = (struct wait *)(uintptr_t)r->priv[3];
-	pthread_mutex_lock(&w->lock);
-	w->done = true;
-	pthread_cond_signal(&w->cond);
-	pthread_mutex_unlock(&w->lock);
-}
-
-static int request(struct block *b, enum block_op op, uint64_t sector, void *buf, uint64_t n, unsigned flags)
-{
-	struct wait w = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false };
-	struct iovec v = { buf, n * 512 };
-	struct block_req r = { .op = op, .flags = flags, .off = sector * 512, .len = n * 512, .iov = &v, .iovcnt = 1, .done = on_done, .ret = 77 };
-	r.priv[3] = (uintptr_t)&w;
-	block_submit(b, &r);
-	pthread_mutex_lock(&w.lock);
-	while (!w.done)
-		pthread_cond_wait(&w.cond, &w.lock);
-	pthread_mutex_unlock(&w.lock);
-	return r.ret;
+	return request(b, op, sector * 512, n * 512, &(struct iovec){ buf, n * 512 }, 1, flags);
 }
 
 static struct block *open_options(const char *text, const struct throttle_set *t, bool cor, struct workers *w)
@@ -127,7 +108,7 @@ static void *use(void *opaque)
 		unsigned at = (unsigned)rand_r(&u->seed) % SECTORS, n = 1 + (unsigned)rand_r(&u->seed) % MIN(64u, SECTORS - at);
 		unsigned flags = rand_r(&u->seed) & 1 ? BLOCK_REQ_INLINE : 0;
 		if (rand_r(&u->seed) & 1) {
-			must(request(u->b, BLOCK_READ, at, u->buf, n, flags));
+			must(sectors(u->b, BLOCK_READ, at, u->buf, n, flags));
 			check_mine(u, at, n);
 			continue;
 		}
@@ -136,7 +117,7 @@ static void *use(void *opaque)
 			continue;
 		u->model[at] = (uint8_t)rand_r(&u->seed);
 		memset(u->buf, u->model[at], 512);
-		must(request(u->b, BLOCK_WRITE, at, u->buf, 1, flags));
+		must(sectors(u->b, BLOCK_WRITE, at, u->buf, 1, flags));
 	}
 	return NULL;
 }
@@ -215,7 +196,7 @@ static void test_cor(void **state)
 static void *read_one(void *opaque)
 {
 	struct user *u = opaque;
-	must(request(u->b, BLOCK_READ, u->id, u->buf, 1, 0));
+	must(sectors(u->b, BLOCK_READ, u->id, u->buf, 1, 0));
 	__atomic_store_n(&u->seed, 1, __ATOMIC_RELEASE);
 	return NULL;
 }
