@@ -34,6 +34,7 @@ struct block *block_new(const struct block_opts *o, struct loop *l, struct worke
 	b->read_only = o->read_only;
 	b->discard_unmap = o->discard_unmap;
 	b->detect_zeroes = o->detect_zeroes;
+	b->polled = o->polled;
 	const char *file = o->file ? o->file : "";
 	b->file = strdup(strncmp(file, "file:", 5) ? file : file + 5);
 	b->id = o->id ? strdup(o->id) : NULL;
@@ -120,7 +121,7 @@ static int open_below(struct block **out, const struct block_name *n, struct loo
 {
 	const struct block_opts *o = &n->o;
 	struct block_opts c = { .options = &n->leaf, .tls = o->tls, .throttles = o->throttles, .read_only = o->read_only || o->snapshot,
-				.auto_read_only = o->auto_read_only, .cache = o->cache, .aio = o->aio, .shared = o->shared, .discard_unmap = true,
+				.auto_read_only = o->auto_read_only, .cache = o->cache, .aio = o->aio, .polled = o->polled, .shared = o->shared, .discard_unmap = true,
 				.protocol = true };
 	if (n->leaf.n == 1 && !strcmp(n->leaf.o[0].key, "filename")) {
 		c.file = n->leaf.o[0].val;
@@ -372,6 +373,14 @@ void block_by_worker(struct block_req *r)
 	on_worker(r); /* slower, but it gets done */
 }
 
+/* A polled node: the thread that would end what is under way must not wait for it further down. */
+static void block_at_last(struct block_req *r)
+{
+	while (r->blk->polled && block_poll(r->blk))
+		;
+	block_by_worker(r);
+}
+
 void block_dispatch(struct block_req *r)
 {
 	struct block *b = r->blk;
@@ -379,7 +388,12 @@ void block_dispatch(struct block_req *r)
 	if (r->flags & BLOCK_REQ_INLINE && !look && b->drv->fast(b, r))
 		block_finish(r);
 	else if (look || !b->drv->submit || !b->drv->submit(b, r))
-		block_by_worker(r);
+		block_at_last(r);
+}
+
+bool block_poll(struct block *b)
+{
+	return b->drv->poll && b->drv->poll(b);
 }
 
 bool block_submit_below(struct block *leaf, struct block_req *r)
@@ -562,6 +576,12 @@ bool block_write_cache(const struct block *b)
 const char *block_id(const struct block *b)
 {
 	return b->id;
+}
+
+bool block_can_poll(const struct block *b)
+{
+	const struct block *leaf = b->qcow2 ? b->qcow2->data : b;
+	return b->polled && b->drv->poll && (leaf->uring || leaf->nbd);
 }
 
 bool block_is_remote(const struct block *b)

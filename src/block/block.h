@@ -96,6 +96,7 @@ struct block_opts {
 	const char *backing;            /* instead of the one the image names */
 	const char *backing_format;
 	const char *internal;           /* read this internal snapshot (id or name) */
+	bool polled;                    /* one thread makes all requests and calls block_poll(); neither loop nor workers */
 };
 
 /* Take what a node of any kind may carry (read-only, cache.*, discard, ...) from `l`. */
@@ -119,6 +120,13 @@ void block_unlock(struct block *b);
 void block_submit(struct block *b, struct block_req *r);
 /* After requests with BLOCK_REQ_MORE: nothing more follows. */
 void block_unplug(struct block *b);
+/*
+ * Of a node opened with `polled`: wait until something that was submitted is done, and end it, in this thread. False: nothing is under
+ * way. What cannot be started without waiting is done by block_submit() itself, after all that was under way.
+ */
+bool block_poll(struct block *b);
+/* Can requests to it be under way together, so that block_poll() is worth while? */
+bool block_can_poll(const struct block *b);
 /*
  * Complete requests on these loops' threads from now on, each on the one that its `lane` names (or on a worker). No request is in
  * flight. On an error completions stay, or go to fewer of them.

@@ -34,6 +34,8 @@ struct block_driver {
 	bool (*fast)(struct block *b, struct block_req *r);
 	/* Start it without waiting: true: block_finish() or block_by_worker() follows; false: not touched. May be NULL. */
 	bool (*submit)(struct block *b, struct block_req *r);
+	/* block_poll(): end at least one that `submit` took; false: there is none. NULL: `submit` takes nothing that has to be asked for. */
+	bool (*poll)(struct block *b);
 	/* This node only: an extent that starts at `off`, at most `len` long, of one kind. */
 	int (*map)(struct block *b, uint64_t off, uint64_t len, struct block_extent *e);
 	int (*resize)(struct block *b, uint64_t size, enum block_prealloc p, struct err *err);
@@ -57,7 +59,7 @@ struct block {
 	const struct block_driver *drv;
 	char *id, *file;
 	enum block_cache cache;
-	bool read_only, discard_unmap, detect_zeroes;
+	bool read_only, discard_unmap, detect_zeroes, polled;
 	bool probed_raw;                /* the guest may not turn sector 0 into another format's header */
 	uint64_t length;                /* rounded up to 512 */
 	unsigned size;                  /* smallest request */
@@ -112,6 +114,8 @@ extern const struct block_driver block_qcow2;
 struct block *block_new(const struct block_opts *o, struct loop *l, struct workers *w);
 void block_free(struct block *b);
 
+/* Of a plain file past the page cache: this place will be written soon; it reads as zeroes until then. */
+void raw_reserve(struct block *b, uint64_t off, uint64_t len);
 int raw_open(struct block *b, const struct block_opts *o, struct err *err);
 /* o->leaf, or o->file as an NBD name. */
 int nbd_open(struct block *b, const struct block_opts *o, struct err *err);
@@ -171,6 +175,8 @@ int uring_open(struct block *b);
 void uring_close(struct block *b);
 int uring_move(struct block *b, struct loop *const *l, unsigned n);
 bool uring_submit(struct block *b, struct block_req *r);
+/* Send what was prepared and wait for one completion at least; false: none is to come. */
+bool uring_wait(struct block *b);
 void uring_kick(struct block *b);
 
 /* --- copy.c: long reads of a leaf with a ring and a page cache --- */

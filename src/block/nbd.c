@@ -36,7 +36,9 @@ static int nbd_flush(struct block *b)
 static int rw_aligned(struct block *b, uint16_t cmd, uint64_t off, const struct iovec *iov, int cnt, uint64_t len, unsigned flags)
 {
 	struct nbd *n = b->nbd;
-	uint64_t piece = MIN(max_payload(n), (uint64_t)PIECE);
+	/* Over TCP a server's short answers to several writes may wait for each other's acknowledgement (qemu-nbd's do: 40 ms). */
+	bool split = cmd == NBD_READ || !n->cfg.host;
+	uint64_t piece = MIN(max_payload(n), split ? (uint64_t)PIECE : UINT64_MAX);
 	bool fua = cmd == NBD_WRITE && wants_fua(b, flags), can = n->hello.flags & NBD_SEND_FUA;
 	struct nbd_op one = { .cmd = cmd, .flags = fua && can ? NBD_FUA : 0, .off = off, .len = len, .iov = iov, .iovcnt = cnt };
 	int r = 0;
@@ -242,7 +244,8 @@ static bool as_op(struct block *b, struct block_req *r, struct nbd_op *op)
 {
 	static const uint16_t cmds[] = { [BLOCK_READ] = NBD_READ, [BLOCK_WRITE] = NBD_WRITE, [BLOCK_FLUSH] = NBD_FLUSH };
 	struct nbd *n = b->nbd;
-	if (r->op > BLOCK_FLUSH || r->len > (r->op == BLOCK_WRITE ? 65536u : max_payload(n)) || r->iovcnt > 16)
+	/* Who sends may have to wait for the server while that takes the data, unless it polls. */
+	if (r->op > BLOCK_FLUSH || r->len > (r->op == BLOCK_WRITE && !b->polled ? 65536u : max_payload(n)) || r->iovcnt > 16)
 		return false;
 	if (r->op == BLOCK_FLUSH ? !(n->hello.flags & NBD_SEND_FLUSH) || b->read_only || b->cache == CACHE_UNSAFE : is_ragged(n, r->off, r->len))
 		return false;
@@ -259,15 +262,20 @@ static bool nbd_submit(struct block *b, struct block_req *r)
 {
 	struct nbd *n = b->nbd;
 	struct nbd_op now;
-	if (!b->workers || !as_op(b, r, &now))
+	if ((!b->workers && !b->polled) || !as_op(b, r, &now))
 		return false;
 	/* A ragged write reads, changes and writes: nothing may come between. */
 	if (now.cmd == NBD_WRITE && pthread_rwlock_tryrdlock(&b->rmw))
 		return false;
-	bool sent = nbd_link_submit(n, &now);
+	bool sent = b->polled ? nbd_link_queue(n, &now) : nbd_link_submit(n, &now);
 	if (now.cmd == NBD_WRITE)
 		pthread_rwlock_unlock(&b->rmw);
 	return sent;
+}
+
+static bool nbd_poll(struct block *b)
+{
+	return nbd_link_poll(b->nbd);
 }
 
 static bool nbd_fast(struct block *b, struct block_req *r)
@@ -288,7 +296,7 @@ static void nbd_close(struct block *b)
 
 #define NBD_DRIVER(n)                                                                                                    \
 	{ .name = n, .read = nbd_read, .write = nbd_write, .flush = nbd_flush, .discard = nbd_discard, .zero = nbd_zero,  \
-	  .fast = nbd_fast, .submit = nbd_submit, .map = nbd_map, .resize = nbd_resize, .file_length = nbd_file_length,   \
+	  .fast = nbd_fast, .submit = nbd_submit, .poll = nbd_poll, .map = nbd_map, .resize = nbd_resize, .file_length = nbd_file_length,   \
 	  .truncate = nbd_truncate, .allocate = nbd_allocate, .close = nbd_close }
 /* The same as an image of its own, and as what a raw image stands on, which it is shown as. */
 static const struct block_driver block_nbd = NBD_DRIVER("nbd"), block_nbd_raw = NBD_DRIVER("raw");

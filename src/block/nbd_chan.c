@@ -237,6 +237,18 @@ static ssize_t send_some(struct nbd_chan *c, const struct iovec *iov, int n)
 	}
 }
 
+ssize_t nbd_send_now(struct nbd_chan *c, const struct iovec *iov, int n)
+{
+	if (c->tls)
+		return send_some(c, iov, 1);
+	struct msghdr m = { .msg_iov = (struct iovec *)(uintptr_t)iov, .msg_iovlen = (size_t)MIN(n, IOV_MAX) };
+	ssize_t put;
+	do
+		put = sendmsg(c->fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+	while (put < 0 && errno == EINTR);
+	return put < 0 ? -errno : put;
+}
+
 /* Through TLS, short pieces go in one record: a header and its data, if both are small. */
 static int send_tls(struct nbd_chan *c, struct iovec *iov, int n)
 {

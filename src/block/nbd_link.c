@@ -1,5 +1,6 @@
 /* The NBD client: sending, waiting for answers, losing the link and getting it back (nbd_link.h). */
 #include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -9,7 +10,7 @@
 #include "base/util.h"
 #include "block/nbd_link.h"
 
-enum { RETRY_MS = 1000, RECONNECT_MS = 10000 };
+enum { RETRY_MS = 1000, RECONNECT_MS = 10000, OUT_VEC = 64 };
 
 /* Lock held. The reader, if there is one, notices and gives up what is in flight. */
 static void link_lost(struct nbd *n, int why)
@@ -37,7 +38,7 @@ static void release_slot(struct nbd *n, struct nbd_op *op)
 		pthread_cond_broadcast(&n->room);
 }
 
-/* Lock held; dropped around the end of a request that nobody waits for. */
+/* Lock held; dropped around the end of a request that nobody waits for. What was lost goes to `lost`. */
 static void answer(struct nbd *n, struct nbd_op *op)
 {
 	release_slot(n, op);
@@ -47,21 +48,37 @@ static void answer(struct nbd *n, struct nbd_op *op)
 		return;
 	}
 	struct block_req *r = op->req;
-	int ret = op->ret;
-	pthread_mutex_unlock(&n->lock);
+	r->ret = op->ret;
 	free(op);
-	r->ret = ret;
-	/* Lost: the patient way, on a thread that may wait for the next connection. */
-	if (ret == NBD_LOST)
-		block_by_worker(r);
-	else
-		block_finish(r);
+	if (r->ret == NBD_LOST) {
+		r->next = n->lost;
+		n->lost = r;
+		return;
+	}
+	pthread_mutex_unlock(&n->lock);
+	block_finish(r);
 	pthread_mutex_lock(&n->lock);
+}
+
+/* No lock held. The patient way, on a thread that may wait for the next connection; without workers that is this one. */
+static void run_lost(struct nbd *n)
+{
+	pthread_mutex_lock(&n->lock);
+	struct block_req *list = n->lost, *next;
+	n->lost = NULL;
+	pthread_mutex_unlock(&n->lock);
+	for (; list; list = next) {
+		next = list->next;
+		block_by_worker(list);
+	}
 }
 
 /* Send and lock held (so that nobody sends from a buffer that its owner takes back), nobody reads, the link is down. */
 static void give_up(struct nbd *n)
 {
+	n->out = NULL;
+	n->out_tail = &n->out;
+	n->out_sent = 0;
 	for (unsigned i = 0; i < NBD_SLOTS; i++) {
 		struct nbd_op *op = n->slot[i];
 		if (op) {
@@ -82,6 +99,22 @@ static void pass_on(struct nbd *n)
 	}
 }
 
+/* Lock held, and dropped: the reader leaves its place. */
+static void leave(struct nbd *n)
+{
+	if (!n->up) {
+		pthread_mutex_unlock(&n->lock);
+		pthread_mutex_lock(&n->send);
+		pthread_mutex_lock(&n->lock);
+		give_up(n);
+		pthread_mutex_unlock(&n->send);
+	}
+	n->reading = false;
+	if (n->up)
+		pass_on(n);
+	pthread_cond_broadcast(&n->room);
+}
+
 /* Lock held, dropped while reading. Until `op` (NULL: for ever) is answered or the link is lost. */
 static void read_until(struct nbd *n, struct nbd_op *op)
 {
@@ -96,17 +129,7 @@ static void read_until(struct nbd *n, struct nbd_op *op)
 		else if (r < 0)
 			link_lost(n, r);
 	}
-	if (!n->up) {
-		pthread_mutex_unlock(&n->lock);
-		pthread_mutex_lock(&n->send);
-		pthread_mutex_lock(&n->lock);
-		give_up(n);
-		pthread_mutex_unlock(&n->send);
-	}
-	n->reading = false;
-	if (n->up)
-		pass_on(n);
-	pthread_cond_broadcast(&n->room);
+	leave(n);
 }
 
 static void *reader_thread(void *arg)
@@ -114,10 +137,14 @@ static void *reader_thread(void *arg)
 	struct nbd *n = arg;
 	pthread_mutex_lock(&n->lock);
 	while (!n->stop) {
-		if (n->up && !n->reading)
+		if (n->up && !n->reading) {
 			read_until(n, NULL);
-		else
+			pthread_mutex_unlock(&n->lock);
+			run_lost(n);
+			pthread_mutex_lock(&n->lock);
+		} else {
 			pthread_cond_wait(&n->room, &n->lock);
+		}
 	}
 	pthread_mutex_unlock(&n->lock);
 	return NULL;
@@ -134,6 +161,7 @@ static void take_slot(struct nbd *n, struct nbd_op *op)
 	op->done = false;
 	op->ret = op->error = 0;
 	op->got = op->ext_len = 0;
+	op->unsent = false;
 	n->slot[i] = op;
 	n->used++;
 }
@@ -180,6 +208,8 @@ static void send_or_lose(struct nbd *n, const struct nbd_op *op)
 /* One try on the link that is there, `k` requests together: 0, the first -errno from the server, NBD_LOST. */
 static int attempt(struct nbd *n, struct nbd_op *op, unsigned k)
 {
+	while (n->b->polled && n->out)
+		nbd_link_poll(n); /* in the middle of a request no other can be sent */
 	pthread_mutex_lock(&n->lock);
 	n->waiting++;
 	while (n->up && n->used + k > NBD_SLOTS)
@@ -213,6 +243,7 @@ static int attempt(struct nbd *n, struct nbd_op *op, unsigned k)
 		r = op[i].ret == NBD_LOST || !r ? op[i].ret : r;
 	}
 	pthread_mutex_unlock(&n->lock);
+	run_lost(n);
 	return r;
 }
 
@@ -379,10 +410,126 @@ bool nbd_link_submit(struct nbd *n, const struct nbd_op *request)
 		if (sent) /* from a copy: the answer may free `op` before sending returns */
 			send_or_lose(n, &now);
 		pthread_mutex_unlock(&n->send);
+		run_lost(n);
 	}
 	if (!sent)
 		free(op);
 	return sent;
+}
+
+/* --- polled --- */
+
+bool nbd_link_queue(struct nbd *n, const struct nbd_op *request)
+{
+	struct nbd_op *op = malloc(sizeof *op);
+	if (!op)
+		return false;
+	*op = *request;
+	pthread_mutex_lock(&n->lock);
+	bool taken = n->up && n->used < NBD_SLOTS;
+	if (taken) {
+		take_slot(n, op);
+		fill_request(&op->head, op);
+		op->unsent = true;
+		op->next = NULL;
+		*n->out_tail = op;
+		n->out_tail = &op->next;
+	}
+	pthread_mutex_unlock(&n->lock);
+	if (!taken)
+		free(op);
+	return taken;
+}
+
+/* Lock held: what of `out` fits `v`. */
+static int gather_out(const struct nbd *n, struct iovec *v, int max)
+{
+	uint64_t skip = n->out_sent;
+	int k = 0;
+	for (const struct nbd_op *op = n->out; op && k + 1 + (op->cmd == NBD_WRITE ? op->iovcnt : 0) <= max; op = op->next) {
+		struct iovec head = { (void *)(uintptr_t)&op->head, sizeof op->head };
+		uint64_t h = MIN(skip, (uint64_t)sizeof op->head);
+		if (h < sizeof op->head)
+			k += iov_slice(v + k, &head, 1, h, sizeof op->head - h);
+		if (op->cmd == NBD_WRITE)
+			k += iov_slice(v + k, op->iov, op->iovcnt, skip - h, op->len - (skip - h));
+		skip = 0;
+	}
+	return k;
+}
+
+/* Lock held. */
+static void out_advance(struct nbd *n, size_t put)
+{
+	n->out_sent += put;
+	for (struct nbd_op *op = n->out; op; op = n->out) {
+		size_t whole = sizeof op->head + (op->cmd == NBD_WRITE ? op->len : 0);
+		if (n->out_sent < whole)
+			return;
+		n->out_sent -= whole;
+		op->unsent = false;
+		n->out = op->next;
+	}
+	n->out_tail = &n->out;
+}
+
+/* Send held: as much of `out` as the socket takes. 0 or -errno. */
+static int push_out(struct nbd *n)
+{
+	struct iovec v[OUT_VEC];
+	for (;;) {
+		pthread_mutex_lock(&n->lock);
+		int k = n->up ? gather_out(n, v, OUT_VEC) : 0;
+		pthread_mutex_unlock(&n->lock);
+		ssize_t put = k ? nbd_send_now(&n->chan, v, k) : 0;
+		if (put <= 0)
+			return put == -EAGAIN ? 0 : (int)put;
+		pthread_mutex_lock(&n->lock);
+		out_advance(n, (size_t)put);
+		pthread_mutex_unlock(&n->lock);
+	}
+}
+
+/* No lock held, this is the reader: send and receive until there is something to read. 0 or -errno. */
+static int exchange(struct nbd *n)
+{
+	for (;;) {
+		pthread_mutex_lock(&n->send);
+		int r = push_out(n);
+		pthread_mutex_unlock(&n->send);
+		if (r || !n->out || nbd_pending(&n->chan))
+			return r;
+		struct pollfd p = { n->chan.fd, POLLIN | POLLOUT, 0 };
+		if (poll(&p, 1, -1) < 0 && errno != EINTR)
+			return -errno;
+		if (p.revents & ~POLLOUT)
+			return 0;
+	}
+}
+
+bool nbd_link_poll(struct nbd *n)
+{
+	bool any = false;
+	pthread_mutex_lock(&n->lock);
+	bool some = n->used;
+	n->reading = true;
+	while (n->up && n->used && (!any || nbd_pending(&n->chan))) {
+		struct nbd_op *which = NULL;
+		pthread_mutex_unlock(&n->lock);
+		int r = exchange(n);
+		r = r ? r : nbd_read_reply(n, &which);
+		pthread_mutex_lock(&n->lock);
+		if (r > 0) {
+			answer(n, which);
+			any = true;
+		} else if (r < 0) {
+			link_lost(n, r);
+		}
+	}
+	leave(n);
+	pthread_mutex_unlock(&n->lock);
+	run_lost(n);
+	return some;
 }
 
 /* --- opening and closing --- */
@@ -408,6 +555,7 @@ void nbd_link_init(struct nbd *n, struct block *b)
 	pthread_mutex_init(&n->send, NULL);
 	pthread_mutex_init(&n->lock, NULL);
 	pthread_cond_init(&n->room, NULL);
+	n->out_tail = &n->out;
 }
 
 void nbd_link_free(struct nbd *n)

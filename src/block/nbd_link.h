@@ -5,7 +5,9 @@
  * Callers are threads that may wait. Each sends its request (one at a time) and then needs its reply. There is no thread for
  * replies: of those that wait, one reads, fills whatever request a reply belongs to, wakes its owner, and passes the role
  * on when its own is answered. So a single request costs no switch of threads, and many are in flight together. A request
- * that comes from a queue (submit) has no thread of its own; the first of those starts one, which reads until the end.
+ * that comes from a queue (submit) has no thread of its own; the first of those starts one, which reads until the end. Of a polled
+ * node the thread that submits also reads: what the socket does not take at once stays in `out`, so that it never waits for a server
+ * that waits for it, and requests that come together are sent together.
  *
  * A connection that is lost fails what was in flight, or, with reconnect-delay, everything is sent again on a new one; the
  * requests are idempotent, and a flush that was not answered is sent again too. The server is hostile: a reply must belong
@@ -22,6 +24,7 @@
 
 #include "block/driver.h"
 #include "block/nbd_hello.h"
+#include "block/nbd_proto.h"
 
 enum { NBD_SLOTS = 256, NBD_LOST = -100000 };
 
@@ -38,6 +41,9 @@ struct nbd_op {
 	uint32_t ext_len, ext_flags;    /* of a block status */
 	pthread_cond_t *cond;           /* whose owner waits; one for all that it sent together */
 	struct block_req *req;          /* async */
+	struct nbd_op *next;            /* in `out` */
+	bool unsent;                    /* none or only a part was sent: there can be no answer */
+	struct nbd_request head;
 };
 
 struct nbd {
@@ -54,6 +60,9 @@ struct nbd {
 	uint64_t seq;
 	unsigned waiting, used;
 	struct nbd_op *slot[NBD_SLOTS];
+	struct nbd_op *out, **out_tail; /* polled: to be sent, in this order */
+	size_t out_sent;                /* bytes of the first */
+	struct block_req *lost;         /* to be done again, by whoever holds no lock */
 };
 
 /* --- nbd_reply.c --- */
@@ -72,5 +81,9 @@ int nbd_transact_all(struct nbd *n, struct nbd_op *op, unsigned k);
 int nbd_transact(struct nbd *n, struct nbd_op *op);
 /* Send `now` (async) without waiting for anything; the reader thread ends it with block_finish(). False: not touched. */
 bool nbd_link_submit(struct nbd *n, const struct nbd_op *now);
+/* The same of a polled node: the requests that were queued since the last nbd_link_poll() leave together. */
+bool nbd_link_queue(struct nbd *n, const struct nbd_op *now);
+/* Send what is queued, and end one request at least; false: none is under way. */
+bool nbd_link_poll(struct nbd *n);
 
 #endif

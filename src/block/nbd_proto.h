@@ -101,6 +101,8 @@ int nbd_skip(struct nbd_chan *c, uint64_t len);
 /* Is there something received and not read? */
 static inline bool nbd_pending(const struct nbd_chan *c) { return c->head != c->tail; }
 int nbd_send(struct nbd_chan *c, const void *buf, size_t len);
+/* What the socket takes without waiting (with TLS: a part, and that is waited for): bytes, -EAGAIN, -errno. */
+ssize_t nbd_send_now(struct nbd_chan *c, const struct iovec *iov, int n);
 /* Changes `iov`. */
 int nbd_send_iov(struct nbd_chan *c, struct iovec *iov, int n);
 

@@ -19,7 +19,7 @@ static struct nbd_op *find(struct nbd *n, uint64_t cookie)
 	pthread_mutex_lock(&n->lock);
 	struct nbd_op *op = n->slot[cookie % NBD_SLOTS];
 	pthread_mutex_unlock(&n->lock);
-	return op && op->cookie == cookie ? op : NULL;
+	return op && op->cookie == cookie && !op->unsent ? op : NULL;
 }
 
 /* A part of a read's buffers: data from the wire, or zeroes. */

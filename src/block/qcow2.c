@@ -136,7 +136,7 @@ static int open_backing(struct qcow2 *q, const struct block_opts *o, unsigned de
 
 static int open_data_file(struct qcow2 *q, const struct block_opts *o, unsigned depth, struct err *err)
 {
-	struct block_opts d = { .cache = o->cache, .aio = o->aio, .tls = o->tls, .shared = o->shared, .no_lock = o->no_lock,
+	struct block_opts d = { .cache = o->cache, .aio = o->aio, .polled = o->polled, .tls = o->tls, .shared = o->shared, .no_lock = o->no_lock,
 				.read_only = o->read_only || o->snapshot, .auto_read_only = o->auto_read_only, .options = o->data_options,
 				.throttles = o->throttles, .protocol = true };
 	if (!(q->h.incompat & INCOMPAT_DATA_FILE))
@@ -419,5 +419,5 @@ static int driver_map(struct block *b, uint64_t off, uint64_t len, struct block_
 
 const struct block_driver block_qcow2 = {
 	.name = "qcow2", .read = driver_read, .write = driver_write, .flush = driver_flush, .discard = driver_discard,
-	.zero = driver_zero, .fast = q_fast, .submit = q_submit, .map = driver_map, .resize = qcow2_resize, .close = qcow2_close,
+	.zero = driver_zero, .fast = q_fast, .submit = q_submit, .poll = q_poll, .map = driver_map, .resize = qcow2_resize, .close = qcow2_close,
 };

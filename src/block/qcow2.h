@@ -217,6 +217,7 @@ int q_copy_up(struct qcow2 *q, uint64_t off, uint64_t len);
 int q_read_locked(struct qcow2 *q, uint64_t off, const struct iovec *iov, int n, uint64_t len);
 bool q_fast(struct block *b, struct block_req *r);
 bool q_submit(struct block *b, struct block_req *r);
+bool q_poll(struct block *b);
 /* First change of the guest's data: bitmaps that do not follow must not be believed. */
 int q_start_writing(struct qcow2 *q);
 

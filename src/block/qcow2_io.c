@@ -243,7 +243,7 @@ static int copy_edge(struct qcow2 *q, const struct group *g, uint64_t off, uint6
 
 static int group_write(struct qcow2 *q, const struct group *g, uint64_t off, uint64_t end, struct slice *s)
 {
-	uint64_t head = off - g->start, tail = g->end - end, len;
+	uint64_t head = off - g->start, tail = g->end - end, len, rest = tail;
 	uint8_t *hbuf = NULL, *tbuf = NULL;
 	int r = copy_edge(q, g, g->start, &head, &hbuf);
 	if (!r)
@@ -256,6 +256,8 @@ static int group_write(struct qcow2 *q, const struct group *g, uint64_t off, uin
 	if (tail)
 		v[s->n++] = (struct iovec){ tbuf, tail };
 	len = head + (end - off) + tail;
+	if (rest && !tail && off == g->first) /* as who writes in order begins a cluster: the next writes find their place */
+		raw_reserve(q->data, g->host + (end - g->first), rest);
 	q_event(q, EVENT_WRITE_AIO);
 	if (head || tail)
 		q_event(q, EVENT_COW_WRITE);
@@ -594,7 +596,7 @@ bool q_submit(struct block *b, struct block_req *r)
 	struct qcow2 *q = b->qcow2;
 	struct qrun run;
 	bool write = r->op == BLOCK_WRITE, ok;
-	if (!q->data->uring || (r->op != BLOCK_READ && !write) || (write && (r->flags & BLOCK_REQ_FUA || !block_write_cache(b))))
+	if ((!q->data->uring && !q->data->polled) || (r->op != BLOCK_READ && !write) || (write && (r->flags & BLOCK_REQ_FUA || !block_write_cache(b))))
 		return false;
 	struct q_op *op = malloc(sizeof *op);
 	if (!op)
@@ -623,4 +625,9 @@ bool q_submit(struct block *b, struct block_req *r)
 		free(op);
 	}
 	return ok;
+}
+
+bool q_poll(struct block *b)
+{
+	return block_poll(b->qcow2->data);
 }

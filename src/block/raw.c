@@ -323,6 +323,13 @@ static int raw_allocate(struct block *b, uint64_t off, uint64_t len, bool write)
 	return -r;
 }
 
+/* Past the page cache each small write into a hole is an allocation of its own. Whatever becomes of this, the write tells. */
+void raw_reserve(struct block *b, uint64_t off, uint64_t len)
+{
+	if (b->drv == &block_raw && b->mem_align && !b->is_dev && fallocate(b->fd, 0, (off_t)off, (off_t)len))
+		log_debug("%s: fallocate: %s", b->file, strerror(errno));
+}
+
 static int raw_resize(struct block *b, uint64_t size, enum block_prealloc p, struct err *err)
 {
 	int64_t old = raw_file_length(b);
@@ -354,7 +361,7 @@ static void raw_close(struct block *b)
 
 const struct block_driver block_raw = {
 	.name = "raw", .read = raw_read, .write = raw_write, .flush = raw_flush, .discard = raw_discard,
-	.zero = raw_zero, .fast = raw_fast, .submit = raw_submit, .map = raw_map, .resize = raw_resize, .file_length = raw_file_length,
+	.zero = raw_zero, .fast = raw_fast, .submit = raw_submit, .poll = uring_wait, .map = raw_map, .resize = raw_resize, .file_length = raw_file_length,
 	.truncate = raw_truncate, .allocate = raw_allocate, .close = raw_close,
 };
 
@@ -437,16 +444,16 @@ int raw_open(struct block *b, const struct block_opts *o, struct err *err)
 		r = find_alignment(b, err);
 	if (!r && !o->shared && !o->no_lock)
 		r = lock_image(b->fd, b->file, write, err);
-	if (!r && b->loop && o->aio != AIO_THREADS) {
+	if (!r && (b->loop || b->polled) && o->aio != AIO_THREADS) {
 		int u = uring_open(b);
 		if (u && o->aio == AIO_IO_URING)
 			log_warn("%s: aio=io_uring: the kernel refuses (%s); using threads", b->file, strerror(-u));
 	}
-	if (!r && !b->loop && o->aio > AIO_THREADS)
+	if (!r && !b->loop && !b->polled && o->aio > AIO_THREADS)
 		log_warn("%s: aio=%s has no effect in this program, which waits for each request in a thread", b->file,
 			 o->aio == AIO_NATIVE ? "native" : "io_uring");
 	b->in_memory = !fstatfs(b->fd, &fs) && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
-	if (!r && b->uring && !b->mem_align)
+	if (!r && b->loop && b->uring && !b->mem_align)
 		copy_open(b);
 	return r;
 }

@@ -2,7 +2,7 @@
  * io_uring for leaves: reads, writes and flushes that wait nowhere.
  *
  * A ring for each loop that completions of the leaf go to (one, unless a disk has several I/O threads). Submitters share the submission side under `sq`; whoever finds completions takes them, one thread at a time
- * (`cq`): the submitter, for what the kernel answered at once, or the loop, woken through an eventfd. Requests submitted
+ * (`cq`): the submitter, for what the kernel answered at once, or the loop, woken through an eventfd; of a polled node, who polls. Requests submitted
  * between uring_plug() ... uring_kick() enter the kernel with one system call.
  *
  * A transfer that ends short or is refused for a reason that a plain system call does not have is done again by a worker.
@@ -161,6 +161,18 @@ bool uring_submit(struct block *b, struct block_req *r)
 	return sqe != NULL;
 }
 
+bool uring_wait(struct block *b)
+{
+	struct uring *u = b->uring;
+	if (!u || !__atomic_load_n(&u->in_kernel, __ATOMIC_ACQUIRE))
+		return false;
+	pthread_mutex_lock(&u->sq);
+	io_uring_submit_and_wait(&u->ring, 1); /* on an error the next call tries again */
+	pthread_mutex_unlock(&u->sq);
+	reap(u);
+	return true;
+}
+
 static void kick(struct uring *u)
 {
 	pthread_mutex_lock(&u->sq);
@@ -230,7 +242,7 @@ static int ring_add(struct block *b, struct loop *l)
 	}
 	pthread_mutex_init(&u->sq, NULL);
 	pthread_mutex_init(&u->cq, NULL);
-	r = io_uring_register_eventfd(&u->ring, u->efd);
+	r = l ? io_uring_register_eventfd(&u->ring, u->efd) : 0;
 	if (!r)
 		r = watch(u, l);
 	if (r) {
@@ -264,7 +276,7 @@ int uring_move(struct block *b, struct loop *const *l, unsigned n)
 
 int uring_open(struct block *b)
 {
-	return ring_add(b, b->loop);
+	return ring_add(b, b->polled ? NULL : b->loop);
 }
 
 void uring_close(struct block *b)

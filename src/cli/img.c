@@ -82,7 +82,7 @@ bool img_image_opts(void)
 struct block *img_open(const char *file, const struct img_open *o)
 {
 	struct block_opts b = { .file = file, .format = o->format, .read_only = !o->write, .shared = o->shared, .as_is = o->as_is,
-				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal, .aio = o->aio, .snapshot = o->snapshot, .copy_on_read = o->copy_on_read };
+				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal, .aio = o->aio, .polled = o->polled, .snapshot = o->snapshot, .copy_on_read = o->copy_on_read };
 	struct err err = { 0 };
 	struct block *blk;
 	if (o->cache && img_cache(o->cache, &b.cache))
@@ -98,7 +98,7 @@ struct block *img_open(const char *file, const struct img_open *o)
 	int r = opts ? keyvals_parse(&l, "--image-opts", file, "driver", &err) : 0;
 	b.options = opts ? &l : NULL;
 	if (!r)
-		r = block_open(&blk, &b, o->loop, o->workers, &err);
+		r = block_open(&blk, &b, NULL, NULL, &err);
 	if (r && o->program)
 		fprintf(stderr, "%s: can't open device %s: %s\n", o->program, file, err.msg);
 	else if (r)

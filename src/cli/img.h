@@ -34,8 +34,7 @@ struct img_open {
 	bool options;                   /* the name is a list of options, whatever --image-opts says */
 	const char *program;            /* qemu-io, for messages; NULL: qemu-img */
 	enum block_aio aio;
-	struct loop *loop;              /* for io_uring's completions, with workers; both NULL otherwise */
-	struct workers *workers;
+	bool polled;                    /* requests of one thread that calls block_poll() */
 };
 /* --image-opts was given. */
 bool img_image_opts(void);

@@ -6,9 +6,8 @@
 #include <unistd.h>
 
 #include "cli/img.h"
-#include "loop/loop.h"
 
-enum { BENCH_THREADS = 64, CACHED_THREADS = 16, RING_DEPTH = 1024 };
+enum { BENCH_THREADS = 64, CACHED_THREADS = 16, POLLED_DEPTH = 1024, REMOTE_DEPTH = 128 };
 
 struct bench {
 	struct block *b;
@@ -16,12 +15,11 @@ struct bench {
 	bool write, no_drain;
 	int pattern, error;
 	pthread_mutex_t lock;
-	pthread_cond_t idle;            /* a slot of the ring's is free */
-	struct bench_slot *spare;
+	struct bench_slot *spare;       /* polled */
 	unsigned in_flight;
 };
 
-/* Lock held: where the next request goes. */
+/* Where the next request goes. With threads the lock is held. */
 static uint64_t next_offset(struct bench *k)
 {
 	uint64_t off = k->off;
@@ -31,7 +29,7 @@ static uint64_t next_offset(struct bench *k)
 	return off;
 }
 
-/* --- -i native, io_uring: requests in flight without a thread each --- */
+/* --- one thread that has many requests under way and asks for their ends --- */
 
 struct bench_slot { struct block_req r; struct iovec iov; struct bench *k; struct bench_slot *next; };
 
@@ -39,23 +37,19 @@ static void slot_done(struct block_req *r)
 {
 	struct bench_slot *s = container_of(r, struct bench_slot, r);
 	struct bench *k = s->k;
-	pthread_mutex_lock(&k->lock);
 	if (r->ret && !k->error)
 		k->error = r->ret;
 	s->next = k->spare;
 	k->spare = s;
 	k->in_flight--;
-	pthread_cond_signal(&k->idle);
-	pthread_mutex_unlock(&k->lock);
 }
 
-/* Lock held, dropped around the submission. */
 static void submit_slot(struct bench *k, enum block_op op)
 {
 	struct bench_slot *s = k->spare;
 	k->spare = s->next;
 	k->in_flight++;
-	s->r = (struct block_req){ .op = op, .done = slot_done };
+	s->r = (struct block_req){ .op = op, .flags = BLOCK_REQ_INLINE | BLOCK_REQ_MORE, .done = slot_done };
 	if (op != BLOCK_FLUSH) {
 		s->r.off = next_offset(k);
 		s->r.len = k->size;
@@ -63,12 +57,39 @@ static void submit_slot(struct bench *k, enum block_op op)
 		s->r.iovcnt = 1;
 		k->next++;
 	}
-	pthread_mutex_unlock(&k->lock);
 	block_submit(k->b, &s->r);
-	pthread_mutex_lock(&k->lock);
 }
 
-static int run_ring(struct bench *k, unsigned depth)
+/* False: nothing can come to an end any more, which is an error. */
+static bool end_some(struct bench *k)
+{
+	if (!block_poll(k->b) && k->in_flight && !k->error)
+		k->error = -EIO;
+	return !k->error;
+}
+
+static void run_slots(struct bench *k)
+{
+	while (k->next < k->count && !k->error) {
+		if (!k->spare && !end_some(k))
+			break;
+		if (!k->spare)
+			continue;
+		submit_slot(k, k->write ? BLOCK_WRITE : BLOCK_READ);
+		if (!k->flush || k->next % k->flush)
+			continue;
+		while (k->in_flight && !k->no_drain && end_some(k))
+			;
+		while (!k->spare && end_some(k))
+			;
+		if (!k->error)
+			submit_slot(k, BLOCK_FLUSH);
+	}
+	while (k->in_flight && block_poll(k->b))
+		;
+}
+
+static int run_polled(struct bench *k, unsigned depth)
 {
 	struct bench_slot *slots = calloc(depth, sizeof *slots);
 	uint8_t *buf = NULL;
@@ -81,22 +102,7 @@ static int run_ring(struct bench *k, unsigned depth)
 		slots[i] = (struct bench_slot){ .iov = { buf + i * k->size, k->size }, .k = k, .next = k->spare };
 		k->spare = &slots[i];
 	}
-	pthread_mutex_lock(&k->lock);
-	while (k->next < k->count && !k->error) {
-		while (!k->spare)
-			pthread_cond_wait(&k->idle, &k->lock);
-		submit_slot(k, k->write ? BLOCK_WRITE : BLOCK_READ);
-		if (!k->flush || k->next % k->flush)
-			continue;
-		while (k->in_flight && !k->no_drain)
-			pthread_cond_wait(&k->idle, &k->lock);
-		while (!k->spare)
-			pthread_cond_wait(&k->idle, &k->lock);
-		submit_slot(k, BLOCK_FLUSH);
-	}
-	while (k->in_flight)
-		pthread_cond_wait(&k->idle, &k->lock);
-	pthread_mutex_unlock(&k->lock);
+	run_slots(k);
 	free(slots);
 	free(buf);
 	return k->error;
@@ -204,44 +210,37 @@ static double seconds(void)
 
 int img_bench(int argc, char **argv)
 {
-	struct bench k = { .count = 75000, .size = 4096, .lock = PTHREAD_MUTEX_INITIALIZER, .idle = PTHREAD_COND_INITIALIZER };
+	struct bench k = { .count = 75000, .size = 4096, .lock = PTHREAD_MUTEX_INITIALIZER };
 	struct img_open o = { 0 };
 	enum block_cache cache = CACHE_WRITEBACK;
-	struct iothread *io = NULL;
-	struct err err = { 0 };
 	const char *aio = NULL;
 	bool quiet = false;
 	int64_t depth = 64;
 	if (parse_args(&k, &o, argc, argv, &depth, &quiet, &aio) || (o.cache && img_cache(o.cache, &cache)) || check_args(&k, &o, depth, cache, aio))
 		return 1;
 	k.step = k.step ? k.step : k.size;
-	bool ring = o.aio == AIO_NATIVE || o.aio == AIO_IO_URING;
-	if (ring && (iothread_create(&io, &err) || workers_create(&o.workers, iothread_loop(io), CACHED_THREADS, &err)))
-		return img_fail("%s", err.msg);
-	o.loop = io ? iothread_loop(io) : NULL;
-	if (!ring && depth > 1 && (block_name_is_protocol(argv[optind]) || img_image_opts()) && workers_create(&o.workers, NULL, CACHED_THREADS, &err))
-		return img_fail("%s", err.msg);
+	/*
+	 * One thread with a ring serves a device or a server best; the page cache, from which requests are copies, threads, but more of
+	 * them than processors only wait for each other. One request at a time through neither is a plain system call.
+	 */
+	bool direct = cache == CACHE_NONE || cache == CACHE_DIRECTSYNC, ring = o.aio == AIO_NATIVE || o.aio == AIO_IO_URING;
+	o.polled = ring || (depth > 1 && direct) || block_name_is_protocol(argv[optind]) || img_image_opts();
 	k.b = img_open(argv[optind], &o);
 	int r = !k.b;
 	if (k.b && range_bad(k.off, k.size, block_length(k.b)))
 		r = img_fail("the requests do not fit the image");
 	if (!r && !quiet)
 		announce(&k, depth);
-	/* Past the page cache the depth is what the device shall see; with it more threads than processors only wait for each other. */
-	bool direct = cache == CACHE_NONE || cache == CACHE_DIRECTSYNC;
-	unsigned want = (unsigned)MIN(depth, direct ? BENCH_THREADS : (int64_t)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)CACHED_THREADS));
-	/* A server's answers come to whoever asks through the queue, from one thread that reads them. */
-	ring |= o.workers && k.b && block_is_remote(k.b) && !strcmp(image_format(k.b), "raw");
+	bool remote = k.b && block_is_remote(k.b), polled = k.b && block_can_poll(k.b) && (ring || remote || (depth > 1 && direct));
+	unsigned most = polled ? remote ? REMOTE_DEPTH : POLLED_DEPTH : direct || remote ? BENCH_THREADS :
+							    (unsigned)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)CACHED_THREADS);
+	unsigned want = (unsigned)MIN(depth, (int64_t)most);
 	double begin = seconds();
-	int e = r ? 0 : ring ? run_ring(&k, (unsigned)MIN(depth, (int64_t)RING_DEPTH)) : run_threads(&k, want);
+	int e = r ? 0 : polled ? run_polled(&k, want) : run_threads(&k, want);
 	if (e)
 		r = img_fail("Failed request: %s", strerror(-e));
 	if (!r && !quiet)
 		printf("Run completed in %3.3f seconds.\n", seconds() - begin);
 	block_close(k.b);
-	if (o.workers)
-		workers_destroy(o.workers);
-	if (io)
-		iothread_destroy(io);
 	return r;
 }

@@ -19,7 +19,7 @@
 #include "block/nbd.h"
 #include "cli/img.h"
 
-enum { PIECE = 2 << 20, SPARSE_MAX = 16 << 20, COMPARE_PIECE = 512 << 10, THREADS_MAX = 16 };
+enum { PIECE = 2 << 20, SPARSE_MAX = 16 << 20, COMPARE_PIECE = 512 << 10, COMPARE_LOOK = 1 << 30, THREADS_REMOTE = 8, THREADS_MAX = 16 };
 
 static bool all_zero(const uint8_t *p, uint64_t n)
 {
@@ -30,6 +30,7 @@ struct convert {
 	struct block **src, *dst;
 	unsigned nsrc;
 	uint64_t size, next, done, unit, piece;
+	uint64_t skip;                  /* of the sources, at their beginning */
 	uint64_t sparse;                /* shortest run of zeroes to leave out, 0: none */
 	bool compress, blank, progress, salvage, quiet, offload;
 	struct block *base;             /* of the source's chain: what it and those below hold is left to the target's backing file. NULL: nothing is */
@@ -50,6 +51,7 @@ static void salvaged(const struct convert *v, uint64_t off, uint64_t len, int r)
 /* Part of the sources' concatenation that is in one of them. */
 static struct block *source_at(struct convert *v, uint64_t off, uint64_t *in, uint64_t *left)
 {
+	off += v->skip;
 	for (unsigned i = 0; i < v->nsrc; i++) {
 		uint64_t len = block_length(v->src[i]);
 		if (off < len) {
@@ -249,6 +251,15 @@ static void *copier(void *opaque)
 	return NULL;
 }
 
+/* More threads than processors only wait for each other, unless a server is what they wait for. */
+static unsigned copy_threads(const struct convert *v, unsigned want)
+{
+	bool remote = v->dst && block_is_remote(v->dst);
+	for (unsigned i = 0; i < v->nsrc; i++)
+		remote |= block_is_remote(v->src[i]);
+	return remote ? want : MIN(want, (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L));
+}
+
 static int copy_all(struct convert *v, unsigned threads)
 {
 	pthread_t t[THREADS_MAX];
@@ -400,6 +411,7 @@ static int convert(struct convert *v, struct convert_args *a)
 		unlink(final);
 	v->sparse = (uint64_t)a->sparse;
 	v->piece = MAX((uint64_t)PIECE, v->sparse / PIECE * PIECE + (v->sparse % PIECE ? PIECE : 0));
+	a->threads = copy_threads(v, a->threads);
 	if (!r && copy_all(v, v->compress ? MAX(a->threads, 2u) : a->threads))
 		r = img_fail("error while %s: %s", v->write_error ? "writing" : "reading", strerror(-v->error));
 	if (!r && a->bitmaps)
@@ -426,7 +438,7 @@ static int convert(struct convert *v, struct convert_args *a)
 int img_convert(int argc, char **argv)
 {
 	struct convert v = { 0 };
-	struct convert_args a = { .options = "", .cache = "unsafe", .threads = 8, .sparse = 4096 };
+	struct convert_args a = { .options = "", .cache = "unsafe", .threads = THREADS_REMOTE, .sparse = 4096 };
 	struct img_open so = { 0 };
 	int c;
 	image_create_init(&a.cr);
@@ -489,11 +501,6 @@ int img_convert(int argc, char **argv)
 		return img_fail("--target-is-zero requires use of -n flag");
 	a.cr.file = argv[argc - 1];
 	int r = open_sources(&v, argv + optind, (unsigned)(argc - 1 - optind), &so);
-	/* More threads than processors only wait for each other, unless a server is what they wait for. */
-	bool remote = nbd_is_name(a.cr.file);
-	for (unsigned i = 0; i < v.nsrc; i++)
-		remote |= block_is_remote(v.src[i]);
-	a.threads = remote ? a.threads : MIN(a.threads, (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L));
 	if (!r)
 		r = convert(&v, &a);
 	for (unsigned i = 0; i < v.nsrc; i++)
@@ -504,14 +511,26 @@ int img_convert(int argc, char **argv)
 
 /* --- compare --- */
 
-struct compare { struct block *b[2]; bool strict, quiet, progress; uint8_t *buf[2]; };
+/*
+ * Threads take pieces in order; what the first piece that differs says is what counts. Where both images are known to hold nothing for
+ * longer than a piece nobody looks again.
+ */
+struct compare {
+	struct block *b[2];
+	bool strict, quiet, progress;
+	pthread_mutex_t lock;
+	uint64_t next, end, size, bad;  /* bad: nothing from here on counts */
+	int result;
+	char said[64];
+};
 
-static int different(const struct compare *c, const char *what, uint64_t off)
-{
-	if (!c->quiet)
-		printf("%s%llu!\n", what, (unsigned long long)off);
-	return 1;
-}
+/* A thread's own: buffers, and what it knows of either image at [from, to). */
+struct comparer {
+	struct compare *c;
+	uint8_t *buf[2];
+	struct block_extent e[2];
+	uint64_t from[2], to[2];
+};
 
 static uint64_t first_difference(const uint8_t *a, const uint8_t *b, uint64_t n)
 {
@@ -527,44 +546,142 @@ static bool same_status(const struct block_extent *a, const struct block_extent 
 	return a->present == b->present && a->data == b->data && a->zero == b->zero && a->has_offset == b->has_offset;
 }
 
-/* Both or one (the longer, against zeroes) from `off`; *n how far. */
-static int compare_some(struct compare *c, uint64_t off, uint64_t *n)
+/* `result` at `off`, to be told as `what` and a number unless an earlier piece has something to tell. */
+static int found(struct compare *c, int result, uint64_t off, const char *what, uint64_t number, const char *end)
 {
-	struct block_extent e[2];
-	bool there[2], zero[2];
+	pthread_mutex_lock(&c->lock);
+	if (off < c->bad) {
+		c->bad = off;
+		c->result = result;
+		snprintf(c->said, sizeof c->said, "%s%llu%s", what, (unsigned long long)number, end);
+	}
+	pthread_mutex_unlock(&c->lock);
+	return result;
+}
+
+/* What image `i` has at `off`; past its end zeroes. 0 or -errno. */
+static int compare_look(struct comparer *t, int i, uint64_t off)
+{
+	struct block *b = t->c->b[i];
+	uint64_t len = block_length(b), most = t->c->end - off;
+	if (off >= t->from[i] && off < t->to[i])
+		return 0;
+	t->e[i] = (struct block_extent){ .len = most, .zero = true };
+	int r = off < len ? image_map(b, NULL, off, MIN(MIN(most, len - off), (uint64_t)COMPARE_LOOK), &t->e[i]) : 0;
+	t->from[i] = off;
+	t->to[i] = off + t->e[i].len;
+	return r;
+}
+
+/* Both or one (the longer, against zeroes) from `off` to `end` at most; *n how far. 0 when that is alike. */
+static int compare_some(struct comparer *t, uint64_t off, uint64_t end, uint64_t *n)
+{
+	struct compare *c = t->c;
+	bool zero[2], both = true;
+	*n = UINT64_MAX;
 	for (int i = 0; i < 2; i++) {
-		uint64_t len = block_length(c->b[i]);
-		there[i] = off < len;
-		e[i] = (struct block_extent){ .zero = true };
-		if (there[i]) {
-			*n = MIN(*n, len - off);
-			if (image_map(c->b[i], NULL, off, *n, &e[i]))
-				return img_fail("Sector allocation test failed"), 3;
-			*n = MIN(*n, e[i].len);
-		}
-		zero[i] = e[i].zero;
+		if (compare_look(t, i, off))
+			return found(c, 3, off, "Sector allocation test failed at offset ", off, "");
+		*n = MIN(*n, t->to[i] - off);
+		zero[i] = t->e[i].zero;
+		both &= off < block_length(c->b[i]);
 	}
-	if (c->strict && there[0] && there[1] && !same_status(&e[0], &e[1])) {
-		if (!c->quiet)
-			printf("Strict mode: Offset %llu block status mismatch!\n", (unsigned long long)off);
-		return 1;
-	}
+	if (c->strict && both && !same_status(&t->e[0], &t->e[1]))
+		return found(c, 1, off, "Strict mode: Offset ", off, " block status mismatch!");
 	if (zero[0] && zero[1])
 		return 0;
+	*n = MIN(*n, end - off);
 	for (int i = 0; i < 2; i++) {
 		if (zero[i])
-			memset(c->buf[i], 0, *n);
-		else if (image_read(c->b[i], off, c->buf[i], *n))
-			return img_fail("Error while reading offset %llu", (unsigned long long)off), 4;
+			memset(t->buf[i], 0, *n);
+		else if (image_read(c->b[i], off, t->buf[i], *n))
+			return found(c, 4, off, "Error while reading offset ", off, "");
 	}
-	if (!memcmp(c->buf[0], c->buf[1], *n))
+	if (!memcmp(t->buf[0], t->buf[1], *n))
 		return 0;
-	return different(c, "Content mismatch at offset ", off + first_difference(c->buf[0], c->buf[1], *n) / 512 * 512);
+	return found(c, 1, off, "Content mismatch at offset ", off + first_difference(t->buf[0], t->buf[1], *n) / 512 * 512, "!");
+}
+
+static void *compare_pieces(void *opaque)
+{
+	struct comparer *t = opaque;
+	struct compare *c = t->c;
+	pthread_mutex_lock(&c->lock);
+	while (c->next < MIN(c->end, c->bad)) {
+		uint64_t off = c->next, end = off + MIN(c->end - off, (uint64_t)COMPARE_PIECE), n = 0;
+		c->next = end;
+		img_progress(c->progress, (double)off * 100.0 / (double)c->size);
+		pthread_mutex_unlock(&c->lock);
+		while (off < end && !compare_some(t, off, end, &n))
+			off += n;
+		pthread_mutex_lock(&c->lock);
+		c->next = MAX(c->next, MIN(off, c->end));
+	}
+	pthread_mutex_unlock(&c->lock);
+	return NULL;
+}
+
+/* [next, end). 0, or the result, which was told. */
+static int compare_range(struct compare *c, struct comparer *t, unsigned threads)
+{
+	pthread_t id[THREADS_MAX];
+	unsigned n = 0;
+	for (unsigned i = 0; i < threads; i++)
+		t[i].to[0] = t[i].to[1] = 0;
+	while (n + 1 < threads && c->end - c->next > COMPARE_PIECE && !pthread_create(&id[n], NULL, compare_pieces, &t[n + 1]))
+		n++;
+	compare_pieces(&t[0]);
+	while (n)
+		pthread_join(id[--n], NULL);
+	if (c->result > 1)
+		return img_fail("%s", c->said), c->result;
+	if (c->result && !c->quiet)
+		puts(c->said);
+	return c->result;
+}
+
+static int compare_all(struct compare *c)
+{
+	uint64_t la = block_length(c->b[0]), lb = block_length(c->b[1]);
+	/* More threads than processors only wait for each other, unless a server is what they wait for. */
+	bool remote = block_is_remote(c->b[0]) || block_is_remote(c->b[1]);
+	unsigned threads = remote ? 4 : (unsigned)MIN(MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L), (long)THREADS_MAX);
+	struct comparer t[THREADS_MAX] = { 0 };
+	int r = 0;
+	for (unsigned i = 0; i < threads; i++) {
+		t[i].c = c;
+		/* On a page: the kernel's copy is several times slower to anywhere else. */
+		for (int k = 0; k < 2 && !r; k++)
+			r = posix_memalign((void **)&t[i].buf[k], 4096, COMPARE_PIECE) ? img_fail("out of memory"), 2 : 0;
+	}
+	c->size = MAX(la, lb);
+	c->end = MIN(la, lb);
+	c->bad = UINT64_MAX;
+	if (!r && c->strict && la != lb) {
+		if (!c->quiet)
+			puts("Strict mode: Image size mismatch!");
+		r = 1;
+	}
+	if (!r)
+		r = compare_range(c, t, threads);
+	if (!r && la != lb) { /* the common part is equal; the rest must be zeroes */
+		if (!c->quiet)
+			puts("Warning: Image size mismatch!");
+		c->end = c->size;
+		r = compare_range(c, t, threads);
+	}
+	if (!r && !c->quiet)
+		puts("Images are identical.");
+	for (unsigned i = 0; i < threads; i++) {
+		free(t[i].buf[0]);
+		free(t[i].buf[1]);
+	}
+	return r;
 }
 
 int img_compare(int argc, char **argv)
 {
-	struct compare k = { 0 };
+	struct compare k = { .lock = PTHREAD_MUTEX_INITIALIZER };
 	struct img_open o[2] = { { 0 }, { 0 } };
 	int c, r = 0;
 	while ((c = img_getopt(argc, argv, ":hf:F:T:pqsU")) >= 0) {
@@ -582,32 +699,14 @@ int img_compare(int argc, char **argv)
 		return img_usage("Expecting two image file names");
 	for (int i = 0; i < 2 && !r; i++) {
 		k.b[i] = img_open(argv[optind + i], &o[i]);
-		/* On a page: the kernel's copy is several times slower to anywhere else. */
-		r = !k.b[i] || posix_memalign((void **)&k.buf[i], 4096, COMPARE_PIECE) ? 2 : 0;
+		r = k.b[i] ? 0 : 2;
 	}
-	if (!r && k.strict && block_length(k.b[0]) != block_length(k.b[1])) {
-		if (!k.quiet)
-			puts("Strict mode: Image size mismatch!");
-		r = 1;
-	} else if (!r) {
-		uint64_t la = block_length(k.b[0]), lb = block_length(k.b[1]), size = MAX(la, lb);
-		for (uint64_t off = 0, n; !r && off < size; off += n) {
-			if (off == MIN(la, lb) && !k.quiet) /* the common part is equal; the rest must be zeroes */
-				puts("Warning: Image size mismatch!");
-			n = MIN(size - off, (uint64_t)COMPARE_PIECE);
-			r = compare_some(&k, off, &n);
-			if (!r)
-				img_progress(k.progress, (double)off * 100.0 / (double)size);
-		}
-		if (!r && !k.quiet)
-			puts("Images are identical.");
-	}
+	if (!r)
+		r = compare_all(&k);
 	if (k.progress)
 		putchar('\n');
-	for (int i = 0; i < 2; i++) {
-		block_close(k.b[i]);
-		free(k.buf[i]);
-	}
+	block_close(k.b[0]);
+	block_close(k.b[1]);
 	return r;
 }
 
@@ -649,10 +748,9 @@ int img_dd(int argc, char **argv)
 		return img_fail("Must specify both input and output file names");
 	if (bs <= 0 || bs > INT32_MAX || skip < 0)
 		return img_fail("invalid number: bs must be from 1 to 2147483647");
-	struct block *src = img_open(in, &o), *dst = NULL;
-	uint8_t *buf = malloc((size_t)bs);
-	if (!src || !buf)
-		return block_close(src), free(buf), 1;
+	struct block *src = img_open(in, &o);
+	if (!src)
+		return 1;
 	uint64_t size = block_length(src);
 	/* As in qemu-img 7.2 the blocks that are skipped count as some of the `count`. */
 	if (count >= 0 && (uint64_t)count <= size / (uint64_t)bs)
@@ -665,20 +763,14 @@ int img_dd(int argc, char **argv)
 	cr.tls = img_objects();
 	int r = image_create(&cr, &err) ? img_fail("%s: %s", cr.file, err.msg) : 0;
 	struct img_open w = { .format = cr.format, .write = true, .plain = true };
-	if (!r)
-		dst = img_open(cr.file, &w);
+	struct block *dst = r ? NULL : img_open(cr.file, &w);
+	/* Whatever `bs` is: pieces in which copying is fast. */
+	struct convert v = { .src = &src, .nsrc = 1, .dst = dst, .size = len, .skip = from, .piece = PIECE };
 	r = r || !dst;
-	for (uint64_t off = 0, n; !r && off < len; off += n) {
-		n = MIN(len - off, (uint64_t)bs);
-		int e = image_read(src, from + off, buf, n);
-		if (e)
-			r = img_fail("error while reading from input image file: %s", strerror(-e));
-		else if ((e = image_write(dst, off, buf, n)))
-			r = img_fail("error while writing to output image file: %s", strerror(-e));
-	}
+	if (!r && copy_all(&v, copy_threads(&v, THREADS_REMOTE)))
+		r = img_fail("error while %s: %s", v.write_error ? "writing to output image file" : "reading from input image file", strerror(-v.error));
 	if (block_close_checked(dst) && !r)
 		r = img_fail("%s: cannot write", cr.file);
 	block_close(src);
-	free(buf);
 	return r;
 }

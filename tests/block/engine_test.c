@@ -21,7 +21,7 @@
 enum { SIZE = 8 << 20, DEPTH = 24, LONGEST = 512 * 512, ENTRIES = 257 };
 static char path[] = "/var/tmp/block-engine-XXXXXX";
 
-struct bed { struct loop *loop; struct workers *workers; pthread_t thread; struct block *b; };
+struct bed { struct loop *loop; struct workers *workers; pthread_t thread; struct block *b; bool polled; };
 
 static void *run_loop(void *l) { loop_run(l); return NULL; }
 
@@ -36,10 +36,11 @@ static void bed_open(struct bed *t, struct block_opts o, bool qcow2)
 	assert_int_equal(image_create(&c, &err), 0);
 	o.file = path;
 	o.format = c.format;
+	t->polled = o.polled;
 	assert_int_equal(loop_create(&t->loop, NULL), 0);
 	assert_int_equal(workers_create(&t->workers, t->loop, 3, NULL), 0);
 	pthread_create(&t->thread, NULL, run_loop, t->loop);
-	if (block_open(&t->b, &o, t->loop, t->workers, &err))
+	if (block_open(&t->b, &o, o.polled ? NULL : t->loop, o.polled ? NULL : t->workers, &err))
 		fail_msg("%s", err.msg);
 }
 
@@ -92,6 +93,17 @@ static void slot_start(struct bed *t, struct slot *s, unsigned i, uint8_t *model
 	block_submit(t->b, &s->r);
 }
 
+static void wait_for_one(struct bed *t, pthread_cond_t *cond, pthread_mutex_t *lock)
+{
+	if (!t->polled) {
+		pthread_cond_wait(cond, lock);
+		return;
+	}
+	pthread_mutex_unlock(lock);
+	assert_true(block_poll(t->b));
+	pthread_mutex_lock(lock);
+}
+
 /* Requests in slots [from, to), one at a time in each; `model` is the caller's there. */
 static void deep_part(struct bed *t, unsigned rounds, unsigned from, unsigned to, uint8_t *model)
 {
@@ -121,14 +133,14 @@ static void deep_part(struct bed *t, unsigned rounds, unsigned from, unsigned to
 			for (unsigned i = from; i < to; i++)
 				idle |= !s[i].busy;
 			if (!idle)
-				pthread_cond_wait(&cond, &lock);
+				wait_for_one(t, &cond, &lock);
 		}
 		pthread_mutex_unlock(&lock);
 	}
 	pthread_mutex_lock(&lock);
 	for (unsigned i = from; i < to; i++)
 		while (s[i].busy)
-			pthread_cond_wait(&cond, &lock);
+			wait_for_one(t, &cond, &lock);
 	pthread_mutex_unlock(&lock);
 	for (unsigned i = from; i < to; i++) {
 		slot_check(&s[i], model);
@@ -155,6 +167,25 @@ static void deep(struct bed *t, unsigned rounds)
 	memset(model, 0, SIZE);
 	deep_part(t, rounds, 0, DEPTH, model);
 	check_all(t, model);
+}
+
+/* One thread that asks for the ends of its requests. */
+static void test_polled(void **state)
+{
+	srand(12);
+	for (int aio = AIO_AUTO; aio <= AIO_IO_URING; aio++) {
+		for (int variant = 0; variant < 4; variant++) {
+			struct bed t;
+			bed_open(&t, (struct block_opts){ .cache = variant & 2 ? CACHE_NONE : CACHE_WRITEBACK, .aio = (enum block_aio)aio, .polled = true,
+							  .discard_unmap = true }, variant & 1);
+			assert_false(block_poll(t.b));
+			if (aio == AIO_THREADS)
+				assert_false(block_can_poll(t.b));
+			deep(&t, 100);
+			assert_false(block_poll(t.b));
+			bed_close(&t);
+		}
+	}
 }
 
 /* Several queues: each thread submits to its own pieces, while snapshots are made of the whole. */
@@ -387,7 +418,7 @@ static void test_resize(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_deep), cmocka_unit_test(test_queues), cmocka_unit_test(test_move), cmocka_unit_test(test_lanes), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
+		cmocka_unit_test(test_deep), cmocka_unit_test(test_polled), cmocka_unit_test(test_queues), cmocka_unit_test(test_move), cmocka_unit_test(test_lanes), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
 		cmocka_unit_test(test_resize),
 	};
 	close(mkstemp(path));

@@ -98,9 +98,9 @@ static void unserve(struct served *v)
 	workers_destroy(v->w);
 }
 
-static struct block *dial(const char *file, const char *delay, struct workers *w)
+static struct block *dial_as(const char *file, const char *delay, struct workers *w, bool polled)
 {
-	struct block_opts o = { .file = file, .discard_unmap = true, .format = "raw" };
+	struct block_opts o = { .file = file, .discard_unmap = true, .format = "raw", .polled = polled };
 	struct keyvals l = { 0 };
 	struct block *b;
 	struct err e = { 0 };
@@ -115,6 +115,11 @@ static struct block *dial(const char *file, const char *delay, struct workers *w
 		fail_msg("%s", e.msg);
 	keyvals_free(&l);
 	return b;
+}
+
+static struct block *dial(const char *file, const char *delay, struct workers *w)
+{
+	return dial_as(file, delay, w, false);
 }
 
 struct user { struct block *b; unsigned nth, rounds, errors; bool may_fail; uint8_t model[PART]; };
@@ -263,6 +268,92 @@ static void test_queue(void **state)
 	unserve(&v);
 }
 
+/* --- one thread that asks for the ends of its requests --- */
+
+enum { POLLED = 7, POLLED_PART = SIZE / POLLED / 4096 * 4096 };
+struct polled { struct block_req r; struct iovec v[2]; uint8_t *buf, *model; bool busy, unsure; };
+
+static void polled_done(struct block_req *r) { container_of(r, struct polled, r)->busy = false; }
+
+static void polled_check(struct polled *p, uint64_t base, bool may_fail)
+{
+	uint64_t at = p->r.off - base;
+	if (!may_fail)
+		assert_int_equal(p->r.ret, 0);
+	if (p->r.op == BLOCK_WRITE && !p->r.ret)
+		memcpy(p->model + at, p->buf, p->r.len);
+	else if (p->r.op == BLOCK_WRITE)
+		p->unsure = true; /* from here on its part holds one or the other */
+	else if (p->r.op == BLOCK_READ && !p->r.ret && !p->unsure)
+		assert_memory_equal(p->buf, p->model + at, p->r.len);
+}
+
+static void polled_start(struct block *b, struct polled *p, uint64_t base, unsigned *seed)
+{
+	/* More than a socket takes, so that both ends have something to send. */
+	uint64_t len = 512u * (1 + (unsigned)rand_r(seed) % (rand_r(seed) % 2 ? 8 : POLLED_PART / 512)), off = (uint64_t)rand_r(seed) % ((POLLED_PART - len) / 512 + 1) * 512;
+	static const enum block_op ops[] = { BLOCK_READ, BLOCK_WRITE, BLOCK_WRITE, BLOCK_READ, BLOCK_FLUSH };
+	enum block_op op = ops[rand_r(seed) % ARRAY_SIZE(ops)];
+	memset(p->buf, rand_r(seed), len);
+	p->v[0] = (struct iovec){ p->buf, len / 1024 * 512 };
+	p->v[1] = (struct iovec){ p->buf + p->v[0].iov_len, len - p->v[0].iov_len };
+	p->r = (struct block_req){ .op = op, .off = base + off, .len = len, .iov = p->v, .iovcnt = 2, .done = polled_done,
+				   .flags = rand_r(seed) % 2 ? BLOCK_REQ_MORE : 0 };
+	if (op == BLOCK_FLUSH)
+		p->r = (struct block_req){ .op = op, .off = base, .done = polled_done };
+	p->busy = true;
+	block_submit(b, &p->r);
+}
+
+/* may_fail: until something did, and a little longer. */
+static void run_polled(struct block *b, unsigned rounds, bool may_fail, void *(*meanwhile)(void *), struct served *v)
+{
+	static struct polled p[POLLED];
+	unsigned seed = 5, failed = 0;
+	pthread_t t;
+	assert_true(block_can_poll(b));
+	for (unsigned i = 0; i < POLLED; i++) {
+		p[i] = (struct polled){ .buf = malloc(POLLED_PART), .model = malloc(POLLED_PART), .r.op = BLOCK_FLUSH };
+		assert_int_equal(image_read(b, i * (uint64_t)POLLED_PART, p[i].model, POLLED_PART), 0);
+	}
+	if (meanwhile)
+		pthread_create(&t, NULL, meanwhile, v);
+	for (unsigned k = 0; k < rounds && failed < 50; k++) {
+		for (unsigned i = 0; i < POLLED; i++) {
+			if (p[i].busy)
+				continue;
+			failed += p[i].r.ret != 0;
+			polled_check(&p[i], i * (uint64_t)POLLED_PART, may_fail);
+			polled_start(b, &p[i], i * (uint64_t)POLLED_PART, &seed);
+		}
+		bool any = false;
+		for (unsigned i = 0; i < POLLED; i++)
+			any |= p[i].busy;
+		assert_int_equal(block_poll(b), any);
+	}
+	while (block_poll(b))
+		;
+	for (unsigned i = 0; i < POLLED; i++) {
+		assert_false(p[i].busy);
+		polled_check(&p[i], i * (uint64_t)POLLED_PART, may_fail);
+		free(p[i].buf);
+		free(p[i].model);
+	}
+	if (meanwhile)
+		pthread_join(t, NULL);
+}
+
+static void test_polled(void **state)
+{
+	struct served v;
+	serve(&v, true);
+	struct block *b = dial_as(name, NULL, NULL, true);
+	assert_false(block_poll(b));
+	run_polled(b, 400, false, NULL, NULL);
+	block_close(b);
+	unserve(&v);
+}
+
 static void restart(void *opaque)
 {
 	struct served *v = opaque;
@@ -291,6 +382,23 @@ static void kill_it(void *opaque)
 	unserve(opaque);
 }
 
+static void *kill_thread(void *v) { kill_it(v); return NULL; }
+static void *restart_thread(void *v) { restart(v); return NULL; }
+
+/* The same of a polled node; then a server that goes for good, under load. */
+static void test_polled_lost(void **state)
+{
+	struct served v;
+	serve(&v, true);
+	struct block *b = dial_as(NULL, "60", NULL, true);
+	run_polled(b, 600, false, restart_thread, &v);
+	run_polled(b, 10, false, NULL, NULL);
+	block_close(b);
+	b = dial_as(name, NULL, NULL, true);
+	run_polled(b, 1000000, true, kill_thread, &v);
+	block_close(b);
+}
+
 /* Without it requests fail at once, and later ones work again. */
 static void test_lost(void **state)
 {
@@ -314,7 +422,7 @@ static void test_lost(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_names), cmocka_unit_test(test_threads), cmocka_unit_test(test_queue), cmocka_unit_test(test_reconnect),
+		cmocka_unit_test(test_names), cmocka_unit_test(test_threads), cmocka_unit_test(test_queue), cmocka_unit_test(test_polled), cmocka_unit_test(test_polled_lost), cmocka_unit_test(test_reconnect),
 		cmocka_unit_test(test_lost),
 	};
 	if (!mkdtemp(dir))
