@@ -36,7 +36,7 @@ struct block *block_new(const struct block_opts *o, struct loop *l, struct worke
 	b->detect_zeroes = o->detect_zeroes;
 	b->polled = o->polled;
 	const char *file = o->file ? o->file : "";
-	b->file = strdup(strncmp(file, "file:", 5) ? file : file + 5);
+	b->file = strdup(block_plain_path(file));
 	b->id = o->id ? strdup(o->id) : NULL;
 	b->node_name = o->node_name ? strdup(o->node_name) : NULL;
 	if (b->file && (b->id || !o->id) && (b->node_name || !o->node_name))

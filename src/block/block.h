@@ -105,8 +105,10 @@ int block_node_keys(struct keyvals *l, const char *what, struct block_opts *o, s
 int block_format_keys(struct keyvals *l, const char *what, struct block_opts *o, struct err *err);
 /* aio= with its value (NULL: not given), once the cache mode is known; native wants one that bypasses the page cache. */
 int block_aio_key(const char *what, const char *v, struct block_opts *b, struct err *err);
-/* Is this a protocol's name (nbd:..., json:{...}) rather than a path, so that no directory can stand before it? */
+/* Is this a protocol's name (nbd:..., json:{...}: a colon before any slash) rather than a path, so that no directory can stand before it? */
 bool block_name_is_protocol(const char *file);
+/* The path in a name of a file: without file: or host_device:. */
+const char *block_plain_path(const char *file);
 int block_open(struct block **out, const struct block_opts *o, struct loop *l, struct workers *w, struct err *err);
 /* Drains, flushes (unless CACHE_UNSAFE), closes. */
 void block_close(struct block *b);

@@ -46,9 +46,13 @@ static int make_file(const char *file, const struct tls_store *tls, struct block
 {
 	struct block_name n;
 	int r = block_name_resolve(&n, &(struct block_opts){ .file = file, .format = "raw", .tls = tls }, err);
+	if (!r && !strncmp(file, "json:", 5))
+		r = err_set(err, -EINVAL, "%s: Unknown protocol 'json': a new image needs a name", file);
+	if (!r && (n.below || n.filter))
+		r = err_set(err, -ENOTSUP, "%s: Protocol driver '%.*s' does not support image creation", file, (int)strcspn(file, ":"), file);
 	bool remote = !r && (n.o.leaf || nbd_is_name(n.o.file));
-	const char *path = r || strncmp(n.o.file, "file:", 5) ? n.o.file : n.o.file + 5;
-	int fd = r || remote ? -1 : open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0644);
+	const char *path = r ? NULL : block_plain_path(n.o.file);
+	int fd = r || remote ? -1 : open(path, O_RDWR | (strncmp(file, "host_device:", 12) ? O_CREAT : 0) | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0644);
 	if (!r && !remote && fd < 0)
 		r = err_set_errno(err, -errno, "%s: Could not create file", file);
 	if (fd >= 0)

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "base/parse.h"
 #include "base/util.h"
@@ -14,7 +15,7 @@
 #include "block/nbd.h"
 
 static const char *const unsupported[] = { "http:", "https:", "ftp:", "ftps:", "ssh:", "iscsi:", "rbd:", "nfs:", "gluster:", "gluster+tcp:",
-					   "gluster+unix:", "nvme:", "fat:", "sheepdog:", "vxhs:" };
+					   "gluster+unix:", "nvme:", "fat:", "sheepdog:", "vxhs:", "host_cdrom:" };
 static const char *const formats[] = { "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx" };
 
 static const char *const null_drivers[] = { "null-co", "null-aio" };
@@ -54,14 +55,24 @@ static int null_keys(struct block_name *n, const char *driver, const char *what,
 
 bool block_name_is_protocol(const char *file)
 {
-	for (size_t i = 0; i < ARRAY_SIZE(unsupported); i++) {
-		if (!strncmp(file, unsupported[i], strlen(unsupported[i])))
-			return true;
-	}
-	return null_is_name(file) || nbd_is_name(file) || filter_is_name(file) || !strncmp(file, "json:", 5) || !strncmp(file, "file:", 5);
+	const char *end = strpbrk(file, ":/");
+	return end && *end == ':';
 }
 
-static int check_name(const char *file, struct err *err)
+const char *block_plain_path(const char *file)
+{
+	return file + (!strncmp(file, "file:", 5) ? 5 : !strncmp(file, "host_device:", 12) ? 12 : 0);
+}
+
+static int check_device(const char *file, struct err *err)
+{
+	struct stat st;
+	if (!stat(file, &st) && !S_ISBLK(st.st_mode) && !S_ISCHR(st.st_mode))
+		return err_set(err, -EINVAL, "'host_device' driver requires '%s' to be either a character or block device", file);
+	return 0;
+}
+
+static int check_supported(const char *file, struct err *err)
 {
 	if (!file || !*file)
 		return err_set(err, -EINVAL, "drive: no file given (file=PATH)");
@@ -70,6 +81,18 @@ static int check_name(const char *file, struct err *err)
 			return err_set(err, -ENOTSUP, "%s: protocol '%.*s' is not supported; supported: files, block devices and nbd", file,
 				       (int)strlen(unsupported[i]) - 1, unsupported[i]);
 	}
+	return 0;
+}
+
+static int check_name(const char *file, struct err *err)
+{
+	int r = check_supported(file, err);
+	if (r)
+		return r;
+	if (!strncmp(file, "host_device:", 12))
+		return check_device(block_plain_path(file), err);
+	if (block_name_is_protocol(file) && block_plain_path(file) == file && !null_is_name(file) && !nbd_is_name(file) && !filter_is_name(file))
+		return err_set(err, -EINVAL, "Unknown protocol '%.*s'; a file of that name is './%s'", (int)strcspn(file, ":"), file, file);
 	return 0;
 }
 
@@ -144,7 +167,7 @@ static int leaf_keys(struct block_name *n, const char *what, struct err *err)
 			return r;
 		const char *locking = keyvals_get(l, "locking");
 		n->o.no_lock |= locking && !strcmp(locking, "off");
-		r = driver ? 0 : check_name(file, err);
+		r = driver ? 0 : check_supported(file, err); /* filename= is a path, whatever stands before a colon */
 		return r ? r : keyvals_end(l, what, err);
 	}
 	for (size_t i = 0; driver && i < ARRAY_SIZE(null_drivers); i++)

@@ -359,8 +359,12 @@ static int convert(struct convert *v, struct convert_args *a)
 	struct err err = { 0 };
 	struct image_info i;
 	char *final = NULL;
-	if (!strncmp(a->cr.file, "file:", 5)) /* a file like any other, whose name may have a colon */
+	char *beside = NULL;
+	if (!strncmp(a->cr.file, "file:", 5)) { /* a file like any other, whose name may have a colon */
 		a->cr.file += 5;
+		if (block_name_is_protocol(a->cr.file) && asprintf(&beside, "./%s", a->cr.file) >= 0)
+			a->cr.file = beside;
+	}
 	const char *target = a->cr.file;
 	int r = *a->options && keyvals_parse(&l, "-o", a->options, NULL, &err) ? img_fail("%s", err.msg) : 0;
 	a->cr.cluster_size = 65536;
@@ -426,6 +430,7 @@ static int convert(struct convert *v, struct convert_args *a)
 	unfinished = NULL;
 	if (a->cr.file != target)
 		free((char *)(uintptr_t)a->cr.file);
+	free(beside);
 	free(final);
 	keyvals_free(&l);
 	if (!r)
