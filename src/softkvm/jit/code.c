@@ -85,6 +85,13 @@ uint8_t *em_jmp(struct em *e)
 	return e->p - 4;
 }
 
+uint8_t *em_call(struct em *e)
+{
+	e8(e, 0xe8);
+	e32(e, 0);
+	return e->p - 4;
+}
+
 uint8_t *em_jcc(struct em *e, unsigned cc)
 {
 	e8(e, 0x0f);
@@ -356,14 +363,37 @@ void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map)
 	j->hot = (size_t)(e.p - j->rw);
 }
 
+/*
+ * The stack of calls begins with two that nobody returns from: their address is not canonical, and not known to the guest. Returns where the rel32 of the
+ * first's code is; that of the other is CALL_AGAIN behind it.
+ */
+#define CALLS_BASE 40           /* with 8 bytes that align it */
+#define CALL_AGAIN 9
+static uint8_t *calls_begin(struct jit *j, struct em *e)
+{
+	uint8_t *at;
+
+	EM(e, 0x48, 0x83, 0xec, CALLS_BASE);                            /* sub rsp, */
+	EM(e, 0x48, 0xc7, 0x04, 0x24);                                  /* mov qword [rsp], imm32 */
+	at = e->p;
+	EM(e, 0, 0, 0, 0, 0x48, 0xc7, 0x44, 0x24, 0x10, 0, 0, 0, 0);    /* mov qword [rsp + 16], imm32 */
+	em_load(e, SC, &j->low->calls_none);
+	EM(e, 0x48, 0x89, 0x4c, 0x24, 0x08, 0x48, 0x89, 0x4c, 0x24, 0x18);      /* mov [rsp + 8], rcx ; mov [rsp + 24], rcx */
+	em_store(e, H_RSP, &j->low->calls_base);
+	em_mem(e, true, 0x8d, SC, H_RSP, -1, 0, -CALLS_BYTES);
+	em_store(e, SC, &j->low->calls_limit);
+	return at;
+}
+
 void jit_thunks(struct jit *j)
 {
 	struct em e = { j->rw, j->rw + JIT_THUNKS, false };
-	uint8_t *look, *out;
+	uint8_t *look, *out, *base;
 
 	j->low->host_mxcsr = 0x1f80;
 	j->enter = (uint32_t)(e.p - j->rw);
-	EM(&e, 0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 0x08, 0x48, 0x89, 0xf8);
+	EM(&e, 0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x89, 0xf8);
+	base = calls_begin(j, &e);
 	load_all(&e, j->c, jit_map);
 	EM(&e, 0xff, 0xe0);
 	j->leave = (uint32_t)(e.p - j->rw);
@@ -371,7 +401,8 @@ void jit_thunks(struct jit *j)
 	j->abandon = (uint32_t)(e.p - j->rw);
 	live_emit_save(&e, j);
 	look = e.p;
-	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3);
+	em_load(&e, H_RSP, &j->low->calls_base);
+	EM(&e, 0x48, 0x83, 0xc4, CALLS_BASE, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3);
 	j->call_out = (uint32_t)(e.p - j->rw);
 	EM(&e, 0x48, 0x83, 0xc4, 0x08, 0x83, 0xf8, 1);          /* drop the return address ; cmp eax, 1 */
 	out = em_jcc(&e, 4);
@@ -379,6 +410,11 @@ void jit_thunks(struct jit *j)
 	EM(&e, 0xff, 0xe0);                                     /* jmp rax */
 	em_here(&e, out);
 	em_to(em_jmp(&e), look);
+	for (unsigned n = 0; n < 2; n++)                        /* where a return goes that was none of ours */
+		st_le32(base + n * CALL_AGAIN, (uint32_t)(uintptr_t)(j->rx + (e.p - j->rw)));
+	em_store(&e, SA, &j->c->rip);
+	EM(&e, 0x31, 0xc0);                                     /* xor eax, eax */
+	em_to(em_jmp(&e), j->rw + j->leave);
 	thunks_fill(j, &e);
 	thunk_fail(j, &e);
 	thunk_lookup(j, &e);

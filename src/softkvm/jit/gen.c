@@ -148,18 +148,22 @@ static void put_call(struct em *e, struct tr *t, uint32_t thunk)
 		em_to(e->p - 4, t->j->rw + thunk);
 }
 
+void gen_call(struct tr *t, uint32_t thunk) { put_call(&t->h, t, thunk); }
+
 void gen_call_check(struct tr *t, struct cold *k, uint32_t thunk)
 {
 	put_call(&t->h, t, thunk);
-	k->fill[k->nfills++] = (struct fill){ .point = (uint16_t)gen_point_check(t) };
+	gen_point_behind(t, k);
 }
+
+void gen_point_behind(struct tr *t, struct cold *k) { k->fill[k->nfills++] = (struct fill){ .point = (uint16_t)gen_point_check(t) }; }
 
 /* In code that does not run much the check is called: what counts there is the room it takes. */
 void gen_check(struct tr *t, struct cold *k, unsigned size, bool write)
 {
 	struct fill *f = &k->fill[k->nfills++];
 
-	*f = (struct fill){ .order = size > 1 ? (uint8_t)(32 - __builtin_clz(size - 1)) : 0, .write = write };
+	*f = (struct fill){ .order = (uint8_t)gen_order(size), .write = write };
 	if (t->k->in_line)
 		f->from = em_check(&t->h, write ? t->tlb->w : t->tlb->r, size, f->apart = t->apart);
 	else
@@ -172,6 +176,10 @@ bool gen_operand_at(struct tr *t, unsigned n, struct cold *k, int64_t disp, unsi
 {
 	const ZydisDecodedOperandMem *m = mem_operand(&t->t[n]);
 
+	if (m && hold_operand(t, n, k, disp, size, write)) {
+		t->apart = false;
+		return true;
+	}
 	if (!m || !gen_address_at(t, n, disp))
 		return false;
 	if (t->index)
@@ -202,6 +210,8 @@ void gen_stack_at(struct tr *t, struct cold *k, unsigned size, bool write)
 
 void gen_stack(struct tr *t, struct cold *k, int32_t d, unsigned size, bool write)
 {
+	if (hold_stack(t, k, d, size, write))
+		return;
 	em_mem(&t->h, tr_64(t), 0x8d, ST, H_R12, -1, 0, d);
 	gen_stack_at(t, k, size, write);
 }
@@ -353,7 +363,7 @@ void gen_leave(struct em *e, struct tr *t, uint64_t rip, const struct jit_link *
 }
 
 /* The jump is patched when the loop knows what it leads to: `jcc`'s, which is not in the cold part, or else one made here. */
-static void leave_by_link(struct tr *t, uint64_t rip, uint8_t *jcc)
+static void leave_by_link(struct tr *t, uint64_t rip, uint8_t *jcc, bool behind_call)
 {
 	struct jit_link *l = jit_arena(t->j, sizeof *l);
 	int64_t off = (int64_t)(rip - t->k->rip);
@@ -366,7 +376,7 @@ static void leave_by_link(struct tr *t, uint64_t rip, uint8_t *jcc)
 	}
 	if (tr_64(t) && off != (int32_t)off)
 		t->failed = true;
-	*l = (struct jit_link){ .from = low_of(t->k), .rip = (int32_t)off, .next = t->k->links };
+	*l = (struct jit_link){ .from = low_of(t->k), .rip = (int32_t)off, .next = t->k->links, .behind_call = behind_call };
 	t->k->links = low_of(l);
 	j = jcc ? jcc : em_jmp(e);
 	if (!t->swapped)
@@ -374,7 +384,7 @@ static void leave_by_link(struct tr *t, uint64_t rip, uint8_t *jcc)
 	l->at = (uint32_t)(j - t->j->rw);
 	l->unlinked = (uint32_t)(e->p - t->j->rw);
 	em_here(e, j);
-	if (t->k->map) {
+	if (t->k->map && !behind_call) {
 		map_out(e, t);
 		em_jmp(e);              /* jit_link_at2() */
 	}
@@ -445,14 +455,32 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 	if (p >= 0)
 		jump_to_part(t, (unsigned)p, em_jmp(e));
 	else
-		leave_by_link(t, rip, NULL);
+		leave_by_link(t, rip, NULL, false);
 }
+
+void gen_call_edge(struct tr *t, uint64_t rip, unsigned n)
+{
+	int p = tr_part(t, rip);
+	uint8_t *rel32;
+
+	if (rip <= t->t[n].rip) {
+		em_charge(&t->h, t->c, tr_count(t, n));
+		leave_here(t, em_jcc(&t->h, 14), rip);          /* jle */
+	}
+	rel32 = em_call(&t->h);
+	if (p >= 0)
+		jump_to_part(t, (unsigned)p, rel32);
+	else
+		leave_by_link(t, rip, rel32, false);
+}
+
+void gen_return_edge(struct tr *t, unsigned n) { leave_by_link(t, tr_end(t, n), NULL, true); }
 
 bool gen_jcc_link(struct tr *t, unsigned n, unsigned cc, uint64_t rip)
 {
 	if ((t->k->in_line && rip <= t->t[n].rip) || tr_part(t, rip) >= 0 || (t->in_host && !t->in_mem && !flags_dead_at(t, rip)))
 		return false;
-	leave_by_link(t, rip, em_jcc(&t->h, cc));
+	leave_by_link(t, rip, em_jcc(&t->h, cc), false);
 	return true;
 }
 

@@ -149,18 +149,91 @@ static void go(struct tr *t)
 	EM(&t->h, 0xff, 0xe0);
 }
 
+/*
+ * Calls of code that runs much are calls of the host's, and returns its returns: its prediction of them is what makes calls cheap, and nothing is looked up. A
+ * call pushes two words on the host's stack, the guest's return address and, by CALL, where the host goes on; both are popped if the guest returns
+ * there. Otherwise (a switch of stacks, a call by another way) the next entry may be meant, when the last was of a call that never returned; else the target is looked up.
+ * Whenever code is left all entries go; so what they lead to is there, and whether it is still good is looked at when they are used.
+ */
+static void call_push(struct tr *t, unsigned n)
+{
+	uint64_t rip = tr_end(t, n);
+	struct em *e = &t->h;
+	uint8_t *deep, *on;
+
+	EM(e, 0x48, 0x3b, 0x24, 0x25);                          /* cmp rsp, [calls_limit] */
+	e32(e, (uint32_t)(uintptr_t)&t->j->low->calls_limit);
+	deep = em_jcc(e, 2);                                    /* jb */
+	em_here(&t->cold, deep);
+	em_load(&t->cold, H_RSP, &t->j->low->calls_base);
+	on = em_jmp(&t->cold);
+	if (!e->full)
+		em_to(on, e->p);
+	if (!t->k->page->moves && (tr_64(t) || rip <= INT32_MAX) && (int64_t)rip == (int32_t)rip) {
+		e8(e, 0x68);                                    /* push imm32 */
+		e32(e, (uint32_t)rip);
+		return;
+	}
+	if (!t->k->page->moves && !tr_64(t))
+		em_imm(e, SC, rip);
+	e8(e, 0x51);                                            /* push rcx: store_rip() */
+}
+
+static void call_behind(struct tr *t, unsigned n)
+{
+	EM(&t->h, 0x48, 0x8d, 0x64, 0x24, 0x08);                /* lea rsp, [rsp + 8] */
+	gen_return_edge(t, n);
+}
+
+static void ret_to_call(struct tr *t, unsigned n, struct cold *k, int32_t more)
+{
+	struct em *e = &t->h;
+	uint8_t *other, *far, *j, *hit;
+
+	em_charge(e, t->c, tr_count(t, n));
+	cold_from(k, em_jcc(e, 14));                            /* jle */
+	EM(e, 0x48, 0x3b, 0x44, 0x24, 0x08);                    /* cmp rax, [rsp + 8] */
+	other = em_jcc(e, 5);
+	hit = e->p;
+	lea_rsp(t, more);
+	map_out(e, t);
+	e8(e, 0xc3);
+	gen_point_behind(t, k);
+	tr_swap(t);
+	em_here(e, other);
+	EM(e, 0x48, 0x3b, 0x44, 0x24, 0x18);                    /* cmp rax, [rsp + 24] */
+	far = em_jcc(e, 5);
+	EM(e, 0x48, 0x8d, 0x64, 0x24, 0x10);                    /* lea rsp, [rsp + 16] */
+	j = em_jmp(e);
+	if (!e->full)
+		em_to(j, hit);
+	em_here(e, far);
+	gen_call(t, t->j->lookup);
+	j = em_jmp(e);
+	if (!e->full)
+		em_to(j, t->cold.p);                            /* where the other part is now */
+	tr_swap(t);
+	lea_rsp(t, more);
+	go(t);
+}
+
 /* Its slot is at ST + at already when `at` is not negative. */
 static void ret_from(struct tr *t, unsigned n, int32_t at)
 {
 	const struct tinsn *i = &t->t[n];
-	uint32_t more = i->z.raw.imm[0].size ? (uint16_t)i->z.raw.imm[0].value.u : 0;
+	int32_t more = i->z.raw.imm[0].size ? (uint16_t)i->z.raw.imm[0].value.u : 0;
 	struct cold *k = cold_last(t, n);
 
 	if (at < 0)
 		stack(t, k, 0, false);
 	load(t, n, SA, MAX(at, 0));
+	more += word(t);
+	if (t->k->in_line) {
+		ret_to_call(t, n, k, more);
+		return;
+	}
 	gen_lookup(t, n, k);
-	lea_rsp(t, word(t) + (int32_t)more);
+	lea_rsp(t, more);
 	go(t);
 }
 
@@ -267,6 +340,13 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 		stack(t, k2, -word(t), true);
 		store_rip(t, n);
 		lea_rsp(t, -word(t));
+		if (t->k->in_line) {
+			call_push(t, n);
+			map_out(&t->h, t);
+			EM(&t->h, 0xff, 0xd0);                  /* call rax */
+			call_behind(t, n);
+			return true;
+		}
 	} else {
 		gen_lookup(t, n, k);
 	}
@@ -288,6 +368,12 @@ static bool direct(struct tr *t, unsigned n, bool call)
 	stack(t, k, -word(t), true);
 	store_rip(t, n);
 	lea_rsp(t, -word(t));
+	if (t->k->in_line) {
+		call_push(t, n);
+		gen_call_edge(t, to, n);
+		call_behind(t, n);
+		return true;
+	}
 	gen_edge(t, to, n, false);
 	return true;
 }

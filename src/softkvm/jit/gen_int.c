@@ -513,8 +513,9 @@ bool gen_int(struct tr *t, unsigned n)
 		memmove(s.scratch, s.scratch + 1, sizeof s.scratch - sizeof s.scratch[0]), s.nscratch--;
 	if (cl)
 		s.scratch[1] = s.scratch[2], s.nscratch--;
-	t->apart = apart = plain_load(t, i, &s);
+	t->apart = plain_load(t, i, &s);
 	k = gen_access(t, n, &s, &ok);
+	apart = t->apart;
 	t->apart = false;
 	if (!ok)
 		return false;

@@ -31,6 +31,7 @@ struct jit_link {
 	low_ptr next, next_in;          /* jit_link of the same translation; that lead there */
 	int32_t rip;                    /* from that of `from` */
 	uint32_t at, unlinked;          /* offset of the rel32 in the code area, and where it leads while unlinked */
+	bool behind_call;               /* registers are where they usually are, and where it leads has to look at all: the call may have taken long */
 };
 
 /*
@@ -166,6 +167,9 @@ static inline uint32_t jit_ind_entry(const struct jit_ind *table, uint64_t rip)
 	return (int64_t)rip >> IND_HIGH == i->high && !(at & 15) && at > UINT8_MAX ? at : 0;
 }
 
+#define HOLDS 4
+#define CALLS_BYTES 8192
+
 /* The part that translated code addresses: below 2 GiB. */
 struct jit_low {
 	struct jit_ind ind[1 << IND_BITS];
@@ -175,6 +179,8 @@ struct jit_low {
 	uint16_t fcw;                   /* on its way to the control word */
 	uint32_t host_mxcsr, mxcsr;     /* mxcsr: on its way there */
 	uint64_t string_to;             /* host address that MOVS is about to write */
+	uint64_t calls_base, calls_limit, calls_none;   /* the calls on the host's stack: rsp without any, with too many; the address in those that are none */
+	uint64_t hold[HOLDS];           /* host addresses (gen_hold.c); 0: none */
 	uint64_t regs[16], go_on;       /* of code whose check failed, by host register; where it goes on (jit_miss()) */
 	struct { _Alignas(32) uint8_t index[32], mask[32], data[32]; } gather;
 	_Alignas(64) uint8_t xs[576];   /* x87 state in XSAVE's form */
@@ -281,6 +287,7 @@ void em_imm(struct em *e, unsigned reg, uint64_t v);
 /* op reg, [base + index << scale + disp] with w; index -1: none. */
 void em_mem(struct em *e, bool w, unsigned op, unsigned reg, int base, int index, unsigned scale, int32_t disp);
 uint8_t *em_jmp(struct em *e);                                          /* returns the rel32's place */
+uint8_t *em_call(struct em *e);
 uint8_t *em_jcc(struct em *e, unsigned cc);
 void em_here(struct em *e, uint8_t *rel32);                             /* that jump leads here */
 void em_to(uint8_t *rel32, const uint8_t *target);
@@ -420,6 +427,9 @@ struct part {
 	uint8_t *at;                    /* where it begins, once it is emitted */
 };
 
+/* jit_low.hold has the host's address of `low` behind a guest base, and all is checked up to `high`. */
+struct hold { int64_t low, high; uint8_t base, index, scale; bool write, used; };
+
 struct tr {
 	struct jit *j;
 	struct cpu *c;
@@ -446,7 +456,9 @@ struct tr {
 	bool row;                       /* in a row (gen_group.c): ST is the host address of displacement row_low */
 	int64_t row_low;
 	int8_t mem_disp;                /* of the operand from ST */
-	bool apart;                     /* the next check may leave its address in two parts: ST and SC */
+	bool apart;                     /* the next check may leave its address in two parts: ST and SC; it does if that still says so */
+	struct hold hold[HOLDS];
+	unsigned next_hold;             /* the one to give up */
 	int8_t rsp_off;                 /* in a group of pushes or pops: of the guest's rsp from where the host has it */
 	bool swapped;                   /* h is the cold part */
 	unsigned nparts, now;           /* now: the part being emitted */
@@ -469,6 +481,10 @@ void gen_clobber(struct tr *t, unsigned n);     /* EFLAGS are about to be destro
 void gen_flags_after(struct tr *t, unsigned n); /* instruction n has run natively */
 /* ST = host address of the access at linear ST, or to the cold path; uses SC. */
 void gen_check(struct tr *t, struct cold *k, unsigned size, bool write);
+static inline unsigned gen_order(unsigned size) { return size > 1 ? 32 - (unsigned)__builtin_clz(size - 1) : 0; }  /* of the checks that are called */
+void gen_call(struct tr *t, uint32_t thunk);
+/* Code goes on here behind a thunk that the cold part calls, directly before a jump to here. */
+void gen_point_behind(struct tr *t, struct cold *k);
 /* A thunk is called that returns, or has the handlers called instead. */
 void gen_call_check(struct tr *t, struct cold *k, uint32_t thunk);
 /* ST = host address of the memory operand, or to the cold path; uses SC and flags. False: cannot. */
@@ -487,6 +503,9 @@ uint8_t tr_part_of(const struct tr *t, const struct block *b);
 int tr_part(const struct tr *t, uint64_t rip);
 /* From behind instruction n on at rip; flags are saved if they matter there. `next`: nothing is emitted if it comes next anyway. */
 void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next);
+/* A direct call's, as gen_edge(), by a call of the host's; and from behind a call to the instruction behind n: registers are where they usually are. */
+void gen_call_edge(struct tr *t, uint64_t rip, unsigned n);
+void gen_return_edge(struct tr *t, unsigned n);
 /* On a condition behind instruction n forward to code of the page that is not of the region; false: there is more to do than that jump. */
 bool gen_jcc_link(struct tr *t, unsigned n, unsigned cc, uint64_t rip);
 void gen_jcc_part(struct tr *t, unsigned p, unsigned cc);       /* to a part, on a condition */
@@ -542,6 +561,12 @@ struct row { int64_t low, high; bool write; };
 unsigned row_find(struct tr *t, unsigned n, unsigned end, struct row *r);
 struct cold *row_begin(struct tr *t, unsigned n, unsigned count, const struct row *r);
 void row_end(struct tr *t, unsigned last, struct cold *k);
+
+/* gen_hold.c: gen_operand_at() and gen_stack() where one check is for several accesses; false: it is not. */
+bool hold_operand(struct tr *t, unsigned n, struct cold *k, int64_t disp, unsigned size, bool write);
+bool hold_stack(struct tr *t, struct cold *k, int32_t d, unsigned size, bool write);
+void hold_behind(struct tr *t, unsigned n);     /* instruction n is done */
+void hold_forget(struct tr *t);
 
 void tinsn_flags(struct tinsn *i);              /* tested, written, killed, from the decoded instruction */
 bool flags_dead_at(struct tr *t, uint64_t rip);

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/random.h>
 
 #include "softkvm/fault.h"
 #include "softkvm/jit/lockstep.h"
@@ -18,6 +19,15 @@ static bool addressable(const struct cpu *c)
 		if (!low_is(c->tlbs[m], sizeof(struct tlb)))
 			return false;
 	return true;
+}
+
+/* An address that nothing returns to, and that the guest does not know. */
+static int calls_none(uint64_t *v)
+{
+	if (getrandom(v, sizeof *v, 0) != sizeof *v)
+		return -errno;
+	*v = (*v & ~(3ull << 62)) | 1ull << 62;         /* not canonical */
+	return 0;
 }
 
 static int init(struct jit *j, const struct jit_config *cfg)
@@ -38,6 +48,8 @@ static int init(struct jit *j, const struct jit_config *cfg)
 	if (!j->tr || !j->low || !low_is(j->low, j->low_size))
 		return -ENOMEM;
 	jit_records_huge(j->low, j->low_size);
+	if ((r = calls_none(&j->low->calls_none)))
+		return r;
 	if ((r = jit_code_map(j, 16 * part)) || (r = points_map(j, 3 * part)))
 		return r;
 	return cfg->mode == JIT_LOCKSTEP ? lockstep_init(j) : 0;
@@ -122,9 +134,11 @@ bool jit_link_near(const struct jit_link *l)
 	return !k->b->cross && !((k->rip ^ (k->rip + (uint64_t)(int64_t)l->rip)) >> 12);
 }
 
+static uint32_t link_map(const struct jit_link *l) { return l->behind_call ? 0 : jit_link_from(l)->map; }
+
 uint32_t jit_link_at2(const struct jit_link *l)
 {
-	uint32_t map = jit_link_from(l)->map;
+	uint32_t map = link_map(l);
 
 	return map ? l->unlinked + map_out_bytes(map) + 1 : 0;
 }
@@ -190,7 +204,7 @@ void jit_cut_outgoing(struct jit *j, struct jit_code *k) { cut_outgoing(j, k, fa
 static void link_to(struct jit *j, struct jit_link *l, struct jit_code *to)
 {
 	/* What crosses a page end has to look at the other page. */
-	bool straight = jit_link_near(l) && !to->b->cross;
+	bool straight = jit_link_near(l) && !to->b->cross && !l->behind_call;
 	uint32_t at2 = jit_link_at2(l);
 
 	if (l->to == low_of(to))
@@ -201,7 +215,7 @@ static void link_to(struct jit *j, struct jit_link *l, struct jit_code *to)
 	l->next_in = to->in;
 	to->in = low_of(l);
 	j->c->stats.links++;
-	if (jit_link_from(l)->map == to->map) {
+	if (link_map(l) == to->map) {
 		em_to(j->rw + l->at, j->rw + (straight ? to->body_same : to->entry_same));
 	} else {
 		link_cut(j, l);

@@ -334,6 +334,7 @@ static void reset(struct tr *t, const struct em *h, const struct em *cold)
 	t->row = t->index = false;
 	t->align = t->point_flags = 0;
 	t->rsp_off = 0;
+	hold_forget(t);
 	t->k->links = 0;
 	t->k->patches = 0;
 	for (unsigned p = 0; p < t->nparts; p++)
@@ -444,7 +445,9 @@ static bool walk_insn(struct tr *t, unsigned n)
 {
 	struct em h = t->h, cold = t->cold;
 	unsigned ncold = t->ncold, nfix = t->nfix, npoints = t->npoints;
+	struct hold hold[HOLDS];
 
+	memcpy(hold, t->hold, sizeof hold);
 	if (t->t[n].by_handler) {
 		gen_handler(t, n);
 		return true;
@@ -456,6 +459,7 @@ static bool walk_insn(struct tr *t, unsigned n)
 	t->ncold = ncold;
 	t->nfix = nfix;
 	t->npoints = npoints;
+	memcpy(t->hold, hold, sizeof hold);
 	t->t[n].by_handler = true;
 	t->t[n].tested = JIT_ALL_FLAGS;
 	t->t[n].written = t->t[n].killed = 0;
@@ -488,6 +492,7 @@ static void begin_part(struct tr *t, unsigned p)
 		t->in_mem = true;
 		t->in_host = false;
 		t->live = 0;
+		hold_forget(t);
 	}
 	q->at = t->h.p;
 	for (unsigned f = 0; f < t->nfix; f++)
@@ -513,7 +518,8 @@ static bool walk(struct tr *t)
 				again |= !walk_row(t, n, done, &r);
 			else if (!done)
 				again |= !walk_insn(t, n);
-			n += done ? done : 1;
+			for (done = done ? done : 1; done; done--)
+				hold_behind(t, n++);
 		}
 		if (t->t[n - 1].end == END_NONE)
 			gen_edge(t, tr_end(t, n - 1), n - 1, true);

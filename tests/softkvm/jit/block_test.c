@@ -9,6 +9,8 @@
  *
  * With --moved the code is mapped at four addresses and runs at one after the other: its translations go along (jit/page.c).
  *
+ * With --calls it is functions that call each other (block_calls.c).
+ *
  * With --patched immediates and displacements change between runs (interp/patch.c, jit/gen_patch.c); what that gives is compared with the
  * same bytes decoded anew.
  *
@@ -20,27 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "harness.h"
-#include "softkvm/jit/internal.h"
-
-#define PAGES 16                /* restored before every run; operands lie in the middle */
-#define BASE 0x400000u          /* 4 KiB pages, every second one missing (harness.c) */
-#define DATA (BASE + 4096 * 4)
-#define CODE_MAX 2048
-#define BODY 12
-
-static uint64_t rng;
-
-static uint64_t rnd(void)
-{
-	rng ^= rng >> 12;
-	rng ^= rng << 25;
-	rng ^= rng >> 27;
-	return rng * 0x2545f4914f6cdd1dULL;
-}
-static unsigned below(unsigned n) { return (unsigned)(rnd() % n); }
-
-struct code { uint8_t b[CODE_MAX]; unsigned n, at[BODY * 2 + 4], count; unsigned jumps, jump_at[BODY]; };
+#include "block_make.h"
 
 struct result {
 	uint64_t gpr[16], rip, rflags;
@@ -53,357 +35,8 @@ struct result {
 	uint64_t places;                /* put_place() */
 };
 
-static ZydisDecoder dec, host_dec;
-static bool narrow;             /* 32-bit code */
-static bool moved;              /* at another address now and then */
-static bool patched;            /* other values now and then */
-static unsigned count_seg;      /* where its counter is: flat */
-
-/* -- instructions ---------------------------------------------------------------------------------- */
-static void random_opcode32(uint8_t *b, unsigned *n, bool vec)
-{
-	if (vec && below(4) == 0)
-		b[(*n)++] = (uint8_t)(0xd8 | below(8));
-	else if (vec && below(4) == 0)
-		*n = 0, b[(*n)++] = 0xc4, b[(*n)++] = (uint8_t)(0xc0 | (below(8) ? 0x20 : 0) | (1 + below(3)));
-	else if (vec ? below(3) : below(3) == 0)
-		b[(*n)++] = 0x0f;
-}
-
-static unsigned random_bytes(uint8_t *b, bool vec)
-{
-	unsigned n = 0;
-
-	switch (below(10)) {
-	case 0: b[n++] = 0x66; break;
-	case 1: b[n++] = below(2) ? 0xf2 : 0xf3; break;
-	case 2: b[n++] = 0xf0; break;
-	}
-	if (narrow && below(8) == 0)
-		b[n++] = "\x26\x2e\x36\x3e\x64\x65\x64\x65\x67"[below(9)];
-	if (narrow)
-		random_opcode32(b, &n, vec);
-	else if (vec && below(4) == 0) {
-		if (below(3) == 0)
-			b[n++] = (uint8_t)(0x40 | below(16));
-		b[n++] = (uint8_t)(0xd8 | below(8));
-	} else if (vec && below(2)) {
-		if (below(2)) {
-			n = 0;
-			b[n++] = 0xc4;
-			b[n++] = (uint8_t)((rnd() & 0xe0) | (1 + below(3)));
-			b[n++] = (uint8_t)rnd();
-			if (below(2))
-				b[n - 1] |= 0x78;
-		} else {
-			if (below(2))
-				b[n++] = (uint8_t)(0x40 | below(16));
-			b[n++] = 0x0f;
-		}
-	} else if (below(10) == 0) {
-		n = 0;
-		b[n++] = 0xc4;
-		b[n++] = (uint8_t)((rnd() & 0xe0) | (2 + below(2)));
-		b[n++] = (uint8_t)(rnd() & 0xfb);
-		b[n++] = (uint8_t)(0xf0 | below(8));
-	} else {
-		if (below(3))
-			b[n++] = (uint8_t)(0x40 | below(16));
-		if (below(3) == 0)
-			b[n++] = 0x0f;
-	}
-	while (n < 15)
-		b[n++] = (uint8_t)rnd();
-	return n;
-}
-
-static bool wanted(const ZydisDecodedInstruction *z, const ZydisDecodedOperand *op)
-{
-	switch (z->meta.category) {
-	case ZYDIS_CATEGORY_BINARY: case ZYDIS_CATEGORY_BITBYTE: case ZYDIS_CATEGORY_BMI1: case ZYDIS_CATEGORY_BMI2:
-	case ZYDIS_CATEGORY_CMOV: case ZYDIS_CATEGORY_CONVERT: case ZYDIS_CATEGORY_LOGICAL: case ZYDIS_CATEGORY_LZCNT:
-	case ZYDIS_CATEGORY_PUSH: case ZYDIS_CATEGORY_POP: case ZYDIS_CATEGORY_ROTATE: case ZYDIS_CATEGORY_SEMAPHORE:
-	case ZYDIS_CATEGORY_SETCC: case ZYDIS_CATEGORY_SHIFT: case ZYDIS_CATEGORY_STRINGOP: case ZYDIS_CATEGORY_ADOX_ADCX:
-	case ZYDIS_CATEGORY_DATAXFER: case ZYDIS_CATEGORY_MISC: case ZYDIS_CATEGORY_SSE: case ZYDIS_CATEGORY_AVX:
-	case ZYDIS_CATEGORY_AVX2: case ZYDIS_CATEGORY_BROADCAST: case ZYDIS_CATEGORY_LOGICAL_FP: case ZYDIS_CATEGORY_VFMA:
-	case ZYDIS_CATEGORY_X87_ALU: case ZYDIS_CATEGORY_FCMOV: case ZYDIS_CATEGORY_MMX:
-	case ZYDIS_CATEGORY_DECIMAL: case ZYDIS_CATEGORY_AES: case ZYDIS_CATEGORY_SHA: case ZYDIS_CATEGORY_PCLMULQDQ: case ZYDIS_CATEGORY_FLAGOP:
-		break;
-	default:
-		return false;
-	}
-	for (unsigned n = 0; n < z->operand_count; n++)
-		if ((op[n].type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op[n].reg.value) == ZYDIS_REGCLASS_SEGMENT) ||
-		    /* page tables lie there */
-		    (op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && z->address_width == 16 && (op[n].actions & ZYDIS_OPERAND_ACTION_MASK_WRITE)))
-			return false;
-	switch (z->mnemonic) {
-	case ZYDIS_MNEMONIC_FNSTENV: case ZYDIS_MNEMONIC_FNSAVE:        /* store pointers, which translated code does not keep */
-		return false;
-	case ZYDIS_MNEMONIC_POPF: case ZYDIS_MNEMONIC_POPFQ: case ZYDIS_MNEMONIC_PUSHF: case ZYDIS_MNEMONIC_PUSHFQ:
-	case ZYDIS_MNEMONIC_ENTER: case ZYDIS_MNEMONIC_CPUID: case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_STD:
-	case ZYDIS_MNEMONIC_MONITORX: case ZYDIS_MNEMONIC_MWAITX: case ZYDIS_MNEMONIC_CLZERO: case ZYDIS_MNEMONIC_CLI:
-	case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED:
-	case ZYDIS_MNEMONIC_LEAVE:
-		return z->mnemonic == ZYDIS_MNEMONIC_LEAVE && below(4) == 0;
-	default:
-		return !(z->attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPNE | ZYDIS_ATTRIB_HAS_REPE)) || below(8) == 0;
-	}
-}
-
-static uint16_t flag_bits(uint32_t f) { return f & 0x8d5; }
-
-/* One random instruction into the code; `bad` are the flags undefined at this point. */
-static bool put_random(struct code *c, bool vec, uint16_t *bad)
-{
-	ZydisDecodedInstruction z;
-	ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
-	uint8_t b[15];
-
-	random_bytes(b, vec);
-	if (ZYAN_FAILED(ZydisDecoderDecodeFull(&dec, b, 15, &z, op)) || !wanted(&z, op))
-		return false;
-	if (z.cpu_flags) {
-		uint16_t def = flag_bits(z.cpu_flags->modified | z.cpu_flags->set_0 | z.cpu_flags->set_1);
-
-		if (flag_bits(z.cpu_flags->tested) & *bad)
-			return false;
-		if (z.meta.category == ZYDIS_CATEGORY_SHIFT || z.meta.category == ZYDIS_CATEGORY_ROTATE)
-			def = 0;        /* a count of zero leaves them */
-		*bad = (uint16_t)((*bad & ~def) | flag_bits(z.cpu_flags->undefined));
-	}
-	/* Displacements stay near most of the time. */
-	if (z.raw.disp.size == 32) {
-		int32_t d = (int32_t)below(512) - 256;
-
-		memcpy(b + z.raw.disp.offset, &d, 4);
-	}
-	c->at[c->count++] = c->n;
-	memcpy(c->b + c->n, b, z.length);
-	c->n += z.length;
-	return true;
-}
-
-static void put(struct code *c, const void *p, unsigned n)
-{
-	memcpy(c->b + c->n, p, n);
-	c->n += n;
-}
-
-/* Runs of pushes or pops, which are translated together. */
-static void put_stack(struct code *c)
-{
-	bool pop = below(2);
-
-	for (unsigned n = 2 + below(5); n && c->count < BODY * 2 - 1; n--) {
-		uint8_t b[2] = { 0x41, (uint8_t)((pop ? 0x58 : 0x50) | below(8)) };
-		bool rex = !narrow && below(2);
-
-		if (!rex && (b[1] & 7) == 4)
-			continue;
-		c->at[c->count++] = c->n;
-		put(c, b + !rex, 1 + rex);
-	}
-}
-
-/* Instructions that use one base, which share a check. Flags that matter later are defined by all of these. */
-static void put_row(struct code *c)
-{
-	static const uint8_t ops[] = { 0x01, 0x03, 0x89, 0x8b, 0x39, 0x3b, 0x31, 0x29, 0x88, 0x8a, 0x8b, 0x89, 0x8d, 0x11 };
-	unsigned base = below(8), high = below(2);
-
-	if (base == 4)
-		base = 6;
-	for (unsigned n = 2 + below(6); n && c->count < BODY * 2 - 1; n--) {
-		uint8_t b[4] = { (uint8_t)(0x40 | below(2) << 3 | below(2) << 2 | high), ops[below(sizeof ops)],
-				 (uint8_t)(0x40 | below(8) << 3 | base), (uint8_t)(below(80) - 20) };
-
-		c->at[c->count++] = c->n;
-		put(c, b + narrow, 4 - narrow);
-	}
-}
-
-/* What patching is for: arithmetic, tests and moves with an immediate, on registers and memory. But for moves, they define all flags. */
-static void put_immediate(struct code *c)
-{
-	static const struct { uint8_t op, imm, kinds; } forms[] = { { 0x80, 1, 8 }, { 0x81, 4, 8 }, { 0x83, 1, 8 }, { 0xc6, 1, 1 }, { 0xc7, 4, 1 },
-								    { 0xf6, 1, 1 }, { 0xf7, 4, 1 } };
-	unsigned f = below(ARRAY_SIZE(forms)), rm = "\0\1\2\3\5\6\7"[below(7)];
-	bool mem = below(2);
-	uint8_t b[4] = { (uint8_t)(0x40 | below(2) << 3 | below(2)), forms[f].op, (uint8_t)((mem ? 0x40 : 0xc0) | below(forms[f].kinds) << 3 | rm),
-			 (uint8_t)below(128) };
-	uint32_t v = (uint32_t)rnd();
-
-	c->at[c->count++] = c->n;
-	put(c, b + narrow, 3u + mem - narrow);
-	put(c, &v, forms[f].imm);
-}
-
-/* A repeated string instruction whose run is often in one page on each side: mov edi ; mov esi, or lea rsi near rdi ; mov rcx ; rep. */
-static void put_string(struct code *c)
-{
-	uint32_t to = DATA + 8192 * below(4) + below(4096), from = DATA + 8192 * below(4) + below(4096);
-	uint64_t count = below(8) ? below(below(2) ? 9 : 260) : below(4) ? 500 + below(4000) : (1ull << (29 + below(4))) + below(9);
-	uint8_t rex = (uint8_t)(0x48 & (unsigned)-below(2)), lea[4] = { 0x48, 0x8d, 0x77, (uint8_t)(below(96) - 48) };
-
-	c->at[c->count++] = c->n;
-	put(c, "\xbf", 1);
-	put(c, &to, 4);
-	if (below(2)) {
-		put(c, "\xbe", 1);
-		put(c, &from, 4);
-	} else {
-		put(c, lea + narrow, 4 - narrow);
-	}
-	put(c, "\x88\x07\x8a\x06", 4);        /* mov [rdi], al ; mov al, [rsi]: the TLB has both pages */
-	put(c, &"\x48\xb9"[narrow], 2u - narrow);
-	put(c, &count, narrow ? 4 : 8);
-	c->at[c->count++] = c->n;
-	if (below(8) == 0)
-		put(c, &"\x67\x64\x2e"[below(3)], 1);
-	if (below(4) == 0)
-		put(c, "\x66", 1);
-	put(c, &"\xf3\xf3\xf3\xf2"[below(4)], 1);
-	if (rex && !narrow)
-		put(c, &rex, 1);
-	put(c, &"\xa4\xa5\xaa\xab"[below(4)], 1);
-}
-
-/* xor edx, edx ; div by memory. Flags are undefined then. */
-static void put_div(struct code *c, uint16_t *bad)
-{
-	uint8_t w = below(2) ? 0x48 : 0x40, b[4] = { w, 0xf7, (uint8_t)(0x70 | below(4)), (uint8_t)below(256) };
-
-	c->at[c->count++] = c->n;
-	put(c, "\x31\xd2", 2);
-	put(c, b + narrow, 4 - narrow);
-	*bad = 0x8d5;
-}
-
-/*
- * A call of a few bytes, directly or not, and the return; `at` is the code's offset in its page. Flags stay. What is
- * called has no jump, and no instruction that jumps may lead to.
- */
-static void put_call(struct code *c, unsigned at)
-{
-	unsigned kind = below(4), reg = "\0\1\2\3\6\7"[below(6)], from, more = below(3) ? 0 : 8;
-	uint8_t mov[] = { (uint8_t)(0xb8 | reg), 0, 0, 0, 0 }, reach[] = { 0xff, (uint8_t)((kind == 1 ? 0xd0 : 0xe0) | reg) };
-	uint32_t to;
-
-	c->at[c->count++] = from = c->n;
-	switch (kind) {
-	case 0:                 /* call +2 */
-		put(c, "\xe8\x02\0\0", 5);
-		break;
-	case 3:                 /* push ; ret */
-		to = H_CODE + at + from + 8;
-		put(c, "\x68", 1);
-		put(c, &to, 4);
-		put(c, "\xc3\xeb\x06\x8d\x40\x01\x8d\x49\x01", 9);    /* over ; lea eax, [eax + 1] ; lea ecx, [ecx + 1] */
-		return;
-	default:                /* mov reg, imm ; call or jmp reg */
-		to = H_CODE + at + from + 9;
-		memcpy(mov + 1, &to, 4);
-		put(c, mov, 5);
-		put(c, reach, 2);
-	}
-	/* Over ; lea edx, [edx + 3] ; mov reg, data: stores by way of it shall not reach the code ; ret */
-	to = DATA + 8192 + below(4096);
-	memcpy(mov + 1, &to, 4);
-	put(c, kind == 2 ? "\xeb\x08" : more ? "\xeb\x0b" : "\xeb\x09", 2);
-	put(c, "\x8d\x52\x03", 3);
-	put(c, mov, 5);
-	put(c, more ? "\xc2\x08" : "\xc3", kind == 2 ? 0 : more ? 3 : 1);
-}
-
-/* A forward conditional jump over the next instruction or two; where it leads is known later. */
-static void put_jcc(struct code *c)
-{
-	uint8_t b[2] = { (uint8_t)(0x70 | below(16)), 0 };
-
-	c->jump_at[c->jumps++] = c->n;
-	put(c, b, 2);
-}
-
-/* Every round says where it was: push rax ; lea rax, [rip] ; add [0x500020], rax ; pop rax. */
-static void put_place(struct code *c)
-{
-	put(c, "\x50\x48\x8d\x05\0\0\0\0\x48\x01\x04\x25\x20\0\x50\0\x58", 17);
-}
-
-/* Begin again at another address: [0x500008] times, to and fro between two of them, without a TLB flush. */
-static void put_move(struct code *c)
-{
-	static const uint8_t count[] = { 0x83, 0x04, 0x25, 8, 0, 0x50, 0, 0xff, 0x78, 0 };   /* add dword [0x500008], -1 ; js over all this */
-	static const uint8_t again[] = { 0xc7, 0x04, 0x25, 0, 0, 0x50, 0, 3, 0, 0, 0 };         /* mov dword [0x500000], 3 */
-	static const uint8_t other[] = { 0x81, 0x34, 0x25, 0x14, 0, 0x50, 0 };                  /* xor dword [0x500014], upper half of harness_alias() */
-	static const uint8_t shift[] = { 0x81, 0x34, 0x25, 0x10, 0, 0x50, 0 };                  /* xor dword [0x500010], lower half */
-	static const uint8_t jump[] = { 0xff, 0x24, 0x25, 0x10, 0, 0x50, 0 };                   /* jmp [0x500010] */
-	uint64_t bits = harness_alias(1 + below(3));
-	unsigned from;
-
-	put(c, count, sizeof count);
-	from = c->n;
-	put(c, again, sizeof again);
-	put(c, other, sizeof other);
-	put(c, (uint8_t *)&bits + 4, 4);
-	put(c, shift, sizeof shift);
-	put(c, &bits, 4);
-	if (below(2))
-		put(c, jump, sizeof jump);
-	else
-		put(c, "\xff\x14\x25\x10\0\x50", 7);        /* the same as a call */
-	c->b[from - 1] = (uint8_t)(c->n - from);
-}
-
-/* loop: body ; dec dword [DATA_COUNT] via absolute address ; jnz loop ; hlt. Flags at the end are known ones. */
-static void make(struct code *c, bool vec, unsigned at)
-{
-	uint16_t bad = 0;
-	unsigned n = 1 + below(BODY), tries = 0, body;
-
-	memset(c, 0, sizeof *c);
-	body = c->n;
-	if (moved)
-		put_place(c);
-	while (c->count < n && tries++ < 2000) {
-		if (c->jumps < 3 && below(6) == 0 && !bad)
-			put_jcc(c);
-		if (below(12) == 0)
-			put_stack(c);
-		if (!bad && below(6) == 0)
-			put_row(c);
-		if (below(24) == 0 && c->count < BODY * 2 - 2)
-			put_string(c);
-		if (patched && !bad && below(2) && c->count < BODY * 2 - 1)
-			put_immediate(c);
-		if (below(16) == 0)
-			put_div(c, &bad);
-		if (below(12) == 0 && c->count < BODY * 2 - 1)
-			put_call(c, at);
-		put_random(c, vec, &bad);
-	}
-	c->at[c->count] = c->n;
-	for (unsigned j = 0; j < c->jumps; j++) {
-		unsigned to = c->n;
-
-		for (unsigned k = c->count + 1; k--;)
-			if (c->at[k] > c->jump_at[j] + 2 && below(2))
-				to = c->at[k];
-		c->b[c->jump_at[j] + 1] = (uint8_t)MIN(to - c->jump_at[j] - 2, 127u);
-	}
-	/* The counter lies where random operands hardly reach; it defines all flags but CF: add, not dec. */
-	static const uint8_t count[] = { 0x83, 0x04, 0x25, 0, 0, 0x50, 0, 0xff };       /* add dword [0x500000], -1 */
-	if (narrow)
-		put(c, &"\x26\x2e\x36\x3e\x64\x65"[count_seg], 1);
-	put(c, count, sizeof count);
-	int32_t rel = (int32_t)body - (int32_t)(c->n + 6);
-	put(c, "\x0f\x85", 2);
-	put(c, &rel, 4);
-	if (moved)
-		put_move(c);
-	put(c, "\xf4", 1);
-}
+static ZydisDecoder host_dec;
+static bool calls;              /* programs of calls */
 
 /* -- states ---------------------------------------------------------------------------------------- */
 static uint64_t value(void)
@@ -446,7 +79,7 @@ static void random_state(void)
 	/* The page below is missing: runs of pushes and pops may end in the middle. */
 	start.gpr[R_RSP] = DATA + 8192 + (below(4) ? 2048 : below(2) ? 0 : 4096 - 64) + 8 * below(16);
 	if (narrow)
-		random_segments();
+		calls ? harness_compat() : random_segments();
 	start.rflags = rnd() & 0x8d5;
 	start.mxcsr = below(8) ? 0x1f80 : 0x1fa0;
 	for (unsigned n = 0; n < sizeof start.zmm / 8; n++)
@@ -738,7 +371,8 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 
 	while (narrow && (count_seg = below(6)) == SEG_CS)
 		;
-	make(&code, vec, at);
+	calls ? make_calls(&code, at) : make(&code, vec, at);
+	low[0x4000 + 8 * ((DATA + 3 * 8192 - BASE) >> 12)] = PTE_P | (below(2) ? PTE_W : 0);
 	code_at = at;
 	random_state();
 	rounds = below(6);
@@ -767,7 +401,7 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 		what = ", patched";
 		ok = false;
 	}
-	if (ok && !patched && below(2)) {
+	if (ok && !patched && below(calls ? 40 : 2) == 0) {
 		uint64_t before = h.cpu.stats.host_faults;
 
 		break_code(jit);
@@ -791,7 +425,7 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 int main(int argc, char **argv)
 {
 	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { "32", 0, 0, 'n' }, { "moved", 0, 0, 'm' },
-		{ "patched", 0, 0, 'p' }, { 0 } };
+		{ "patched", 0, 0, 'p' }, { "calls", 0, 0, 'l' }, { 0 } };
 	struct counts count = { 0 };
 	unsigned cases = 10000, seed = 1, bad = 0;
 	bool vec = false;
@@ -805,6 +439,7 @@ int main(int argc, char **argv)
 		case 'n': narrow = true; break;
 		case 'm': moved = true; break;
 		case 'p': patched = true; break;
+		case 'l': calls = true; break;
 		default: return 2;
 		}
 	}

@@ -65,6 +65,72 @@ GUEST_ASM(in_kernel, 64,
 /* #DB */
 GUEST_ASM(on_step, 64, "inc %r13; andl $0xfffffeff, 16(%rsp); iretq");
 
+/*
+ * What is called replaces now and then the page that it was called from by another, which adds 7 instead of 5 behind the call: the return leads there, although
+ * it was a call of the host's that would lead to the first. r8: how many.
+ */
+GUEST_ASM(begin, 64, "mov $0x90000, %esp; mov $4000, %r8d; xor %edx, %edx; mov $0x200000, %eax; jmp *%rax");
+GUEST_ASM(adds_5, 64, "1: mov $0x30000, %eax; call *%rax; add $5, %edx; dec %r8d; jnz 1b; out %al, $0x80; hlt");
+GUEST_ASM(adds_7, 64, "1: mov $0x30000, %eax; call *%rax; add $7, %edx; dec %r8d; jnz 1b; out %al, $0x80; hlt");
+GUEST_ASM(replace, 64, "test $3, %r8b; jnz 2f; xorl $0x600000, 0x5008; test $4, %r8b; jz 1f; invlpg 0x200000; ret; 1: mov %cr3, %rax; mov %rax, %cr3; 2: ret");
+
+static void returns_to_what_is_there(void **state)
+{
+	static const char *const modes[] = { "interp", "translate", "translate-at-once" };
+	const uint64_t page = 0x200083;
+
+	for (unsigned m = 0; m < 3; m++) {
+		struct kvm_regs r;
+		struct guest g;
+
+		setenv("LODGE_SOFT_MODE", modes[m], 1);
+		guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT, .mem_size = 8 << 20 });
+		guest_load(&g, 0x10000, begin, (size_t)(begin_end - begin));
+		guest_load(&g, 0x30000, replace, (size_t)(replace_end - replace));
+		guest_load(&g, 0x200000, adds_5, (size_t)(adds_5_end - adds_5));
+		guest_load(&g, 0x400000, adds_7, (size_t)(adds_7_end - adds_7));
+		guest_long64(&g, 0, 0x10000);
+		guest_load(&g, 0x5008, &page, 8);
+		assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+		guest_get_regs(&g, 0, &r);
+		assert_int_equal(r.rdx, 4000 * 6);
+		guest_destroy(&g);
+	}
+}
+
+/*
+ * A page is read, and behind a branch written, by one base: that it may be read is known by then, but not that it may be written. In every fourth round
+ * it may not. r13: page faults.
+ */
+GUEST_ASM(read_then_write, 64,
+	"mov %cr0, %rax; or $0x10000, %eax; mov %rax, %cr0; mov $4000, %r8d; xor %r13d, %r13d; xor %edx, %edx; mov $0x108000, %esi;"
+	"1: mov $0x100000, %ebx; test $3, %r8b; jnz 2f; mov $0x200000, %ebx;"
+	"2: mov (%rbx), %rax; add (%rsi), %rdx; mov 24(%rbx), %rcx; test %rax, %rax; jnz 3f; mov %r8, 8(%rbx); 3: add 16(%rbx), %rdx; dec %r8d; jnz 1b; out %al, $0x80; hlt");
+GUEST_ASM(on_write, 64, "inc %r13; add $8, %rsp; addq $4, (%rsp); iretq");
+
+static void reading_is_not_writing(void **state)
+{
+	static const char *const modes[] = { "interp", "translate", "translate-at-once" };
+	const uint64_t page = 0x200081;
+
+	for (unsigned m = 0; m < 3; m++) {
+		struct kvm_regs r;
+		struct guest g;
+
+		setenv("LODGE_SOFT_MODE", modes[m], 1);
+		guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+		guest_load(&g, 0x10000, read_then_write, (size_t)(read_then_write_end - read_then_write));
+		guest_load(&g, 0x20000, on_write, (size_t)(on_write_end - on_write));
+		guest_long64(&g, 0, 0x10000);
+		guest_load(&g, 0x5008, &page, 8);
+		guest_gate(&g, 64, 14, 0x20000, 0);
+		assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+		guest_get_regs(&g, 0, &r);
+		assert_int_equal(r.r13, 1000);
+		guest_destroy(&g);
+	}
+}
+
 static struct kvm_regs run_rings(const char *mode, struct softkvm_stats *s)
 {
 	const uint64_t user_page = 0x200087, ss_and_cs[2] = { 0x00cff3000000ffff, 0x00affb000000ffff };
@@ -151,7 +217,8 @@ static void all_modes_agree(void **state)
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = { cmocka_unit_test(all_modes_agree), cmocka_unit_test(rings_agree) };
+	const struct CMUnitTest tests[] = { cmocka_unit_test(all_modes_agree), cmocka_unit_test(rings_agree), cmocka_unit_test(returns_to_what_is_there),
+		cmocka_unit_test(reading_is_not_writing) };
 
 	if (!__builtin_cpu_supports("bmi2")) {
 		printf("no translator here\n");
