@@ -129,7 +129,7 @@ static void end(struct program *p)
 		put(c, "\xc3", 1);
 		break;
 	case 3:
-		put(c, "\x41\xc3" + (narrow ? 1 : 0), 2u - narrow);    /* with a prefix of no use */
+		put(c, &"\x41\xc3"[narrow], 2u - narrow);    /* with a prefix of no use */
 		break;
 	default:
 		put(c, "\xc3", 1);
