@@ -20,7 +20,7 @@
 #define F1_EDX_HOST (B(0) | B(15) | B(19) | B(23) | B(24) | B(25) | B(26))
 #define F1_EDX_OWN (B(1) | B(2) | B(3) | B(4) | B(5) | B(6) | B(7) | B(8) | B(9) | B(11) | B(12) | B(13) | B(14) | B(16) | B(17))
 #define F7_EBX_HOST (B(3) | B(5) | B(6) | B(8) | B(9) | B(13) | B(16) | B(17) | B(18) | B(19) | B(21) | B(23) | B(24) | \
-		     B(29) | B(30) | B(31))
+		     B(28) | B(29) | B(30) | B(31))
 #define F7_EBX_OWN (B(0) /* FSGSBASE */ | B(1) /* TSC_ADJUST */ | B(7) /* SMEP */ | B(10) /* INVPCID */ | B(20) /* SMAP */)
 #define F7_ECX_HOST (B(1) | B(6) | B(8) | B(9) | B(10) | B(11) | B(12) | B(14) | B(22) | B(27) | B(28))
 #define F7_ECX_OWN (B(2) /* UMIP */ | B(16) /* LA57 */ | B(22) /* RDPID */)
@@ -99,7 +99,7 @@ static void add_structured(struct list *l, uint64_t xcr0)
 	e->ecx = (e->ecx & F7_ECX_HOST) | F7_ECX_OWN | (xcr0 & XCR0_PKRU ? B(3) : 0);
 	e->edx = (e->edx & F7_EDX_HOST) | F7_EDX_OWN;
 	if (!(xcr0 & XCR0_ZMM_HI256)) {
-		e->ebx &= ~(B(16) | B(17) | B(21) | B(30) | B(31));
+		e->ebx &= ~(B(16) | B(17) | B(21) | B(28) | B(30) | B(31));
 		e->ecx &= ~(B(1) | B(6) | B(11) | B(12) | B(14));
 		e->edx &= ~(B(8) | B(23));
 	}

@@ -32,6 +32,11 @@ static uint64_t active(const struct cpu *c, const struct vec_op *op)
 	return m;
 }
 
+bool mask_is_empty(const struct cpu *c, const struct vec_op *op)
+{
+	return (op->flags & VO_KMASK) && !active(c, op);
+}
+
 static uint64_t lin_of(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, unsigned e, enum access acc)
 {
 	if (!mask_by_element(c, i, op))
@@ -49,13 +54,19 @@ void mask_load(struct cpu *c, const struct insn *i, const struct vec_op *op, uin
 			mem_read(c, lin_of(c, i, op, lin, e, ACC_READ), (uint8_t *)buf + e * op->esize, op->esize);
 }
 
-void mask_store(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, const void *buf)
+void mask_probe(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin)
 {
-	uint64_t m = active(c, op);
+	uint64_t m = op->flags & VO_WHOLE ? ~0ULL : active(c, op);
 
 	for (unsigned e = 0; e < op->size / op->esize; e++)
 		if (m >> e & 1)
 			mem_probe(c, lin_of(c, i, op, lin, e, ACC_WRITE), op->esize, ACC_WRITE);
+}
+
+void mask_store(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, const void *buf)
+{
+	uint64_t m = active(c, op);
+
 	for (unsigned e = 0; e < op->size / op->esize; e++)
 		if (m >> e & 1)
 			mem_write(c, lin_of(c, i, op, lin, e, ACC_WRITE), (const uint8_t *)buf + e * op->esize, op->esize);

@@ -20,13 +20,14 @@ enum {
 	VO_STORE = 1 << 1,      /* writes it */
 	VO_FP = 1 << 2,         /* uses MXCSR */
 	VO_MMX = 1 << 3,        /* makes the x87 state MMX state */
-	VO_KMASK = 1 << 4,      /* memory elements are masked by opmask register `mask` */
+	VO_KMASK = 1 << 4,      /* memory elements are masked by opmask register `mask`: not accessed, so no fault */
 	VO_VMASK = 1 << 5,      /* VMASKMOV: by the signs of vector register `mask` */
 	VO_MM = 1 << 6,         /* MXCSR.MM lifts the alignment check */
 	VO_DENSE = 1 << 7,      /* VCOMPRESS/VEXPAND: popcount(mask) leading elements */
 	VO_PEND = 1 << 8,       /* x87/MMX: reports a pending x87 exception */
 	VO_EMMS = 1 << 9,
 	VO_NOPTR = 1 << 10,     /* x87: leaves FIP, FDP and FOP alone */
+	VO_WHOLE = 1 << 11,     /* a masked store that faults as if nothing were masked */
 };
 
 /* Registers by kind for a stub: what to load before, what to store after. Part of the key. */
@@ -119,7 +120,11 @@ static inline bool mask_by_element(const struct cpu *c, const struct insn *i, co
 {
 	return (op->flags & (VO_KMASK | VO_VMASK)) && (i->flags & IF_EA_SLOW) && !c->flat;
 }
+/* The opmask register selects no element of the memory operand. */
+bool mask_is_empty(const struct cpu *c, const struct vec_op *op);
 void mask_load(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, void *buf);
+/* Before a store: raises what it would. */
+void mask_probe(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin);
 void mask_store(struct cpu *c, const struct insn *i, const struct vec_op *op, uint64_t lin, const void *buf);
 
 /* FXSAVE's x87 registers and control words (bytes 0..23 and 32..159) in either pointer format. */
