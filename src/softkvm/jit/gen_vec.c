@@ -75,7 +75,7 @@ static bool describe(struct tr *t, unsigned n, struct vec_op *op, bool *gpr)
 	d->cpu = t->c;
 	if (!vec_op_build(op, d))
 		return false;
-	if (op->flags & (VO_KMASK | VO_VMASK | VO_DENSE | VO_PEND | VO_EMMS) || op->s.x87)
+	if (op->flags & (VO_PEND | VO_EMMS) || op->s.x87)
 		return false;
 	if (op->flags & VO_MMX ? op->cls != VC_MMX || (op->flags & VO_FP) : op->cls != VC_SSE && op->cls != VC_VEX && op->cls != VC_EVEX)
 		return false;

@@ -3,7 +3,7 @@
 
 uint64_t rng;
 ZydisDecoder dec;
-bool narrow, moved, patched;
+bool narrow, moved, patched, evex;
 unsigned count_seg;
 
 /* -- instructions ---------------------------------------------------------------------------------- */
@@ -17,9 +17,32 @@ static void random_opcode32(uint8_t *b, unsigned *n, bool vec)
 		b[(*n)++] = 0x0f;
 }
 
+/* An EVEX prefix, or an instruction of the opmask registers. */
+static void random_evex(uint8_t *b)
+{
+	unsigned n = 0;
+
+	if (below(6) == 0) {
+		b[n++] = 0xc4;
+		b[n++] = (uint8_t)(0xe0 | (below(6) ? 1 : 3));
+		b[n++] = (uint8_t)((below(2) ? 0x80 : 0) | (below(2) ? 0x78 : 0x40 | below(8) << 3) | below(8));
+		b[n++] = (uint8_t)(below(3) ? 0x90 + below(10) : below(2) ? 0x41 + below(11) : 0x30 + below(4));
+	} else {
+		b[n++] = 0x62;
+		b[n++] = (uint8_t)((narrow ? 0xf0 : rnd() & 0xf0) | (1 + below(3)));
+		b[n++] = (uint8_t)((rnd() & 0x83) | 4 | (below(2) ? 0x78 : narrow ? 0x40 | below(8) << 3 : below(16) << 3));
+		b[n++] = (uint8_t)((narrow ? 8 : rnd() & 8) | below(3) << 5 | (below(4) ? 0 : 0x10) | (below(3) ? below(8) | (below(2) ? 0x80 : 0) : 0));
+		if (below(2))
+			b[2] |= 0x78, b[3] |= 8;
+	}
+	while (n < 15)
+		b[n++] = (uint8_t)rnd();
+}
+
 static unsigned random_bytes(uint8_t *b, bool vec)
 {
 	unsigned n = 0;
+
 
 	switch (below(10)) {
 	case 0: b[n++] = 0x66; break;
@@ -74,6 +97,10 @@ static bool wanted(const ZydisDecodedInstruction *z, const ZydisDecodedOperand *
 	case ZYDIS_CATEGORY_DATAXFER: case ZYDIS_CATEGORY_MISC: case ZYDIS_CATEGORY_SSE: case ZYDIS_CATEGORY_AVX:
 	case ZYDIS_CATEGORY_AVX2: case ZYDIS_CATEGORY_BROADCAST: case ZYDIS_CATEGORY_LOGICAL_FP: case ZYDIS_CATEGORY_VFMA:
 	case ZYDIS_CATEGORY_X87_ALU: case ZYDIS_CATEGORY_FCMOV: case ZYDIS_CATEGORY_MMX:
+	case ZYDIS_CATEGORY_AVX512: case ZYDIS_CATEGORY_AVX512_BITALG: case ZYDIS_CATEGORY_AVX512_VBMI: case ZYDIS_CATEGORY_BLEND:
+	case ZYDIS_CATEGORY_COMPRESS: case ZYDIS_CATEGORY_EXPAND: case ZYDIS_CATEGORY_CONFLICT: case ZYDIS_CATEGORY_GATHER:
+	case ZYDIS_CATEGORY_SCATTER: case ZYDIS_CATEGORY_GFNI: case ZYDIS_CATEGORY_IFMA: case ZYDIS_CATEGORY_KMASK: case ZYDIS_CATEGORY_STTNI:
+	case ZYDIS_CATEGORY_VAES: case ZYDIS_CATEGORY_VBMI2: case ZYDIS_CATEGORY_VPCLMULQDQ: case ZYDIS_CATEGORY_AVX2GATHER:
 	case ZYDIS_CATEGORY_DECIMAL: case ZYDIS_CATEGORY_AES: case ZYDIS_CATEGORY_SHA: case ZYDIS_CATEGORY_PCLMULQDQ: case ZYDIS_CATEGORY_FLAGOP:
 		break;
 	default:
@@ -107,9 +134,14 @@ static bool put_random(struct code *c, bool vec, uint16_t *bad)
 	ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
 	uint8_t b[15];
 
-	random_bytes(b, vec);
-	if (ZYAN_FAILED(ZydisDecoderDecodeFull(&dec, b, 15, &z, op)) || !wanted(&z, op))
-		return false;
+	/* Most bytes behind such a prefix are no instruction. */
+	for (unsigned tries = evex && below(3) ? 64 : 1;;) {
+		tries > 1 ? random_evex(b) : random_bytes(b, vec);
+		if (ZYAN_SUCCESS(ZydisDecoderDecodeFull(&dec, b, 15, &z, op)) && wanted(&z, op))
+			break;
+		if (!--tries)
+			return false;
+	}
 	if (z.cpu_flags) {
 		uint16_t def = flag_bits(z.cpu_flags->modified | z.cpu_flags->set_0 | z.cpu_flags->set_1);
 

@@ -19,6 +19,7 @@ extern uint64_t rng;
 extern ZydisDecoder dec;
 extern bool narrow;             /* 32-bit code */
 extern bool moved;              /* at another address now and then */
+extern bool evex;               /* AVX-512 instructions among the others */
 extern bool patched;            /* other values now and then */
 extern unsigned count_seg;      /* where its counter is: flat */
 

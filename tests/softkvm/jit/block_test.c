@@ -9,6 +9,8 @@
  *
  * With --moved the code is mapped at four addresses and runs at one after the other: its translations go along (jit/page.c).
  *
+ * With --evex it is AVX-512 instructions for the most part.
+ *
  * With --calls it is functions that call each other (block_calls.c).
  *
  * With --patched immediates and displacements change between runs (interp/patch.c, jit/gen_patch.c); what that gives is compared with the
@@ -28,6 +30,7 @@ struct result {
 	uint64_t gpr[16], rip, rflags;
 	uint32_t mxcsr;
 	uint8_t zmm[32][64];
+	uint64_t k[8];
 	uint8_t fx[160];
 	struct event ev;
 	bool halted, endless;           /* endless: it overwrote itself or its counter */
@@ -84,6 +87,8 @@ static void random_state(void)
 	start.mxcsr = below(8) ? 0x1f80 : 0x1fa0;
 	for (unsigned n = 0; n < sizeof start.zmm / 8; n++)
 		st_le64((uint8_t *)start.zmm + 8 * n, below(2) ? rnd() : 0x3ff0000000000000 + (rnd() & 0xfffff00000000));
+	for (unsigned n = 0; n < 8 && evex; n++)
+		start.k[n] = below(4) ? rnd() : below(3) ? below(16) : below(2) ? 0 : ~0ULL;
 	memset(start.fx, 0, sizeof start.fx);
 	st_le16(start.fx, (uint16_t)(0x40 | (below(8) ? 0x3f : below(64)) | below(16) << 8));
 	st_le16(start.fx + 2, (uint16_t)(below(8) << 11 | (below(4) ? 0 : below(16) << 8)));
@@ -140,6 +145,7 @@ static void run(struct result *out, unsigned loops)
 	c->eflags = 0;
 	c->fpu.mxcsr = start.mxcsr;
 	memcpy(c->fpu.zmm, start.zmm, sizeof start.zmm);
+	memcpy(c->fpu.k, start.k, sizeof start.k);
 	memcpy(c->fpu.fx, start.fx, sizeof start.fx);
 	mmu_flush_all(c);
 	mmio_reset(c);
@@ -153,6 +159,7 @@ static void run(struct result *out, unsigned loops)
 	out->rflags = cpu_get_rflags(c);
 	out->mxcsr = c->fpu.mxcsr;
 	memcpy(out->zmm, c->fpu.zmm, sizeof out->zmm);
+	memcpy(out->k, c->fpu.k, sizeof out->k);
 	memcpy(out->fx, c->fpu.fx, sizeof out->fx);
 	out->ev = h.got;
 	memcpy(out->mem, h.ram + BASE, sizeof out->mem);
@@ -179,6 +186,8 @@ static unsigned differ(const struct result *a, const struct result *b, bool prin
 		for (unsigned k = 0; k < 8; k++)
 			DIFF(memcmp(&a->zmm[r][8 * k], &b->zmm[r][8 * k], 8), "  zmm%u[%u]: %" PRIx64 " %" PRIx64 "\n", r, k,
 			     ld_le64(a->zmm[r] + 8 * k), ld_le64(b->zmm[r] + 8 * k));
+	for (unsigned r = 0; r < 8; r++)
+		DIFF(a->k[r] != b->k[r], "  k%u: %" PRIx64 " %" PRIx64 "\n", r, a->k[r], b->k[r]);
 	DIFF(memcmp(a->fx, b->fx, 5), "  fcw, fsw, ftw: %04x %04x %02x / %04x %04x %02x\n", ld_le16(a->fx), ld_le16(a->fx + 2), a->fx[4],
 	     ld_le16(b->fx), ld_le16(b->fx + 2), b->fx[4]);
 	for (unsigned r = 0; r < 8; r++)
@@ -425,7 +434,7 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 int main(int argc, char **argv)
 {
 	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { "32", 0, 0, 'n' }, { "moved", 0, 0, 'm' },
-		{ "patched", 0, 0, 'p' }, { "calls", 0, 0, 'l' }, { 0 } };
+		{ "patched", 0, 0, 'p' }, { "calls", 0, 0, 'l' }, { "evex", 0, 0, 'e' }, { 0 } };
 	struct counts count = { 0 };
 	unsigned cases = 10000, seed = 1, bad = 0;
 	bool vec = false;
@@ -436,12 +445,17 @@ int main(int argc, char **argv)
 		case 'c': cases = (unsigned)strtoul(optarg, NULL, 0); break;
 		case 's': seed = (unsigned)strtoul(optarg, NULL, 0); break;
 		case 'v': vec = true; break;
+		case 'e': vec = evex = true; break;
 		case 'n': narrow = true; break;
 		case 'm': moved = true; break;
 		case 'p': patched = true; break;
 		case 'l': calls = true; break;
 		default: return 2;
 		}
+	}
+	if (evex && !__builtin_cpu_supports("avx512f")) {
+		printf("no AVX-512 here\n");
+		return 77;
 	}
 	ZydisDecoderInit(&host_dec, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
 	ZydisDecoderInit(&dec, narrow ? ZYDIS_MACHINE_MODE_LEGACY_32 : ZYDIS_MACHINE_MODE_LONG_64, narrow ? ZYDIS_STACK_WIDTH_32 : ZYDIS_STACK_WIDTH_64);

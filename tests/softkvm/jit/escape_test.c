@@ -11,6 +11,7 @@
  *
  * That it can fail: docs/engine-translator.md, "Isolation", names changes to the translator that were made for the purpose.
  */
+#include <cpuid.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -44,9 +45,12 @@ static uint64_t rnd(void)
 }
 
 /* -- instructions: what stands before modrm, its reg field, immediate bytes ----------------------------- */
-struct op { const char *name, *bytes; uint8_t len, reg, imm; bool avx; };
-#define O(name, bytes, reg, imm) { name, bytes, sizeof(bytes) - 1, reg, imm, false }
-#define V(name, bytes, reg, imm) { name, bytes, sizeof(bytes) - 1, reg, imm, true }
+enum ext { EXT_NONE, EXT_AVX, EXT_AVX512 };
+/* `unit` is what an EVEX instruction's one-byte displacement counts in. */
+struct op { const char *name, *bytes; uint8_t len, reg, imm; enum ext ext; int unit; };
+#define O(name, bytes, reg, imm) { name, bytes, sizeof(bytes) - 1, reg, imm, EXT_NONE, 1 }
+#define V(name, bytes, reg, imm) { name, bytes, sizeof(bytes) - 1, reg, imm, EXT_AVX, 1 }
+#define E(name, bytes, reg, imm, unit) { name, bytes, sizeof(bytes) - 1, reg, imm, EXT_AVX512, unit }
 static const struct op ops[] = {
 	O("mov r64,m", "\x48\x8b", 0, 0), O("mov m,r64", "\x48\x89", 2, 0), O("mov m,r8", "\x88", 2, 0), O("mov m,r16", "\x66\x89", 2, 0),
 	O("mov m,imm32", "\xc7", 0, 4), O("movzx", "\x0f\xb6", 0, 0), O("add m,r32", "\x01", 2, 0), O("adc r64,m", "\x48\x13", 2, 0),
@@ -66,8 +70,23 @@ static const struct op ops[] = {
 	V("vmovdqu load", "\xc5\xfe\x6f", 0, 0), V("vmovdqu store", "\xc5\xfe\x7f", 3, 0), V("vaddps", "\xc5\xe4\x58", 3, 0),
 	V("vmaskmovps load", "\xc4\xe2\x6d\x2c", 3, 0), V("vmaskmovps store", "\xc4\xe2\x6d\x2e", 3, 0), V("vbroadcastsd", "\xc4\xe2\x7d\x19", 3, 0),
 	V("vextracti128", "\xc4\xe3\x7d\x39", 3, 1), V("vpgatherdd", "\xc4\xe2\x6d\x90", 0, 0), V("vpgatherqq", "\xc4\xe2\xed\x91", 0, 0),
+	E("vmovdqu64 zmm,m", "\x62\xf1\xfe\x48\x6f", 3, 0, 64), E("vmovdqu64 m,zmm", "\x62\xf1\xfe\x48\x7f", 3, 0, 64),
+	E("vmovdqu8 zmm{k1}{z},m", "\x62\xf1\x7f\xc9\x6f", 0, 0, 64), E("vmovdqu32 m{k2},ymm", "\x62\xf1\x7e\x2a\x7f", 3, 0, 32),
+	E("vmovaps zmm{k3},m", "\x62\xf1\x7c\x4b\x28", 3, 0, 64), E("vaddps zmm{k1},m32bcst", "\x62\xf1\x74\x59\x58", 3, 0, 4),
+	E("vpcompressd m{k1},zmm", "\x62\xf2\x7d\x49\x8b", 3, 0, 4), E("vpexpandd zmm{k1},m", "\x62\xf2\x7d\x49\x89", 3, 0, 4),
+	E("vextracti32x4 m{k2},zmm", "\x62\xf3\x7d\x4a\x39", 3, 1, 16), E("vpmovdb m{k1},zmm", "\x62\xf2\x7e\x49\x31", 3, 0, 16),
+	E("vpcmpub k4{k1},ymm,m", "\x62\xf3\x7d\x29\x3e", 4, 1, 32), E("vpabsd xmm{k4},m", "\x62\xf2\x7d\x0c\x1e", 3, 0, 16),
+	E("kmovq k4,m", "\xc4\xe1\xf8\x90", 4, 0, 1), E("kmovq m,k1", "\xc4\xe1\xf8\x91", 1, 0, 1),
+	E("vpgatherdd zmm{k1}", "\x62\xf2\x7d\x49\x90", 0, 0, 4), E("vpscatterdd ymm{k2}", "\x62\xf2\x7d\x2a\xa0", 3, 0, 4),
 };
 #define NOPS (sizeof ops / sizeof *ops)
+
+static bool has(enum ext e)
+{
+	return e == EXT_AVX512 ? __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") : e == EXT_NONE || __builtin_cpu_supports("avx2");
+}
+/* Gathers and scatters want an index. */
+static bool wants_index(const struct op *o) { return strstr(o->name, "gather") || strstr(o->name, "scatter"); }
 
 /* Without modrm: the address is in rsi, rdi, rbp or rsp. */
 static const struct { const char *name, *bytes; uint8_t len; } plain[] = {
@@ -104,7 +123,7 @@ static uint64_t seg_base(const struct form *f) { return f->seg == 0x64 ? FS_BASE
 
 /* -- a case ------------------------------------------------------------------------------------------------- */
 struct entry { uint64_t rbx, rcx, rsi, rdi, rbp, rsp, pad[2]; };
-struct test { char name[96]; uint8_t insn[32]; unsigned len, n; struct entry e[ENTRIES_MAX]; uint8_t ymm[4][32]; };
+struct test { char name[96]; uint8_t insn[32]; unsigned len, n; int32_t disp; struct entry e[ENTRIES_MAX]; uint8_t ymm[4][32]; };
 
 static const uint64_t edges[] = { 0, MEM, SLOT1, SLOT1 + SLOT1_SIZE, SLOT1 + 0x1000, 0x40000000, 0x100000000, 0x800000000000, 0xffff800000000000, DATA + 0x1000 };
 static const int offsets[] = { -513, -65, -64, -33, -32, -31, -17, -16, -15, -9, -8, -7, -5, -4, -3, -2, -1, 0, 1, 3, 16 };
@@ -152,9 +171,10 @@ static void put(struct test *t, const void *p, unsigned n)
 static void encode(struct test *t, const struct op *o, const struct form *f, uint64_t rip_target)
 {
 	uint8_t modrm = (uint8_t)(f->mod << 6 | o->reg << 3 | f->rm);
-	int32_t disp = f->disp;
+	int32_t disp = f->mod == 1 ? f->disp / o->unit : f->disp;
 
 	memset(t, 0, sizeof *t);
+	t->disp = f->mod == 1 ? disp * o->unit : disp;
 	snprintf(t->name, sizeof t->name, "%s %s", o->name, f->name);
 	if (f->a32)
 		put(t, "\x67", 1);
@@ -185,7 +205,7 @@ static void aim(struct test *t, const struct form *f)
 		*e = (struct entry){ .rcx = f->index ? f->index : rnd() % 64, .rsi = DATA, .rdi = DATA + 4096, .rbp = DATA + 8192, .rsp = DATA + 0x4000 };
 		if (f->rip)
 			continue;
-		e->rbx = at[k] - (uint64_t)(int64_t)f->disp - f->index * f->scale - seg_base(f);
+		e->rbx = at[k] - (uint64_t)(int64_t)t->disp - f->index * f->scale - seg_base(f);
 		if (f->a32)     /* what lies above 32 bits must not count */
 			e->rbx = (uint32_t)e->rbx | (k & 1 ? rnd() << 32 : 1ull << 32);
 	}
@@ -259,7 +279,7 @@ static void plant(struct pass *p)
 
 static void start(struct pass *p, const char *mode)
 {
-	struct kvm_xcrs x = { .nr_xcrs = 1, .xcrs = { { .xcr = 0, .value = 7 } } };
+	struct kvm_xcrs x = { .nr_xcrs = 1, .xcrs = { { .xcr = 0, .value = has(EXT_AVX512) ? 0xe7 : 7 } } };
 	struct kvm_sregs s;
 
 	memset(p, 0, sizeof *p);
@@ -278,7 +298,7 @@ static void start(struct pass *p, const char *mode)
 	s.fs.base = FS_BASE;
 	s.gs.base = GS_BASE;
 	guest_set_sregs(&p->g, 0, &s);
-	if (__builtin_cpu_supports("avx2"))
+	if (has(EXT_AVX))
 		assert_int_equal(gioctl(&p->g.vcpu[0], KVM_SET_XCRS, &x, NULL), 0);
 	plant(p);
 }
@@ -341,6 +361,14 @@ static void load(struct pass *p, const struct test *t)
 	softkvm_code_written(p->g.vm.f, 0, MEM);
 }
 
+static unsigned opmask_offset(void)
+{
+	unsigned a, b = 0, c, d;
+
+	__get_cpuid_count(0xd, 5, &a, &b, &c, &d);
+	return b;
+}
+
 static void set_state(struct pass *p, const struct test *t)
 {
 	struct kvm_fpu f = { .fcw = 0x37f, .mxcsr = 0x1f80 };
@@ -350,10 +378,16 @@ static void set_state(struct pass *p, const struct test *t)
 	assert_int_equal(gioctl(&p->g.vcpu[0], KVM_GET_XSAVE, x, NULL), 0);
 	for (unsigned r = 0; r < 4; r++) {
 		memcpy((uint8_t *)x + 160 + 16 * r, t->ymm[r], 16);
-		if (__builtin_cpu_supports("avx2"))
+		if (has(EXT_AVX))
 			memcpy((uint8_t *)x + 576 + 16 * r, t->ymm[r] + 16, 16);
 	}
-	x->region[128] = __builtin_cpu_supports("avx2") ? 7 : 3;
+	x->region[128] = has(EXT_AVX) ? 7 : 3;
+	if (has(EXT_AVX512)) {          /* opmasks: every second, the upper and lower ends, all, none */
+		static const uint64_t k[5] = { 0, 0x5555555555555555, 0x8000000000008101, ~0ull, 0 };
+
+		x->region[128] |= 0x20;
+		memcpy((uint8_t *)x + opmask_offset(), k, sizeof k);
+	}
 	assert_int_equal(gioctl(&p->g.vcpu[0], KVM_SET_XSAVE, x, NULL), 0);
 	free(x);
 	guest_set_regs(&p->g, 0, &(struct kvm_regs){ .rip = CODE, .rflags = 2, .rsp = DATA, .r15 = TABLE, .r14 = LOG, .r13 = t->n, .r12 = CODE,
@@ -448,8 +482,6 @@ static bool one(const struct test *t)
 	return true;
 }
 
-static bool usable(const struct op *o) { return !o->avx || __builtin_cpu_supports("avx2"); }
-
 static unsigned directed(void)
 {
 	static const uint64_t rip[] = { -16ull, -8ull, -3ull, MEM - 8, MEM - 3, SLOT1 - 4, SLOT1 + SLOT1_SIZE - 12, 0x3ffffffc };
@@ -457,9 +489,8 @@ static unsigned directed(void)
 	unsigned bad = 0;
 
 	for (unsigned o = 0; o < NOPS; o++)
-		for (unsigned f = 0; f < NFORMS && usable(&ops[o]); f++) {
-			/* Gathers want an index. */
-			if (strstr(ops[o].name, "gather") && forms[f].sib < 0)
+		for (unsigned f = 0; f < NFORMS && has(ops[o].ext); f++) {
+			if (wants_index(&ops[o]) && forms[f].sib < 0)
 				continue;
 			for (unsigned k = 0; k < (forms[f].rip ? sizeof rip / sizeof *rip : 1); k++) {
 				encode(&t, &ops[o], &forms[f], rip[k]);
@@ -484,7 +515,7 @@ static unsigned random_cases(unsigned n)
 		const struct op *o = &ops[rnd() % NOPS];
 		struct form f = forms[rnd() % (NFORMS - 1)];
 
-		if (!usable(o) || (strstr(o->name, "gather") && f.sib < 0))
+		if (!has(o->ext) || (wants_index(o) && f.sib < 0))
 			continue;
 		if (f.mod == 2)
 			f.disp = (int32_t)rnd();
