@@ -47,7 +47,7 @@ struct block_req {
 /* Formats that can be opened; the last four are only read. */
 #define BLOCK_FORMATS "raw, qcow2, vdi, vhdx, vmdk, vpc"
 /* What may stand above other nodes. */
-#define BLOCK_FILTERS "blkdebug, blkverify, compress, copy-on-read, quorum, throttle"
+#define BLOCK_FILTERS "blkdebug, blklogwrites, blkverify, compress, copy-on-read, preallocate, quorum, throttle"
 /* 0, or -ENOTSUP and the list. */
 int block_check_format(const char *what, const char *format, struct err *err);
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/parse.h"
 #include "base/util.h"
 #include "block/graph.h"
 #include "block/qcow2.h"
@@ -12,8 +13,8 @@ static const struct filter_type {
 	const char *name;
 	int (*open)(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 } types[] = {
-	{ "blkdebug", blkdebug_open }, { "blkverify", blkverify_open }, { "compress", compress_open },
-	{ "copy-on-read", cor_open }, { "quorum", quorum_open },
+	{ "blkdebug", blkdebug_open }, { "blklogwrites", blklogwrites_open }, { "blkverify", blkverify_open },
+	{ "compress", compress_open }, { "copy-on-read", cor_open }, { "preallocate", preallocate_open }, { "quorum", quorum_open },
 	{ "throttle", throttle_node_open },
 };
 
@@ -126,6 +127,14 @@ int filter_open_file(struct block *b, struct block_name *n, const char *key, uns
 	b->size = b->child->size;
 	b->probed_raw = b->child->probed_raw;
 	b->read_only = n->o.read_only || n->o.snapshot || b->child->read_only;
+	return 0;
+}
+
+int filter_size(struct block_name *n, const char *key, uint64_t *v, struct err *err)
+{
+	const char *text = keyvals_get(&n->all, key);
+	if (text && parse_size(text, 1, v))
+		return err_set(err, -EINVAL, "%s: Parameter '%s' expects a non-negative number below 2^64 (with k, M, G, T, P or E behind it or not), not '%s'", n->filter, key, text);
 	return 0;
 }
 

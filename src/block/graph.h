@@ -23,6 +23,8 @@ struct filter_child { const char *key; bool disk; /* an image with a format, not
 int filter_open_child(struct block **out, struct block *b, struct block_name *n, const struct filter_child *c, unsigned depth, struct err *err);
 /* b->child from `key`; size, length and so on as the child's. */
 int filter_open_file(struct block *b, struct block_name *n, const char *key, unsigned depth, struct err *err);
+/* An option that is a size in bytes; 0 and *v untouched when it is not there. */
+int filter_size(struct block_name *n, const char *key, uint64_t *v, struct err *err);
 int filter_add_child(struct block *b, struct block *child); /* to b->more; -ENOMEM closes it */
 
 /* A file for what stands above: `*node` itself when it behaves like one, else a fit on it. */
@@ -62,7 +64,9 @@ static inline void block_event(struct block *b, enum block_event e)
 int throttle_node_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 
 int blkdebug_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
+int blklogwrites_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 int blkverify_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
+int preallocate_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 int quorum_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 int compress_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);
 int cor_open(struct block *b, struct block_name *n, unsigned depth, struct err *err);

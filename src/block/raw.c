@@ -198,6 +198,17 @@ static int zero_range(struct block *b, uint64_t off, uint64_t len)
 	return -EOPNOTSUPP;
 }
 
+/* Where that is not possible (tmpfs) the file can at least be made longer by zeroes that have their place. */
+static int extend(struct block *b, uint64_t off, uint64_t len)
+{
+	struct stat st;
+	if (b->is_dev || fstat(b->fd, &st) || off < (uint64_t)st.st_size)
+		return -EOPNOTSUPP;
+	if (!fallocate(b->fd, 0, (off_t)off, (off_t)len))
+		return 0;
+	return errno == ENOSPC || errno == EDQUOT || errno == EIO || errno == EFBIG ? -errno : -EOPNOTSUPP;
+}
+
 static int raw_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 {
 	int r = -EOPNOTSUPP;
@@ -206,6 +217,8 @@ static int raw_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 		r = punch(b, off, len);
 	if (r == -EOPNOTSUPP)
 		r = zero_range(b, off, len);
+	if (r == -EOPNOTSUPP)
+		r = extend(b, off, len);
 	if (r == -EOPNOTSUPP)
 		return flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : zero_by_writing(b, off, len, flags, raw_write);
 	if (!r && raw_sync_flags(b, flags))

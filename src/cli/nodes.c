@@ -23,7 +23,7 @@ static struct vm_node *node_find(struct vm_opts *o, const char *name)
 /* Is `key` one whose value names a node? */
 static bool is_reference(const char *key)
 {
-	static const char *const names[] = { "file", "backing", "data-file", "image", "raw", "test" };
+	static const char *const names[] = { "file", "backing", "data-file", "image", "log", "raw", "test" };
 	const char *dot = strrchr(key, '.'), *list = strstr(key, "children.");
 
 	if (list && (list == key || list[-1] == '.') && !strchr(list + strlen("children."), '.'))

@@ -125,9 +125,30 @@ COMPRESS = [
     ("driver=compress,file.driver=qcow2,file.file.filename=data.q", "length", "write 0 64k"),
     ("-r --image-opts " + Z, "read -P 2 0 64k", "write 0 512"),
 ]
+L = "driver=blklogwrites,log.filename=log,"
+P = "driver=qcow2,file.driver=preallocate,file.file.filename=top.q"
+LOGS = [
+    (L + "file.driver=raw,file.file.filename=raw", "read -P 7 64k 64k", "write -P 3 8k 4k", "write -P 4 100 1k", "discard 0 64k", "flush", "map", "length", "truncate 5M", "length"),
+    (L + "file.driver=qcow2,file.file.filename=top.q", "read -P 2 0 64k", "write -P 3 100k 100k", "read -P 3 100k 100k", "write -z 1M 64k", "map", "length"),
+    ("driver=qcow2,file.driver=blklogwrites,file.log.filename=log,file.file.filename=top.q", "read -P 2 0 64k", "write -P 3 100k 100k", "write -c -P 6 2M 64k", "read -P 6 2M 64k",
+     "discard 0 64k", "map"),
+    ("-r --image-opts " + L + "file.filename=raw", "read -P 7 64k 64k", "write 0 4k"),
+    *[(L + "file.filename=raw" + o, "write -P 3 8k 4k", "read -P 3 8k 4k") for o in (
+        "", ",log-append=on", ",log-append=on,log-sector-size=512", ",log-append=x", ",log-sector-size=0", ",log-sector-size=16", ",log-sector-size=513", ",log-sector-size=16M",
+        ",log-sector-size=64k", ",log-sector-size=x", ",log-sector-size=-1", ",log-super-update-interval=0", ",log-super-update-interval=x", ",log-super-update-interval=1", ",foo=1")],
+    ("driver=blklogwrites,log.filename=log", "length"), ("driver=blklogwrites,file.filename=raw", "length"), (L + "file.filename=nothing", "length"),
+    ("driver=blklogwrites,log.filename=nothing,file.filename=raw", "length"), ("driver=blklogwrites,log.filename=raw,log.read-only=on,file.filename=raw3", "length", "write 0 4k"),
+    (P, "read -P 2 0 64k", "write -P 3 1M 1M", "read -P 3 1M 1M", "write -z 2M 1M", "discard 0 64k", "map", "length", "truncate 8M", "length"),
+    ("-r --image-opts " + P, "read -P 2 0 64k", "write 0 64k"),
+    *[(P + o, "write -P 3 1M 1M", "read -P 3 1M 1M", "length") for o in (
+        ",file.prealloc-size=1M", ",file.prealloc-size=0", ",file.prealloc-size=x", ",file.prealloc-size=-1", ",file.prealloc-align=0", ",file.prealloc-align=511", ",file.prealloc-align=1000",
+        ",file.prealloc-align=512", ",file.prealloc-align=x", ",file.foo=1")],
+    ("driver=preallocate,file.filename=raw", "read -P 7 64k 64k", "write -P 3 8k 4k", "write 4M 4k", "truncate 5M", "length", "write 4M 4k", "length"), ("driver=preallocate", "length"),
+    ("driver=preallocate,file.filename=nothing", "length"),
+]
 CONFIGS = {"c1": '[inject-error]\nevent = "write_aio"\nerrno = "28"\nonce = "on"\n', "c2": '# two\n\n[set-state "a"]\nevent = "write_aio"\nstate = "1"\nnew_state = "2"\n'
            '[inject-error "b"]\n  event = "write_aio"\n  state = "2"\n', "bad1": "[inject-error]\nevent = write_aio\n", "bad2": 'event = "write_aio"\n', "bad3": '[foo]\nevent = "none"\n',
-           "bad4": '[inject-error]\nevent = "write_aio"\nfoo = "x"', "bad5": '[inject-error]\n \nevent = "write_aio"', "empty": ""}
+           "bad4": '[inject-error]\nevent = "write_aio"\nfoo = "x"', "bad5": '[inject-error]\n \nevent = "write_aio"', "empty": "", "log": ""}
 GROUP = ["--object", "throttle-group,id=g,x-iops-total=2000"]
 GRAPHS = [
     ("t", ["driver=file,node-name=f,filename=top.q", "driver=qcow2,node-name=q,file=f", "driver=throttle,node-name=t,throttle-group=g,file=q"],
@@ -142,15 +163,21 @@ GRAPHS = [
     ("v", ["driver=file,node-name=f0,filename=raw", "driver=file,node-name=f1,filename=four.q", "driver=qcow2,node-name=r1,file=f1",
            "driver=blkverify,node-name=v,raw=f0,test=r1"], ("length", "read -P 7 64k 64k")),
     ("q", ["driver=file,node-name=f,filename=top.q", "driver=blkdebug,node-name=d,image=f,align=4096", "driver=qcow2,node-name=q,file=d"], ("read -P 2 0 64k",)),
+    ("l", ["driver=file,node-name=f,filename=top.q", "driver=file,node-name=d,filename=log", "driver=qcow2,node-name=q,file=f", "driver=blklogwrites,node-name=l,file=q,log=d"],
+     ("read -P 2 0 64k",)),
+    ("l", ["driver=file,node-name=f,filename=top.q", "driver=blklogwrites,node-name=l,file=f,log=nothing"], ()),
+    ("q", ["driver=file,node-name=f,filename=top.q", "driver=preallocate,node-name=p,file=f,prealloc-size=1048576", "driver=qcow2,node-name=q,file=p"], ("read -P 2 0 64k",)),
     ("c", ["driver=file,node-name=f,filename=top.q", "driver=qcow2,node-name=q,file=f", "driver=copy-on-read,node-name=c,file=q"], ("read -P 1 64k 64k",)),
     ("c", ["driver=file,node-name=f,filename=top.q,read-only=on", "driver=qcow2,node-name=q,file=f,read-only=on", "driver=copy-on-read,node-name=c,file=q"], ()),
 ]
 DRIVES = {
     True: ["file.driver=raw,file.file.filename=top.q,format=qcow2", "file=top.q,copy-on-read=on", "file=top.q,copy-on-read=on,readonly=on",
            Q + ",vote-threshold=2", "driver=copy-on-read,file.driver=qcow2,file.file.filename=top.q,cache=none,serial=x", "file=blkdebug:c1:top.q,format=qcow2",
-           "file.driver=blkdebug,file.image.filename=top.q,format=qcow2", "driver=null-co,size=1M", "file=blkverify:raw4:four.q,format=raw"],
+           "file.driver=blkdebug,file.image.filename=top.q,format=qcow2", "driver=null-co,size=1M", "file=blkverify:raw4:four.q,format=raw",
+           P + ",file.prealloc-size=1M", L + "file.driver=raw,file.file.filename=raw"],
     False: ["file.driver=throttle,file.throttle-group=none,file.file.filename=top.q,format=qcow2", "file=top.q,copy-on-read=maybe", Q + ",vote-threshold=5", "driver=copy-on-read,file=top.q", "driver=nonsense,file=top.q",
-            "driver=copy-on-read,file.driver=qcow2,file.file.filename=top.q,readonly=on", "driver=null-co,size=1M,foo=1"],
+            "driver=copy-on-read,file.driver=qcow2,file.file.filename=top.q,readonly=on", "driver=null-co,size=1M,foo=1", P + ",file.prealloc-size=x",
+            "driver=blklogwrites,file.filename=raw"],
 }
 
 
@@ -198,11 +225,11 @@ def main():
         os.mkdir(os.path.join(tmp, "images"))
         g.make(os.path.join(tmp, "images"))
         more_images(os.path.join(tmp, "images"))
-        g.cases(tmp, io, THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS + COMPRESS)
+        g.cases(tmp, io, THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS + COMPRESS + LOGS)
         g.graphs(tmp, lodge, GRAPHS, GROUP)
         g.drives(tmp, lodge, DRIVES)
         slow(tmp, io)
-    print(f"filter_test: {len(THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS + COMPRESS)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
+    print(f"filter_test: {len(THROTTLE + COR + BLKDEBUG + BREAKS + MIRRORS + COMPRESS + LOGS)} descriptions, {len(GRAPHS)} graphs, {g.bad} failures")
     return bool(g.bad)
 
 
