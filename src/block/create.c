@@ -16,7 +16,7 @@ void image_create_init(struct image_create *c)
 	*c = (struct image_create){ .format = "raw", .version = 3, .refcount_bits = 16 };
 }
 
-static int check_options(const struct image_create *c, struct err *err)
+int image_create_check(const struct image_create *c, struct err *err)
 {
 	bool pow2 = c->cluster_size && !(c->cluster_size & (c->cluster_size - 1));
 	if (!pow2 || c->cluster_size < 512 || c->cluster_size > 2 << 20)
@@ -150,7 +150,7 @@ int image_create(const struct image_create *want, struct err *err)
 		return err_set(err, -ENOTSUP, "Unknown file format '%s'", c.format);
 	if (!c.cluster_size)
 		c.cluster_size = 65536;
-	int r = qcow2 ? check_options(&c, err) : 0;
+	int r = qcow2 ? image_create_check(&c, err) : 0;
 	if (!qcow2 && c.prealloc == PREALLOC_METADATA) /* before anything is overwritten */
 		r = err_set(err, -ENOTSUP, "Unsupported preallocation mode: metadata");
 	if (!r)

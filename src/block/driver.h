@@ -177,6 +177,8 @@ int uring_move(struct block *b, struct loop *const *l, unsigned n);
 bool uring_submit(struct block *b, struct block_req *r);
 /* Send what was prepared and wait for one completion at least; false: none is to come. */
 bool uring_wait(struct block *b);
+/* Something is in the kernel (of the first ring). */
+bool uring_busy(struct block *b);
 void uring_kick(struct block *b);
 
 /* --- copy.c: long reads of a leaf with a ring and a page cache --- */

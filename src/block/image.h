@@ -132,6 +132,8 @@ struct image_create {
 void image_create_init(struct image_create *c);
 /* Makes or overwrites `file`. */
 int image_create(const struct image_create *c, struct err *err);
+/* Only whether the qcow2 options go together; cluster_size is there. */
+int image_create_check(const struct image_create *c, struct err *err);
 
 struct image_amend { bool set_version, set_lazy, set_refcount_bits, set_data_raw; unsigned version, refcount_bits; bool lazy, data_raw; };
 int image_amend(struct block *b, const struct image_amend *a, struct err *err);

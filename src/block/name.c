@@ -167,7 +167,8 @@ static int leaf_keys(struct block_name *n, const char *what, struct err *err)
 			return r;
 		const char *locking = keyvals_get(l, "locking");
 		n->o.no_lock |= locking && !strcmp(locking, "off");
-		r = driver ? 0 : check_supported(file, err); /* filename= is a path, whatever stands before a colon */
+		/* filename= is a path, whatever stands before a colon */
+		r = !driver ? check_supported(file, err) : !strcmp(driver, "host_device") ? check_device(file, err) : 0;
 		return r ? r : keyvals_end(l, what, err);
 	}
 	for (size_t i = 0; driver && i < ARRAY_SIZE(null_drivers); i++)

@@ -231,6 +231,12 @@ static bool raw_submit(struct block *b, struct block_req *r)
 {
 	if (!b->uring || r->iovcnt > IOV_MAX)
 		return false;
+	/*
+	 * Who polls and has nothing else under way waits best in the system call itself: a stable write or a flush would go from the ring to a thread of the
+	 * kernel's, and wait for a processor there.
+	 */
+	if (b->polled && !(r->flags & BLOCK_REQ_MORE) && !uring_busy(b))
+		return false;
 	if (r->op == BLOCK_FLUSH)
 		return b->cache != CACHE_UNSAFE && !b->read_only && !__atomic_load_n(&b->flush_error, __ATOMIC_RELAXED) && uring_submit(b, r);
 	if (r->op != BLOCK_READ && r->op != BLOCK_WRITE)

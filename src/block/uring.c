@@ -161,6 +161,11 @@ bool uring_submit(struct block *b, struct block_req *r)
 	return sqe != NULL;
 }
 
+bool uring_busy(struct block *b)
+{
+	return b->uring && __atomic_load_n(&b->uring->in_kernel, __ATOMIC_ACQUIRE);
+}
+
 bool uring_wait(struct block *b)
 {
 	struct uring *u = b->uring;

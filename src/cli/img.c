@@ -109,12 +109,28 @@ struct block *img_open(const char *file, const struct img_open *o)
 
 int64_t img_size(const char *text, const char *what)
 {
+	return img_size_most(text, what, INT64_MAX);
+}
+
+int64_t img_count(const char *text, const char *what, int64_t most)
+{
+	char *end;
+	errno = 0;
+	unsigned long v = strtoul(text, &end, 0);
+	if (!errno && end != text && !*end && v <= (unsigned long)most)
+		return (int64_t)v;
+	img_fail("Invalid %s specified", what);
+	return -1;
+}
+
+int64_t img_size_most(const char *text, const char *what, int64_t most)
+{
 	uint64_t v;
 	int r = parse_size(text, 1, &v);
-	if (!r && v <= INT64_MAX)
+	if (!r && v <= (uint64_t)most)
 		return (int64_t)v;
 	if (r == -ERANGE || !r)
-		img_fail("Invalid %s specified. Must be between 0 and %lld.", what, (long long)INT64_MAX);
+		img_fail("Invalid %s specified. Must be between 0 and %lld.", what, (long long)most);
 	else
 		img_fail("Invalid %s specified. You may use k, M, G, T, P or E suffixes for "
 			 "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.", what);

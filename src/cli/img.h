@@ -42,6 +42,9 @@ bool img_image_opts(void);
 struct block *img_open(const char *file, const struct img_open *o);
 /* "10G": -1 after telling why. */
 int64_t img_size(const char *text, const char *what);
+int64_t img_size_most(const char *text, const char *what, int64_t most);
+/* A plain number, as strtoul() reads it, from 0 to `most`: -1 after telling that `what` is invalid. */
+int64_t img_count(const char *text, const char *what, int64_t most);
 int img_cache(const char *mode, enum block_cache *c);
 /* Like getopt_long() with the names every verb has: 'U' force-share, 256 object, 257 image-opts, 258 output, 259... */
 enum { OPT_OBJECT = 256, OPT_IMAGE_OPTS, OPT_OUTPUT, OPT_BACKING_CHAIN, OPT_SIZE, OPT_PREALLOC, OPT_SHRINK, OPT_START, OPT_LENGTH,

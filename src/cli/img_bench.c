@@ -12,7 +12,7 @@ enum { BENCH_THREADS = 64, CACHED_THREADS = 16, POLLED_DEPTH = 1024, REMOTE_DEPT
 struct bench {
 	struct block *b;
 	uint64_t count, next, off, size, step, flush;
-	bool write, no_drain;
+	bool write, no_drain, alone;    /* alone: one request at a time */
 	int pattern, error;
 	pthread_mutex_t lock;
 	struct bench_slot *spare;       /* polled */
@@ -49,7 +49,8 @@ static void submit_slot(struct bench *k, enum block_op op)
 	struct bench_slot *s = k->spare;
 	k->spare = s->next;
 	k->in_flight++;
-	s->r = (struct block_req){ .op = op, .flags = BLOCK_REQ_INLINE | BLOCK_REQ_MORE, .done = slot_done };
+	bool alone = k->alone || (op == BLOCK_FLUSH && !k->no_drain);
+	s->r = (struct block_req){ .op = op, .flags = BLOCK_REQ_INLINE | (alone ? 0 : BLOCK_REQ_MORE), .done = slot_done };
 	if (op != BLOCK_FLUSH) {
 		s->r.off = next_offset(k);
 		s->r.len = k->size;
@@ -89,17 +90,19 @@ static void run_slots(struct bench *k)
 		;
 }
 
+/* One buffer for all, as in qemu-img: nobody looks at what is read, and what is written is the same everywhere. */
 static int run_polled(struct bench *k, unsigned depth)
 {
 	struct bench_slot *slots = calloc(depth, sizeof *slots);
 	uint8_t *buf = NULL;
-	if (!slots || posix_memalign((void **)&buf, 4096, depth * k->size)) {
+	if (!slots || posix_memalign((void **)&buf, 4096, k->size)) {
 		free(slots);
 		return -ENOMEM;
 	}
-	memset(buf, k->pattern, depth * k->size);
+	memset(buf, k->pattern, k->size);
+	k->alone = depth == 1;
 	for (unsigned i = 0; i < depth; i++) {
-		slots[i] = (struct bench_slot){ .iov = { buf + i * k->size, k->size }, .k = k, .next = k->spare };
+		slots[i] = (struct bench_slot){ .iov = { buf, k->size }, .k = k, .next = k->spare };
 		k->spare = &slots[i];
 	}
 	run_slots(k);
@@ -114,10 +117,12 @@ static void *bencher(void *opaque)
 {
 	struct bench *k = opaque;
 	uint8_t *buf = NULL;
-	if (posix_memalign((void **)&buf, 4096, k->size))
-		return NULL;
-	memset(buf, k->pattern, k->size);
+	int no_memory = posix_memalign((void **)&buf, 4096, k->size);
+	if (!no_memory)
+		memset(buf, k->pattern, k->size);
 	pthread_mutex_lock(&k->lock);
+	if (no_memory)
+		k->error = -ENOMEM;
 	while (k->next < k->count && !k->error) {
 		uint64_t off = next_offset(k), nth = ++k->next;
 		pthread_mutex_unlock(&k->lock);
@@ -153,8 +158,8 @@ static int check_args(const struct bench *k, struct img_open *o, int64_t depth, 
 	if (block_aio_key("-i", aio, &b, &err))
 		return img_fail("%s", err.msg);
 	o->aio = b.aio;
-	if (!k->size || k->size > 1 << 30 || depth < 1 || depth > INT32_MAX)
-		return img_fail(depth < 1 || depth > INT32_MAX ? "Invalid queue depth specified" : "Invalid buffer size specified");
+	if (!k->size || k->size > 1 << 30 || depth < 1)
+		return img_fail(depth < 1 ? "Invalid queue depth specified" : "Invalid buffer size specified");
 	if (!k->write && k->flush)
 		return img_fail("--flush-interval is only available in write tests");
 	return k->flush && k->flush < (uint64_t)depth ? img_fail("Flush interval can't be smaller than depth") : 0;
@@ -169,12 +174,27 @@ static void announce(const struct bench *k, int64_t depth)
 		printf("Sending flush every %llu requests\n", (unsigned long long)k->flush);
 }
 
+/* What the option says as a number, 0 where it is none; -1 after telling why, in qemu-img's words: counts have no suffixes, sizes do. */
+static int64_t argument(int c)
+{
+	switch (c) {
+	case 'c': return img_count(optarg, "request count", INT32_MAX);
+	case 'd': return img_count(optarg, "queue depth", INT32_MAX);
+	case OPT_FLUSH: return img_count(optarg, "flush interval", INT32_MAX);
+	case OPT_PATTERN: return img_count(optarg, "pattern byte", 255);
+	case 'o': return img_size(optarg, "offset");
+	case 's': return img_size_most(optarg, "buffer size", INT32_MAX);
+	case 'S': return img_size_most(optarg, "step_size", INT32_MAX);
+	default: return 0;
+	}
+}
+
 static int parse_args(struct bench *k, struct img_open *o, int argc, char **argv, int64_t *depth, bool *quiet, const char **aio)
 {
 	int64_t v = 0;
 	int c;
 	while ((c = img_getopt(argc, argv, ":hc:d:f:ni:o:qs:S:t:wU")) >= 0) {
-		if ((strchr("cdosS", c) || c == OPT_FLUSH || c == OPT_PATTERN) && (v = img_size(optarg, "number")) < 0)
+		if ((v = argument(c)) < 0)
 			return 1;
 		switch (c) {
 		case 'c': k->count = (uint64_t)v; break;
@@ -191,11 +211,7 @@ static int parse_args(struct bench *k, struct img_open *o, int argc, char **argv
 		case 'U': o->shared = true; break;
 		case OPT_FLUSH: k->flush = (uint64_t)v; break;
 		case OPT_NO_DRAIN: k->no_drain = true; break;
-		case OPT_PATTERN:
-			k->pattern = (int)v;
-			if (v > 255)
-				return img_fail("Invalid pattern byte specified");
-			break;
+		case OPT_PATTERN: k->pattern = (int)v; break;
 		}
 	}
 	return optind != argc - 1 ? img_usage("%s", img_missing) : 0;
@@ -227,10 +243,10 @@ int img_bench(int argc, char **argv)
 	o.polled = ring || (depth > 1 && direct) || block_name_is_protocol(argv[optind]) || img_image_opts();
 	k.b = img_open(argv[optind], &o);
 	int r = !k.b;
-	if (k.b && range_bad(k.off, k.size, block_length(k.b)))
-		r = img_fail("the requests do not fit the image");
 	if (!r && !quiet)
 		announce(&k, depth);
+	if (!r && range_bad(k.off, k.size, block_length(k.b)))
+		r = img_fail("Failed request: %s: it does not fit the image", strerror(EIO));
 	bool remote = k.b && block_is_remote(k.b), polled = k.b && block_can_poll(k.b) && (ring || remote || (depth > 1 && direct));
 	unsigned most = polled ? remote ? REMOTE_DEPTH : POLLED_DEPTH : direct || remote ? BENCH_THREADS :
 							    (unsigned)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)CACHED_THREADS);

@@ -329,7 +329,10 @@ static int open_sources(struct convert *v, char **files, unsigned n, const struc
 		v->src[v->nsrc] = img_open(files[v->nsrc], o);
 		if (!v->src[v->nsrc])
 			return 1;
-		v->size += block_length(v->src[v->nsrc]);
+		if (__builtin_add_overflow(v->size, block_length(v->src[v->nsrc]), &v->size) || v->size > INT64_MAX) {
+			v->nsrc++; /* it is open */
+			return img_fail("all sources together are larger than an image can be");
+		}
 	}
 	return v->src ? 0 : img_fail("out of memory");
 }
@@ -440,6 +443,15 @@ static int convert(struct convert *v, struct convert_args *a)
 	return r;
 }
 
+static int parse_threads(const char *text, unsigned *n)
+{
+	char *end;
+	errno = 0;
+	long v = strtol(text, &end, 0);
+	*n = (unsigned)v;
+	return errno || end == text || *end || v < 1 || v > THREADS_MAX;
+}
+
 int img_convert(int argc, char **argv)
 {
 	struct convert v = { 0 };
@@ -482,9 +494,8 @@ int img_convert(int argc, char **argv)
 		case OPT_SALVAGE: v.salvage = true; break;
 		case OPT_TARGET_ZERO: a.target_zero = true; break;
 		case 'm':
-			a.threads = (unsigned)strtoul(optarg, NULL, 10);
-			if (a.threads < 1 || a.threads > 16)
-				return img_fail("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16");
+			if (parse_threads(optarg, &a.threads))
+				return img_fail("Invalid number of coroutines. Allowed number of coroutines is between 1 and %d", THREADS_MAX);
 			break;
 		}
 	}

@@ -648,6 +648,8 @@ int img_measure(int argc, char **argv)
 	r = img_create_options(&cr, &l, &seen);
 	if (!r && strcmp(cr.format, "raw") && strcmp(cr.format, "qcow2"))
 		r = img_fail("Cannot measure for format '%s': Lodge makes raw and qcow2 images", cr.format);
+	if (!r && !strcmp(cr.format, "qcow2") && image_create_check(&cr, &err))
+		r = img_fail("%s", err.msg);
 	struct block *b = r || optind == argc ? NULL : img_open(argv[optind], &o);
 	r = r || (optind < argc && !b);
 	if (!r && b) {

@@ -250,6 +250,15 @@ def cases():
     for o in ("-c 0", "-d 1", "-s 1M", "-S 1M", "-o 1M", "-w", "-w --flush-interval=2", "-w --flush-interval=2 --no-drain", "--flush-interval=2", "-w --pattern=7", "-w --pattern=256",
               "-w --pattern=x", "-n", "-t none", "-t nonsense", "-i threads", "-i native", "-i native -n", "-i io_uring", "-i nonsense", "-U", "-s x", "-d x", "-d -1", "--pattern=1", "--no-drain", "-w -d 4 --flush-interval=3", "-w --flush-interval=3 -d 2 -c 9 --no-drain"):
         yield f"bench -c 4 -f qcow2 {o} q ; compare q snap"
+    for v in ("1", "3000000000", "2147483648", "10k", "0x2", "1.5", "x", "-1", "99999999999999999999"):     # (QEMU never ends with a depth of 0)
+        for o in ("-c 2 -c", "-c 2 -d", "-c 2 -s", "-c 2 -S", "-c 2 -o", "-c 2 -d 1 -w --flush-interval", "-c 2 -w --pattern") if v != "1.5" else ("-d", "-c"):
+            if not (o.endswith("-s") and v in ("1", "0x2")):      # (bytes of a ragged request, which QEMU counts past the end)
+                yield f"bench -f raw {o} {v} raw"
+        yield f"convert -m {v} -O raw q out"
+        for o in ("cluster_size", "refcount_bits"):
+            yield f"measure -O qcow2 -o {o}={v} --size 1M"
+    yield from ["measure -O qcow2 -o refcount_bits=0 --size 1M", "measure -O qcow2 -o refcount_bits=8,compat=0.10 --size 1M", "measure -O qcow2 -o extended_l2=on,cluster_size=4k --size 1M",
+                "info --image-opts driver=host_device,filename=raw", "info --image-opts driver=qcow2,file.driver=host_device,file.filename=q"]
     for o in ("--preallocation=off", "--preallocation=metadata", "--preallocation=falloc", "--preallocation=full", "--preallocation=some", "-q", "-f raw", "--shrink", "-U", "--shrink -q"):
         for k, s in (("q", "+1M"), ("q", "-1M"), ("q", "7M"), ("raw", "+1M"), ("raw", "2M"), ("over", "+3M"), ("snap", "+1M"), ("snap", "1M"), ("v2", "9M"), ("ext", "3M"), ("sub", "9M"), ("vmdk", "9M"), ("bits", "9M"), ("bits", "2M")):
             grown = "" if "alloc" in o else f" ; map --output=json {k}"      # where the new clusters are is for each to choose
@@ -317,7 +326,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = (" -B ", "--bitmaps", "check -r all q", "check -r leaks leaky")
+ALWAYS = (" -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
 
 
 def main():
