@@ -195,7 +195,7 @@ bool copy_submit(struct block *b, struct block_req *r)
 {
 	struct copier *c = b->copier;
 	bool more = r->flags & BLOCK_REQ_MORE;
-	if (!c || r->op != BLOCK_READ || r->len < COPY_MIN || (!b->in_memory && __atomic_load_n(&b->no_nowait, __ATOMIC_RELAXED)))
+	if (!c || r->op != BLOCK_READ || r->len < COPY_MIN || (!b->in_memory && __atomic_load_n(&b->no_nowait[0], __ATOMIC_RELAXED)))
 		return false;
 	for (int i = 0; i < r->iovcnt; i++)
 		if (!r->iov[i].iov_len)

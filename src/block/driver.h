@@ -85,7 +85,7 @@ struct block {
 	int fd;
 	bool is_dev, ragged;            /* ragged: the size is no multiple of 512 */
 	unsigned mem_align;             /* O_DIRECT: buffers and offsets; 0: none */
-	bool no_nowait, in_memory;      /* atomic: RWF_NOWAIT does not work here; reads never wait (tmpfs) */
+	bool no_nowait[2], in_memory;   /* atomic: RWF_NOWAIT does not work here, for reads and for writes; reads never wait (tmpfs) */
 	bool no_discard, no_zero_range; /* atomic: the file system cannot */
 	int flush_error;                /* atomic: a failed fdatasync lost data that no later one can save */
 	pthread_rwlock_t rmw;           /* O_DIRECT: unaligned writes alone, aligned ones together */

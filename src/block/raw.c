@@ -256,7 +256,7 @@ static bool try_transfer(struct block *b, bool write, uint64_t off, const struct
 {
 	ssize_t done = write ? pwritev2(b->fd, iov, n, (off_t)off, flags) : preadv2(b->fd, iov, n, (off_t)off, flags);
 	if (done < 0 && (errno == EOPNOTSUPP || errno == EINVAL))
-		__atomic_store_n(&b->no_nowait, true, __ATOMIC_RELAXED);
+		__atomic_store_n(&b->no_nowait[write], true, __ATOMIC_RELAXED); /* ext4 reads so, but does not write */
 	return done >= 0 && (uint64_t)done == len;
 }
 
@@ -278,7 +278,7 @@ static bool raw_fast(struct block *b, struct block_req *r)
 	if (write && raw_sync_flags(b, r->flags))
 		return false;
 	int flags = nowait_flags(b);
-	if (flags && __atomic_load_n(&b->no_nowait, __ATOMIC_RELAXED)) {
+	if (flags && __atomic_load_n(&b->no_nowait[write], __ATOMIC_RELAXED)) {
 		if (!write)
 			return false; /* it may have to come from the disk */
 		flags = 0;      /* a copy into the page cache */

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <cmocka.h>
@@ -292,11 +293,61 @@ static void test_kill_after_flush(void **state)
 	check_file(want, SIZE);
 }
 
+static void note_thread(struct block_req *r)
+{
+	r->priv[2] = pthread_equal(pthread_self(), (pthread_t)r->priv[1]) ? 1 : 2;
+	on_done(r);
+}
+
+/* 1: the caller's thread did it, 2: another one. */
+static unsigned done_by(struct block *b, enum block_op op, struct iovec *v)
+{
+	struct wait w = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false };
+	struct block_req r = { .op = op, .flags = BLOCK_REQ_INLINE, .len = v->iov_len, .iov = v, .iovcnt = 1, .done = note_thread };
+	r.priv[1] = (uintptr_t)pthread_self();
+	r.priv[3] = (uintptr_t)&w;
+	block_submit(b, &r);
+	pthread_mutex_lock(&w.lock);
+	while (!w.done)
+		pthread_cond_wait(&w.cond, &w.lock);
+	pthread_mutex_unlock(&w.lock);
+	assert_int_equal(r.ret, 0);
+	return (unsigned)r.priv[2];
+}
+
+/* A file system that cannot write without waiting (ext4) may read so, and reads stay on the caller's thread. */
+static void test_reads_after_writes(void **state)
+{
+	static uint8_t buf[4096];
+	struct iovec v = { buf, sizeof buf };
+	struct block_opts o = { 0 };
+	struct workers *w;
+	make_file(SIZE, 1);
+	int fd = open(path, O_RDONLY);
+	assert_true(fd >= 0);
+	ssize_t n = preadv2(fd, &v, 1, 0, RWF_NOWAIT);
+	close(fd);
+	if (n != (ssize_t)sizeof buf) {
+		print_message("the file system has no reads that do not wait\n");
+		skip();
+	}
+	assert_int_equal(workers_create(&w, NULL, 2, NULL), 0);
+	struct block *b = open_ok(&o, w);
+	assert_int_equal(done_by(b, BLOCK_READ, &v), 1);
+	for (int i = 0; i < 3; i++) {
+		done_by(b, BLOCK_WRITE, &v);
+		assert_int_equal(done_by(b, BLOCK_READ, &v), 1);
+	}
+	block_close(b);
+	workers_destroy(w);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_model), cmocka_unit_test(test_snapshot), cmocka_unit_test(test_ragged_and_checks),
 		cmocka_unit_test(test_probe), cmocka_unit_test(test_locks), cmocka_unit_test(test_kill_after_flush),
+		cmocka_unit_test(test_reads_after_writes),
 	};
 	if (!mkdtemp(dir))
 		return 77;
