@@ -129,6 +129,7 @@ struct cpu {
 	_Atomic uint32_t requests;      /* (atomic) */
 	_Atomic bool code_store;        /* (atomic) a store to a page with code may be under way: mmu/code.c */
 	int32_t budget;                 /* instructions until the loop looks at the clock */
+	uint64_t look_until;            /* host's TSC: until then nothing needs the loop but what says so (vcpu_poll()); 0: it does */
 	int32_t charged;                /* of it, what was taken for slow work rather than for instructions */
 	uint8_t cpl;
 	uint8_t code_bits;              /* 16, 32, 64: CS.L / CS.D */

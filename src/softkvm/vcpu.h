@@ -26,7 +26,8 @@ struct vcpu {
 /*
  * Called by the loop whenever cpu->budget ran out, and on REQ_EXIT: true when KVM_RUN must end with EINTR
  * (immediate_exit, or a signal: KVM_RUN keeps signals blocked while guest code runs and looks for pending ones
- * here, so that their handlers run "after" the ioctl as on Linux). Refills cpu->budget.
+ * here, so that their handlers run "after" the ioctl as on Linux). Refills cpu->budget, and says in cpu->look_until how
+ * long translated code may do so itself.
  */
 bool vcpu_poll(struct cpu *c);
 /* On REQ_EVENT, before event_boundary(): takes INIT and SIPI that wait. True: the vCPU is not runnable now, return RUN_WAIT_SIPI. */

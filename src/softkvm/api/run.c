@@ -24,6 +24,7 @@
 
 #define POLL_INSNS 4096
 #define POLL_TSC 40000          /* host cycles between looks that cost a system call: 10 to 20 us */
+#define LOOK_TSC 100000         /* and between those of the loop, where translated code does nothing but compute: 25 to 50 us */
 #define STEAL_ENTRY_NS 150000   /* steal time is brought up to date on entry, but not more often */
 #define SIGBIT(s) (1ull << ((s) - 1))
 
@@ -97,6 +98,19 @@ static bool immediate_exit(const struct cpu *c)
 	return __atomic_load_n(&c->run->immediate_exit, __ATOMIC_RELAXED);
 }
 
+/* Host cycles until the loop should look: the timer's time, if that comes first. */
+static uint64_t look_for(const struct cpu *c)
+{
+	uint64_t at = lapic_timer_deadline(c), now;
+
+	if (at == UINT64_MAX)
+		return LOOK_TSC;
+	now = mono_ns();
+	if (at <= now)
+		return 0;
+	return at - now > 1000000 ? LOOK_TSC : MIN((uint64_t)LOOK_TSC, (at - now) * tsc_khz_host() / 1000000);
+}
+
 bool vcpu_poll(struct cpu *c)
 {
 	struct vcpu *v = c->vcpu;
@@ -105,6 +119,7 @@ bool vcpu_poll(struct cpu *c)
 	uint64_t now = __rdtsc();
 
 	c->budget = POLL_INSNS;
+	c->look_until = now + look_for(c);
 	if (immediate_exit(c))
 		return true;
 	if (now - a->polled < POLL_TSC)

@@ -141,6 +141,7 @@ struct block_cache {
 	struct block *scratch;          /* for blocks that cannot be kept */
 	struct jit_link *jit_want;      /* translated code's jump that the next lookup resolves */
 	int32_t budget_start;           /* to count instructions */
+	int32_t refill;                 /* what vcpu_poll() gives */
 	bool stepping;                  /* one_insn was set when the running instruction began */
 	unsigned pauses;                /* PAUSE instructions in this budget */
 	unsigned random_left;           /* RDRAND: numbers drawn and not yet given out */
@@ -208,10 +209,21 @@ void block_new_generation_of(struct cpu *c, unsigned user);
 void block_fetch_changed(struct cpu *c, unsigned user);
 
 /* The loop has something to look at before the next block. */
+static inline bool block_event_due(const struct cpu *c)
+{
+	return atomic_load_explicit(&c->requests, memory_order_relaxed) || c->trap_db || c->halted || c->ev.valid || c->one_insn;
+}
 static inline bool block_boundary_due(const struct cpu *c)
 {
-	return atomic_load_explicit(&c->requests, memory_order_relaxed) || c->budget <= 0 || c->trap_db || c->halted ||
-	       c->ev.valid || c->one_insn;
+	return c->budget <= 0 || block_event_due(c);
+}
+
+/* The budget is used up: what it was used for. The caller gives another. */
+static inline void block_count_insns(struct cpu *c)
+{
+	c->stats.insns += (uint64_t)(int64_t)(c->blocks->budget_start - c->budget - c->charged);
+	c->charged = 0;
+	c->blocks->pauses = 0;
 }
 
 /* Linear lookups and links die when the MMU says that a fetch may give something else. */

@@ -175,19 +175,10 @@ static bool check_code_bp(struct cpu *c, enum run_result *out)
 }
 
 /* -- block boundaries -------------------------------------------------------------------------- */
-static void count_insns(struct cpu *c)
-{
-	struct block_cache *bc = c->blocks;
-
-	c->stats.insns += (uint64_t)(int64_t)(bc->budget_start - c->budget - c->charged);
-	c->charged = 0;
-	c->budget = bc->budget_start = BUDGET;
-	bc->pauses = 0;
-}
-
 /* What was asked for while the vCPU was parked (flushes, above all) is served too before guest code goes on. */
 static uint32_t serve_requests(struct cpu *c, uint32_t req)
 {
+	c->look_until = 0;      /* a timer may have been set */
 	while (req & REQ_PAUSE) {
 		vm_park(c);
 		req = (req & ~(uint32_t)REQ_PAUSE) | atomic_exchange(&c->requests, 0);
@@ -230,14 +221,14 @@ static enum run_result boundary(struct cpu *c)
 
 	c->blocks->want = NULL;
 	if (c->budget <= 0) {
-		count_insns(c);
+		block_count_insns(c);
 		if (unlikely(c->profile))
 			profile_sample(c->profile, c->rip + (c->flat ? 0 : c->seg[SEG_CS].base), c->cpl);
 		if (c->lapic)
 			lapic_timer_poll(c);
 		if (vcpu_poll(c))
 			req |= REQ_EXIT;
-		c->blocks->budget_start = c->budget;
+		c->blocks->budget_start = c->blocks->refill = c->budget;
 	}
 	if (req) {
 		req = serve_requests(c, req | atomic_exchange(&c->requests, 0));
@@ -391,6 +382,7 @@ static enum run_result engine_start(struct cpu *c)
 	c->code_stamp = CODE_STAMP_NONE;
 	c->gpr[R_ZERO] = 0;
 	c->budget = c->blocks->budget_start = BUDGET;
+	c->look_until = 0;
 	if (c->mmio.of_event && !c->ev.valid)
 		mmio_reset(c);
 	if (mmio_pending(c) && !c->halted && !c->mmio.of_event) {
@@ -425,6 +417,6 @@ enum run_result engine_run(struct cpu *c)
 	if (r == GO_ON)
 		r = engine_loop(c);
 	c->in_unwind_scope = false;
-	count_insns(c);
+	block_count_insns(c);
 	return r;
 }

@@ -313,6 +313,19 @@ static void thunk_lookup(struct jit *j, struct em *e)
 	e8(e, 0xc3);
 }
 
+/* look: the budget is used up in the translation in r15. ZF: it is refilled, and code goes on. Else the loop is to look. Keeps rax. */
+static void thunk_look(struct jit *j, struct em *e)
+{
+	em_align(e);
+	j->look = (uint32_t)(e->p - j->rw);
+	EM(e, 0x50, 0x52, 0x56, 0x57, 0x41, 0x50, 0x41, 0x51, 0x41, 0x52, 0x41, 0x53, 0x51);    /* push rax, rdx, rsi, rdi, r8-r11, rcx */
+	em_imm(e, H_RDI, (uintptr_t)j);
+	em_mov(e, H_RSI, ST);
+	em_imm(e, H_RAX, (uintptr_t)jit_look);
+	EM(e, 0xff, 0xd0, 0x48, 0x85, 0xc0);                    /* call rax ; test rax, rax */
+	EM(e, 0x59, 0x41, 0x5b, 0x41, 0x5a, 0x41, 0x59, 0x41, 0x58, 0x5f, 0x5e, 0x5a, 0x58, 0xc3);
+}
+
 static void thunks_check(struct jit *j, struct em *e)
 {
 	for (unsigned m = 0; m < TLB_MODES; m++)
@@ -418,6 +431,7 @@ void jit_thunks(struct jit *j)
 	thunks_fill(j, &e);
 	thunk_fail(j, &e);
 	thunk_lookup(j, &e);
+	thunk_look(j, &e);
 	thunks_check(j, &e);
 	j->hot = (size_t)(e.p - j->rw);
 	jit_map_thunks(j, &j->maps[0], jit_map);

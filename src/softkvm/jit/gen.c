@@ -406,15 +406,49 @@ static void jump_to_part(struct tr *t, unsigned p, uint8_t *rel32)
 
 void gen_jcc_part(struct tr *t, unsigned p, unsigned cc) { jump_to_part(t, p, em_jcc(&t->h, cc)); }
 
+/* The budget is used up: returns the jump that is taken if code may go on all the same. Keeps SA; the host's flags are not the guest's here. */
+uint8_t *gen_look(struct em *e, struct tr *t)
+{
+	em_imm(e, ST, (uintptr_t)t->k);
+	put_call(e, t, t->j->look);
+	return em_jcc(e, 4);
+}
+
+void gen_charge(struct tr *t, struct cold *k, uint32_t n)
+{
+	uint8_t *over, *on;
+
+	em_charge(&t->h, t->c, n);
+	over = em_jcc(&t->h, 14);                               /* jle */
+	em_here(&t->cold, over);
+	on = gen_look(&t->cold, t);
+	if (!t->cold.full)
+		em_to(on, t->h.p);
+	cold_from(k, em_jmp(&t->cold));
+}
+
 static void leave_budget(struct em *e, struct tr *t, uint64_t rip)
 {
 	gen_leave(e, t, rip, (const struct jit_link *)((uintptr_t)t->k | LEFT_BUDGET));
 }
 
-static void leave_here(struct tr *t, uint8_t *rel32, uint64_t rip)
+/* Returns the jump for the case that code may go on. */
+static uint8_t *leave_here(struct tr *t, uint8_t *rel32, uint64_t rip)
 {
+	uint8_t *on;
+
 	em_here(&t->cold, rel32);
+	on = gen_look(&t->cold, t);
 	leave_budget(&t->cold, t, rip);
+	return on;
+}
+
+static void leave_or_go_on(struct tr *t, uint8_t *rel32, uint64_t rip)
+{
+	uint8_t *on = leave_here(t, rel32, rip);
+
+	if (!t->cold.full)
+		em_to(on, t->h.p);
 }
 
 /*
@@ -438,16 +472,17 @@ void gen_edge(struct tr *t, uint64_t rip, unsigned n, bool next)
 		t->in_host = false;
 		if (p >= 0 && !(next && (unsigned)p == t->now + 1)) {
 			jump_to_part(t, (unsigned)p, em_jcc(e, 15));    /* jg */
-			leave_here(t, em_jmp(e), rip);
+			jump_to_part(t, (unsigned)p, leave_here(t, em_jmp(e), rip));
 			return;
 		}
 		if (t->swapped) {
-			uint8_t *on = em_jcc(e, 15);
+			uint8_t *on = em_jcc(e, 15), *too = gen_look(e, t);
 
 			leave_budget(e, t, rip);
 			em_here(e, on);
+			em_here(e, too);
 		} else {
-			leave_here(t, em_jcc(e, 14), rip);      /* jle */
+			leave_or_go_on(t, em_jcc(e, 14), rip);  /* jle */
 		}
 		if (p >= 0)
 			return;
@@ -465,7 +500,7 @@ void gen_call_edge(struct tr *t, uint64_t rip, unsigned n)
 
 	if (rip <= t->t[n].rip) {
 		em_charge(&t->h, t->c, tr_count(t, n));
-		leave_here(t, em_jcc(&t->h, 14), rip);          /* jle */
+		leave_or_go_on(t, em_jcc(&t->h, 14), rip);      /* jle */
 	}
 	rel32 = em_call(&t->h);
 	if (p >= 0)

@@ -136,10 +136,8 @@ static struct cold *cold_last(struct tr *t, unsigned n)
 
 void gen_lookup(struct tr *t, unsigned n, struct cold *k)
 {
-	if (t->k->in_line) {
-		em_charge(&t->h, t->c, tr_count(t, n));
-		cold_from(k, em_jcc(&t->h, 14));        /* jle */
-	}
+	if (t->k->in_line)
+		gen_charge(t, k, tr_count(t, n));
 	gen_call_check(t, k, t->j->lookup);
 }
 
@@ -190,8 +188,7 @@ static void ret_to_call(struct tr *t, unsigned n, struct cold *k, int32_t more)
 	struct em *e = &t->h;
 	uint8_t *other, *far, *j, *hit;
 
-	em_charge(e, t->c, tr_count(t, n));
-	cold_from(k, em_jcc(e, 14));                            /* jle */
+	gen_charge(t, k, tr_count(t, n));
 	EM(e, 0x48, 0x3b, 0x44, 0x24, 0x08);                    /* cmp rax, [rsp + 8] */
 	other = em_jcc(e, 5);
 	hit = e->p;

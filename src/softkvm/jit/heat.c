@@ -1,7 +1,7 @@
 /*
  * Which translations run much. Most of a large program's code runs seldom, and what it costs is the room that it takes in caches: its checks are
  * calls (gen_check()). Where the budget ends tells where the guest is, so the loop counts that. A translation where it ends often within a while
- * is made anew, with its checks in line; nothing leads to it until then.
+ * is made anew, with its checks in line; nothing leads to it until then. Compiled as look.c, which calls it.
  */
 #include "softkvm/jit/internal.h"
 
@@ -20,6 +20,13 @@ void heat_begin(const struct jit *j, struct jit_code *k)
 {
 	k->heat_time = j->heat_time;
 	k->budgets = 0;
+}
+
+bool heat_would_want(const struct jit *j, const struct jit_code *k)
+{
+	unsigned so_far = j->heat_time - k->heat_time >= WHILE ? 0 : k->budgets;
+
+	return k->wanted || (!k->in_line && so_far + 1 >= (j->in_line ? 1 : BUDGETS));
 }
 
 void heat_budget(struct jit *j, struct jit_code *k)

@@ -228,7 +228,7 @@ struct jit {
 	uint32_t gen;
 	uint32_t enter, leave, abandon, call_out;       /* thunks */
 	/* Of reads and of writes: a check, one that has failed, and what looks for an entry then. */
-	uint32_t check[TLB_MODES][2][CHECK_SIZES], miss[TLB_MODES][2][CHECK_SIZES], fill[TLB_MODES][2], fail, lookup;
+	uint32_t check[TLB_MODES][2][CHECK_SIZES], miss[TLB_MODES][2][CHECK_SIZES], fill[TLB_MODES][2], fail, lookup, look;
 	uint32_t span[TLB_MODES][2];    /* a check of as many bytes as SA says */
 	struct jit_point *points;       /* touched as they are used */
 	uint32_t npoints, points_max;
@@ -385,6 +385,11 @@ static inline uint32_t jit_entry(const struct jit *j, const struct jit_code *k) 
 /* heat.c: translations that run much get their checks in line. heat_budget(): the budget ended there. */
 void heat_begin(const struct jit *j, struct jit_code *k);
 void heat_budget(struct jit *j, struct jit_code *k);
+/* Will the next one have it made anew, or was that decided already? Until then heat_budget() only counts. */
+bool heat_would_want(const struct jit *j, const struct jit_code *k);
+
+/* look.c. In `k` the budget was used up: 0: go on, it is refilled; else the loop has to look. Leaves the host's vector registers alone. */
+uint64_t jit_look(struct jit *j, struct jit_code *k);
 
 /* -- a translation under way ------------------------------------------------------------------------ */
 struct tinsn {
@@ -414,7 +419,7 @@ struct cold {
 
 enum tend { END_NONE, END_OTHER, END_JMP, END_JCC };   /* what the last instruction of a part does */
 
-#define FIXUPS_MAX 64
+#define FIXUPS_MAX 128
 #define SEEN_MAX 32
 #define SEEN_INSNS 4            /* 60 bytes: a mask has 64 bits */
 struct ahead { uint64_t rip, mask; bool dead; uint8_t len; uint8_t bytes[SEEN_INSNS * 15]; };
@@ -487,6 +492,9 @@ void gen_call(struct tr *t, uint32_t thunk);
 void gen_point_behind(struct tr *t, struct cold *k);
 /* A thunk is called that returns, or has the handlers called instead. */
 void gen_call_check(struct tr *t, struct cold *k, uint32_t thunk);
+/* n instructions of the budget; where it is used up and the loop has to look, code goes to `k`. Keeps SA; destroys the host's flags, SC and ST. */
+void gen_charge(struct tr *t, struct cold *k, uint32_t n);
+uint8_t *gen_look(struct em *e, struct tr *t);
 /* ST = host address of the memory operand, or to the cold path; uses SC and flags. False: cannot. */
 bool gen_operand(struct tr *t, unsigned n, struct cold *k, unsigned size, bool write);
 bool gen_operand_at(struct tr *t, unsigned n, struct cold *k, int64_t disp, unsigned size, bool write);   /* with another displacement */

@@ -402,17 +402,19 @@ static uint8_t *check(struct em *e, struct tr *t)
  */
 static void charge_entry(struct tr *t, uint8_t *leave)
 {
-	uint8_t *over;
+	uint8_t *over, *on;
 
 	em_charge(&t->h, t->c, t->part[0].n);
 	over = em_jcc(&t->h, 14);                       /* jle */
-	if (t->k->map) {
-		em_here(&t->cold, over);
+	em_here(&t->cold, over);
+	on = gen_look(&t->cold, t);
+	if (t->k->map)
 		map_out(&t->cold, t);
-		over = em_jmp(&t->cold);
-	}
-	if (!t->cold.full)
+	over = em_jmp(&t->cold);
+	if (!t->cold.full) {
+		em_to(on, t->h.p);
 		em_to(over, leave);
+	}
 }
 
 static void entry(struct tr *t)
