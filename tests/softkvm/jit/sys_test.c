@@ -131,6 +131,43 @@ static void reading_is_not_writing(void **state)
 	}
 }
 
+/*
+ * A loop that is longer than many budgets, where every register and CF are needed from one round to the next, vector and x87 state as well; its calls, returns and
+ * indirect jumps charge the budget too. All lands in the registers.
+ */
+GUEST_ASM(chain, 64,
+	"mov %cr4, %rax; or $0x600, %eax; mov %rax, %cr4; fninit; fldz; fld1; mov $0x90000, %esp; mov $1000000, %r8d; mov $0x30001, %eax; mov $5, %ebx; mov $7, %ecx;"
+	"mov $9, %edx; mov $11, %esi; mov $13, %edi; mov $15, %ebp; mov $17, %r9d; mov $19, %r10d; mov $21, %r11d; mov $23, %r12d; mov $25, %r13d; mov $27, %r14d;"
+	"mov $29, %r15d; movq %rax, %xmm0; movq %rbx, %xmm1; movq %rcx, %xmm15; stc;"
+	"1: adc %rbx, %rax; adc %rax, %rcx; adc %rcx, %rdx; adc %rdx, %rsi; adc %rsi, %rdi; adc %rdi, %rbp; adc %rbp, %r9; adc %r9, %r10; adc %r10, %r11;"
+	"adc %r11, %r12; adc %r12, %r13; adc %r13, %r14; adc %r14, %r15; call 2f; adc %r15, %rbx; paddq %xmm0, %xmm1; paddq %xmm1, %xmm15; pxor %xmm15, %xmm0;"
+	"fadd %st(1), %st; fxch; lea 3f(%rip), %rdi; jmp *%rdi; 2: ret; 3: mov %rbx, %rdi; dec %r8d; jnz 1b;"
+	"fistp 0x100000; fistp 0x100004; movq %xmm0, %r8; movq %xmm15, %rdi; xor 0x100000, %rdi; out %al, $0x80; hlt");
+
+static void budgets_end_unseen(void **state)
+{
+	static const char *const modes[] = { "interp", "translate", "translate-at-once" };
+	struct kvm_regs r[3];
+
+	for (unsigned m = 0; m < 3; m++) {
+		struct softkvm_stats s;
+		struct guest g;
+
+		setenv("LODGE_SOFT_MODE", modes[m], 1);
+		guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+		guest_load(&g, 0x10000, chain, (size_t)(chain_end - chain));
+		guest_long64(&g, 0, 0x10000);
+		assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+		guest_get_regs(&g, 0, &r[m]);
+		assert_memory_equal(&r[m], &r[0], sizeof r[0]);
+		assert_int_equal(softkvm_vcpu_stats(g.vcpu[0].f, &s), 0);
+		print_message("%s: left %llu times\n", modes[m], (unsigned long long)(s.left_by_budget + s.left_for_loop));
+		if (m == 1)     /* 28 million instructions are 6800 budgets */
+			assert_in_range(s.left_by_budget + s.left_for_loop, 1, 3400);
+		guest_destroy(&g);
+	}
+}
+
 static struct kvm_regs run_rings(const char *mode, struct softkvm_stats *s)
 {
 	const uint64_t user_page = 0x200087, ss_and_cs[2] = { 0x00cff3000000ffff, 0x00affb000000ffff };
@@ -218,7 +255,7 @@ static void all_modes_agree(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = { cmocka_unit_test(all_modes_agree), cmocka_unit_test(rings_agree), cmocka_unit_test(returns_to_what_is_there),
-		cmocka_unit_test(reading_is_not_writing) };
+		cmocka_unit_test(reading_is_not_writing), cmocka_unit_test(budgets_end_unseen) };
 
 	if (!__builtin_cpu_supports("bmi2")) {
 		printf("no translator here\n");
