@@ -88,6 +88,8 @@ struct block {
 	bool no_nowait[2], in_memory;   /* atomic: RWF_NOWAIT does not work here, for reads and for writes; reads never wait (tmpfs) */
 	bool no_discard, no_zero_range; /* atomic: the file system cannot */
 	int flush_error;                /* atomic: a failed fdatasync lost data that no later one can save */
+	uint64_t data_from, data_to;    /* no hole in here, when raw_map() looked last; under `lock` */
+	unsigned data_turn;             /* counts what may have made holes; under `lock` */
 	pthread_rwlock_t rmw;           /* O_DIRECT: unaligned writes alone, aligned ones together */
 
 	struct uring *uring;            /* NULL: threads; else a list, one a loop */
@@ -119,6 +121,7 @@ void raw_reserve(struct block *b, uint64_t off, uint64_t len);
 int raw_open(struct block *b, const struct block_opts *o, struct err *err);
 /* o->leaf, or o->file as an NBD name. */
 int nbd_open(struct block *b, const struct block_opts *o, struct err *err);
+bool nbd_is_near(const struct block *b);        /* block_is_near() of an NBD leaf */
 int null_open(struct block *b, const struct block_opts *o, struct err *err);
 /* The file, device or server that `o` names. */
 int leaf_open(struct block *b, const struct block_opts *o, struct err *err);

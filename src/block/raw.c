@@ -162,14 +162,56 @@ static int raw_flush(struct block *b)
 		return 0;
 	return raw_flush_failed(b, -errno);
 }
+
+/* --- where the file has data --- */
+
+/*
+ * SEEK_HOLE looks at everything up to the next hole, page by page on tmpfs: asking for each piece of a long file again takes the square of its length. A run
+ * of data is kept until this node makes holes; that somebody else made one since only means that zeroes are read.
+ */
+static uint64_t known_data(struct block *b, uint64_t off, unsigned *turn)
+{
+	pthread_mutex_lock(&b->lock);
+	uint64_t end = off >= b->data_from && off < b->data_to ? b->data_to : 0;
+	*turn = b->data_turn;
+	pthread_mutex_unlock(&b->lock);
+	return end;
+}
+
+static void keep_data(struct block *b, uint64_t from, uint64_t to, unsigned turn)
+{
+	pthread_mutex_lock(&b->lock);
+	if (turn == b->data_turn) {
+		b->data_from = from;
+		b->data_to = to;
+	}
+	pthread_mutex_unlock(&b->lock);
+}
+
+/* Called before it happens and after, so that nobody looks in between and is believed. */
+static void holes_change(struct block *b)
+{
+	pthread_mutex_lock(&b->lock);
+	b->data_from = b->data_to = 0;
+	b->data_turn++;
+	pthread_mutex_unlock(&b->lock);
+}
+
+static int change_holes(struct block *b, int mode, uint64_t off, uint64_t len)
+{
+	holes_change(b);
+	int r = fallocate(b->fd, mode, (off_t)off, (off_t)len) ? -errno : 0;
+	holes_change(b);
+	return r;
+}
+
 static int punch(struct block *b, uint64_t off, uint64_t len)
 {
 	if (__atomic_load_n(&b->no_discard, __ATOMIC_RELAXED))
 		return -EOPNOTSUPP;
-	if (!fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len))
-		return 0;
-	if (errno != EOPNOTSUPP && errno != ENODEV && errno != EINVAL && errno != ENOTTY)
-		return -errno;
+	int r = change_holes(b, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, off, len);
+	if (!r || (r != -EOPNOTSUPP && r != -ENODEV && r != -EINVAL && r != -ENOTTY))
+		return r;
 	__atomic_store_n(&b->no_discard, true, __ATOMIC_RELAXED);
 	return -EOPNOTSUPP;
 }
@@ -190,10 +232,9 @@ static int zero_range(struct block *b, uint64_t off, uint64_t len)
 	if (__atomic_load_n(&b->no_zero_range, __ATOMIC_RELAXED))
 		return -EOPNOTSUPP;
 	int mode = FALLOC_FL_ZERO_RANGE | (b->is_dev ? FALLOC_FL_KEEP_SIZE : 0);
-	if (!fallocate(b->fd, mode, (off_t)off, (off_t)len))
-		return 0;
-	if (errno != EOPNOTSUPP && errno != ENODEV && errno != EINVAL && errno != ENOTTY)
-		return -errno;
+	int r = change_holes(b, mode, off, len);
+	if (!r || (r != -EOPNOTSUPP && r != -ENODEV && r != -EINVAL && r != -ENOTTY))
+		return r;
 	__atomic_store_n(&b->no_zero_range, true, __ATOMIC_RELAXED);
 	return -EOPNOTSUPP;
 }
@@ -293,8 +334,12 @@ static bool raw_fast(struct block *b, struct block_req *r)
 static int raw_map(struct block *b, uint64_t off, uint64_t len, struct block_extent *e)
 {
 	struct stat st;
+	unsigned turn;
+	uint64_t known = known_data(b, off, &turn);
 	*e = (struct block_extent){ .len = len, .present = true, .data = true, .has_offset = true, .offset = off, .file = b->file };
-	if (b->is_dev || fstat(b->fd, &st))
+	if (known)
+		e->len = MIN(len, known - off);
+	if (known || b->is_dev || fstat(b->fd, &st))
 		return 0;
 	if (off >= (uint64_t)st.st_size) { /* the rest of a ragged last sector */
 		e->zero = true;
@@ -314,6 +359,8 @@ static int raw_map(struct block *b, uint64_t off, uint64_t len, struct block_ext
 		return 0;
 	}
 	off_t hole = lseek(b->fd, (off_t)off, SEEK_HOLE);
+	if (hole > (off_t)off) /* a ragged last sector counts as a whole one */
+		keep_data(b, off, hole < st.st_size ? (uint64_t)hole : ALIGN_UP((uint64_t)hole, (uint64_t)512), turn);
 	if (hole > (off_t)off && hole < st.st_size)
 		e->len = MIN(len, (uint64_t)hole - off);
 	return 0;
@@ -331,7 +378,10 @@ static int raw_truncate(struct block *b, uint64_t len)
 {
 	if (b->is_dev)
 		return len <= b->length ? 0 : -ENOSPC;
-	return ftruncate(b->fd, (off_t)len) ? -errno : 0;
+	holes_change(b);
+	int r = ftruncate(b->fd, (off_t)len) ? -errno : 0;
+	holes_change(b);
+	return r;
 }
 
 static int raw_allocate(struct block *b, uint64_t off, uint64_t len, bool write)

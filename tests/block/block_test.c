@@ -18,6 +18,7 @@
 
 #include "base/util.h"
 #include "block/block.h"
+#include "block/image.h"
 #include "loop/loop.h"
 #include "request.h"
 
@@ -342,12 +343,50 @@ static void test_reads_after_writes(void **state)
 	workers_destroy(w);
 }
 
+static uint64_t data_at(struct block *b, uint64_t off)
+{
+	struct block_extent e;
+	assert_int_equal(image_map(b, NULL, off, SIZE - off, &e), 0);
+	return e.zero ? 0 : e.len;
+}
+
+/* A run of data is looked up once; holes that the node makes in it, or by becoming shorter and longer, are seen. */
+static void test_map(void **state)
+{
+	struct block_opts o = { .discard_unmap = true };
+	struct err err = { 0 };
+	make_file(SIZE, 1);
+	struct block *b = open_ok(&o, NULL);
+	int fd = open(path, O_RDWR);
+	assert_true(fd >= 0);
+	assert_int_equal(data_at(b, 0), SIZE);
+	if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 131072, 65536) || lseek(fd, 0, SEEK_HOLE) != 131072) {
+		close(fd);
+		block_close(b);
+		print_message("the file system has no holes\n");
+		skip();
+	}
+	assert_int_equal(data_at(b, 4096), SIZE - 4096);        /* somebody else's: zeroes are data as well */
+	assert_int_equal(request(b, BLOCK_DISCARD, 524288, 65536, NULL, 0, 0), 0);
+	assert_int_equal(data_at(b, 4096), 131072 - 4096);
+	assert_int_equal(data_at(b, 131072), 0);
+	assert_int_equal(data_at(b, 262144), 524288 - 262144);
+	assert_int_equal(request(b, BLOCK_ZERO, 327680, 65536, NULL, 0, BLOCK_REQ_MAY_UNMAP), 0);
+	assert_int_equal(data_at(b, 262144), 65536);
+	assert_int_equal(data_at(b, 786432), SIZE - 786432);
+	assert_int_equal(block_resize(b, 851968, &err), 0);
+	assert_int_equal(block_resize(b, SIZE, &err), 0);
+	assert_int_equal(data_at(b, 786432), 65536);
+	close(fd);
+	block_close(b);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_model), cmocka_unit_test(test_snapshot), cmocka_unit_test(test_ragged_and_checks),
 		cmocka_unit_test(test_probe), cmocka_unit_test(test_locks), cmocka_unit_test(test_kill_after_flush),
-		cmocka_unit_test(test_reads_after_writes),
+		cmocka_unit_test(test_reads_after_writes), cmocka_unit_test(test_map),
 	};
 	if (!mkdtemp(dir))
 		return 77;
