@@ -591,6 +591,13 @@ bool block_is_remote(const struct block *b)
 	return b->nbd;
 }
 
+bool block_is_near(const struct block *b)
+{
+	while (b->child)
+		b = b->child;
+	return b->nbd && nbd_is_near(b);
+}
+
 const char *block_name(const struct block *b)
 {
 	return b->file;

@@ -13,6 +13,11 @@ static uint64_t max_payload(const struct nbd *n)
 	return m && m < NBD_PAYLOAD_MAX ? m : NBD_PAYLOAD_MAX;
 }
 
+bool nbd_is_near(const struct block *b)
+{
+	return b->nbd->near;
+}
+
 static bool wants_fua(const struct block *b, unsigned flags)
 {
 	if (b->cache == CACHE_UNSAFE)
@@ -31,13 +36,13 @@ static int nbd_flush(struct block *b)
 
 /*
  * Aligned to the server's smallest block and inside of the export. What is long goes as several requests at once, so that the
- * server reads the next piece while this one travels.
+ * server reads the next piece while this one travels. (Over TCP on one machine nothing travels: the pieces wait for each other.)
  */
 static int rw_aligned(struct block *b, uint16_t cmd, uint64_t off, const struct iovec *iov, int cnt, uint64_t len, unsigned flags)
 {
 	struct nbd *n = b->nbd;
 	/* Over TCP a server's short answers to several writes may wait for each other's acknowledgement (qemu-nbd's do: 40 ms). */
-	bool split = cmd == NBD_READ || !n->cfg.host;
+	bool split = cmd == NBD_READ ? !n->near : !n->cfg.host;
 	uint64_t piece = MIN(max_payload(n), split ? (uint64_t)PIECE : UINT64_MAX);
 	bool fua = cmd == NBD_WRITE && wants_fua(b, flags), can = n->hello.flags & NBD_SEND_FUA;
 	struct nbd_op one = { .cmd = cmd, .flags = fua && can ? NBD_FUA : 0, .off = off, .len = len, .iov = iov, .iovcnt = cnt };

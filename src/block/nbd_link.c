@@ -1,5 +1,6 @@
 /* The NBD client: sending, waiting for answers, losing the link and getting it back (nbd_link.h). */
 #include <errno.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -534,6 +535,18 @@ bool nbd_link_poll(struct nbd *n)
 
 /* --- opening and closing --- */
 
+/* TCP to this machine itself? */
+static bool is_loopback(int fd)
+{
+	struct sockaddr_storage a;
+	socklen_t len = sizeof a;
+	if (getpeername(fd, (struct sockaddr *)&a, &len))
+		return false;
+	const struct sockaddr_in *v4 = (const struct sockaddr_in *)&a;
+	const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)&a;
+	return (a.ss_family == AF_INET && ntohl(v4->sin_addr.s_addr) >> 24 == 127) || (a.ss_family == AF_INET6 && IN6_IS_ADDR_LOOPBACK(&v6->sin6_addr));
+}
+
 /* The first connection; open-timeout goes on trying for as long. */
 int nbd_link_open(struct nbd *n, struct err *err)
 {
@@ -541,6 +554,7 @@ int nbd_link_open(struct nbd *n, struct err *err)
 	for (;;) {
 		int r = dial(n, &n->chan, &n->hello, NBD_HELLO_MS, err);
 		n->up = !r;
+		n->near = !r && is_loopback(n->chan.fd);
 		if (!r || nbd_now_ms() >= end)
 			return r;
 		err_clear(err);

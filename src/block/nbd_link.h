@@ -55,6 +55,7 @@ struct nbd {
 	pthread_cond_t room;            /* a slot is free, the link changed, the reader left */
 	struct nbd_chan chan;
 	bool up, dead, connecting, reading, thread, stop;
+	bool near;                      /* over TCP, but on this machine */
 	pthread_t reader;
 	uint64_t down_since, last_try;  /* ms */
 	uint64_t seq;

@@ -113,23 +113,18 @@ static int write_zero(struct convert *v, uint64_t off, uint64_t len)
 	return v->blank && v->sparse ? 0 : v->sparse ? image_zero(v->dst, off, len, true) : -EAGAIN;
 }
 
-/* Runs of data and of at least v->sparse bytes of zeroes. */
+/* Runs of data and of at least v->sparse bytes of zeroes, each with one request. */
 static int write_sparse(struct convert *v, uint64_t off, const uint8_t *buf, uint64_t len)
 {
-	uint64_t step = MAX(v->sparse, 512u), start = 0;
+	uint64_t step = MAX(v->sparse, 512u), end;
 	int r = 0;
-	for (uint64_t at = 0; !r && at <= len; at += step) {
-		bool end = at >= len, zero = !end && all_zero(buf + at, MIN(step, len - at));
-		if (!end && !zero)
-			continue;
-		if (start < MIN(at, len))
-			r = image_write(v->dst, off + start, buf + start, MIN(at, len) - start);
-		if (!r && zero)
-			r = write_zero(v, off + at, MIN(step, len - at));
-		start = at + step;
+	for (uint64_t at = 0; !r && at < len; at = end) {
+		bool zero = all_zero(buf + at, MIN(step, len - at));
+		for (end = at + step; end < len && all_zero(buf + end, MIN(step, len - end)) == zero; end += step)
+			;
+		end = MIN(end, len);
+		r = zero ? write_zero(v, off + at, end - at) : image_write(v->dst, off + at, buf + at, end - at);
 	}
-	if (!r && start < len && len % step)
-		r = image_write(v->dst, off + start, buf + start, len - start);
 	return r;
 }
 
@@ -251,13 +246,17 @@ static void *copier(void *opaque)
 	return NULL;
 }
 
-/* More threads than processors only wait for each other, unless a server is what they wait for. */
+/* More threads than processors only wait for each other, unless a server is what they wait for (and not over TCP on this machine: block_is_near()). */
 static unsigned copy_threads(const struct convert *v, unsigned want)
 {
-	bool remote = v->dst && block_is_remote(v->dst);
-	for (unsigned i = 0; i < v->nsrc; i++)
-		remote |= block_is_remote(v->src[i]);
-	return remote ? want : MIN(want, (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L));
+	bool to_near = v->dst && block_is_near(v->dst), near = to_near, far = v->dst && block_is_remote(v->dst) && !to_near;
+	for (unsigned i = 0; i < v->nsrc; i++) {
+		near |= block_is_near(v->src[i]);
+		far |= block_is_remote(v->src[i]) && !block_is_near(v->src[i]);
+	}
+	if (far || (near && v->compress))
+		return want;
+	return MIN(want, near ? 1u + to_near : (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L));
 }
 
 static int copy_all(struct convert *v, unsigned threads)
@@ -661,7 +660,8 @@ static int compare_all(struct compare *c)
 	uint64_t la = block_length(c->b[0]), lb = block_length(c->b[1]);
 	/* More threads than processors only wait for each other, unless a server is what they wait for. */
 	bool remote = block_is_remote(c->b[0]) || block_is_remote(c->b[1]);
-	unsigned threads = remote ? 4 : (unsigned)MIN(MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L), (long)THREADS_MAX);
+	bool near = block_is_near(c->b[0]) || block_is_near(c->b[1]);
+	unsigned threads = near ? 1 : remote ? 4 : (unsigned)MIN(MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L), (long)THREADS_MAX);
 	struct comparer t[THREADS_MAX] = { 0 };
 	int r = 0;
 	for (unsigned i = 0; i < threads; i++) {

@@ -158,6 +158,22 @@ def hostile(io):
     assert "/dev/full" in out, out
 
 
+def zero_runs(img):
+    """`convert` onto what is there: a run of zeroes that it finds in data is one request, as a run of data is."""
+    rnd = random.Random(3)
+    with open("source", "wb") as f: # data for the file system, all of it
+        f.write(rnd.randbytes(300 * 1024) + bytes(1100 * 1024) + rnd.randbytes(72 * 1024) + bytes(4096) + rnd.randbytes(4096) + bytes(50 * 1024))
+    fresh(os.path.getsize("source"))
+    with open("disk", "r+b") as f:
+        f.write(b"x" * os.path.getsize("source"))
+    before = open("disk", "rb").read()
+    run(img, "convert", "-n", "-f", "raw", "--target-image-opts", "source", LOG)
+    size, entries = read_log(open("log", "rb").read())
+    requests = [e for e in entries if not e[2] & FLUSH]
+    assert len(requests) == 6, [e[:3] for e in entries]
+    assert replay(before, size, entries) == open("source", "rb").read() == open("disk", "rb").read()
+
+
 def log_full(io):
     """A log that cannot grow: the request fails, and what the log says before is whole."""
     fresh(MIB)
@@ -248,6 +264,7 @@ def main():
         for seed in range(4):
             replayed(io, img, seed)
         hostile(io)
+        zero_runs(img)
         log_full(io)
         preallocated(io, img)
         killed(io, img)
