@@ -5,7 +5,7 @@
 #include "base/util.h"
 #include "block/nbd_link.h"
 
-enum { ZERO_MAX = 1 << 30, PIECE = 256 * 1024, TOGETHER = 16 };
+enum { ZERO_MAX = 1 << 30, PIECE = 256 * 1024, NEAR_PIECE = 512 * 1024, TOGETHER = 16 };
 
 static uint64_t max_payload(const struct nbd *n)
 {
@@ -36,14 +36,14 @@ static int nbd_flush(struct block *b)
 
 /*
  * Aligned to the server's smallest block and inside of the export. What is long goes as several requests at once, so that the
- * server reads the next piece while this one travels. (Over TCP on one machine nothing travels: the pieces wait for each other.)
+ * server reads the next piece while this one travels. (Over TCP on one machine two pieces wait for each other longer than that saves.)
  */
 static int rw_aligned(struct block *b, uint16_t cmd, uint64_t off, const struct iovec *iov, int cnt, uint64_t len, unsigned flags)
 {
 	struct nbd *n = b->nbd;
 	/* Over TCP a server's short answers to several writes may wait for each other's acknowledgement (qemu-nbd's do: 40 ms). */
-	bool split = cmd == NBD_READ ? !n->near : !n->cfg.host;
-	uint64_t piece = MIN(max_payload(n), split ? (uint64_t)PIECE : UINT64_MAX);
+	bool split = cmd == NBD_READ || !n->cfg.host, whole = n->near && len <= NEAR_PIECE;
+	uint64_t piece = MIN(max_payload(n), split && !whole ? (uint64_t)PIECE : UINT64_MAX);
 	bool fua = cmd == NBD_WRITE && wants_fua(b, flags), can = n->hello.flags & NBD_SEND_FUA;
 	struct nbd_op one = { .cmd = cmd, .flags = fua && can ? NBD_FUA : 0, .off = off, .len = len, .iov = iov, .iovcnt = cnt };
 	int r = 0;

@@ -246,17 +246,13 @@ static void *copier(void *opaque)
 	return NULL;
 }
 
-/* More threads than processors only wait for each other, unless a server is what they wait for (and not over TCP on this machine: block_is_near()). */
+/* More threads than processors only wait for each other, unless a server is what they wait for. */
 static unsigned copy_threads(const struct convert *v, unsigned want)
 {
-	bool to_near = v->dst && block_is_near(v->dst), near = to_near, far = v->dst && block_is_remote(v->dst) && !to_near;
-	for (unsigned i = 0; i < v->nsrc; i++) {
-		near |= block_is_near(v->src[i]);
-		far |= block_is_remote(v->src[i]) && !block_is_near(v->src[i]);
-	}
-	if (far || (near && v->compress))
-		return want;
-	return MIN(want, near ? 1u + to_near : (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L));
+	bool remote = v->dst && block_is_remote(v->dst);
+	for (unsigned i = 0; i < v->nsrc; i++)
+		remote |= block_is_remote(v->src[i]);
+	return remote ? want : MIN(want, (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L));
 }
 
 static int copy_all(struct convert *v, unsigned threads)
