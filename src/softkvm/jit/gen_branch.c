@@ -306,6 +306,8 @@ unsigned gen_stack_group(struct tr *t, unsigned n, unsigned end)
 	unsigned push = 0, pop = 0;
 	bool returns;
 
+	if (t->k->apart)
+		return 0;
 	while (push < GROUP_MAX && n + push < end && moves_reg(t, &t->t[n + push], ZYDIS_MNEMONIC_PUSH) >= 0)
 		push++;
 	if (push > 1)

@@ -56,7 +56,7 @@ unsigned row_find(struct tr *t, unsigned n, unsigned end, struct row *r)
 	const ZydisDecodedOperand *first, *m;
 	unsigned last = n;
 
-	if (!may_join(t, &t->t[n]) || !(first = mem_of(&t->t[n])))
+	if (t->k->apart || !may_join(t, &t->t[n]) || !(first = mem_of(&t->t[n])))
 		return 0;
 	r->low = disp_of(&first->mem);
 	r->high = r->low + first->size / 8;

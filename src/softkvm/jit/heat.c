@@ -7,6 +7,7 @@
 
 #define WHILE 8192u     /* budgets: some 150 ms of the guest's */
 #define BUDGETS 5
+#define ROWS_MISSED 200u
 
 static void want(struct jit *j, struct jit_code *k)
 {
@@ -14,6 +15,26 @@ static void want(struct jit *j, struct jit_code *k)
 	jit_cut_incoming(j, k);
 	code_moves(j, k);       /* nor is it found by lookups */
 	jit_page_hide(j, k);
+}
+
+/*
+ * What shares a check lies on both sides of a page end, mostly: a run of pushes where the stack happens to be. Each time costs a call of the handlers, so where
+ * that is often the accesses get a check each.
+ */
+bool heat_row_missed(struct jit *j, struct jit_code *k)
+{
+	if (k->apart || k->rows_missed == ROWS_MISSED || ++k->rows_missed < ROWS_MISSED)
+		return false;
+	j->rows = k;
+	return true;
+}
+
+void heat_rows(struct jit *j)
+{
+	j->rows->apart = true;
+	if (!j->rows->wanted)
+		want(j, j->rows);
+	j->rows = NULL;
 }
 
 void heat_begin(const struct jit *j, struct jit_code *k)

@@ -107,6 +107,8 @@ struct jit_code {
 	uint8_t nparts, budgets;        /* budgets: that ended in its loops */
 	bool in_line;                   /* checks are in it rather than called */
 	bool wanted;                    /* it should be made anew, with checks in line: heat.c */
+	bool apart;                     /* accesses in a row do not share a check: theirs failed too often */
+	uint8_t rows_missed;
 	struct block *part[REGION_PARTS];       /* [0] is b; there is memory for nparts of them */
 };
 
@@ -243,6 +245,7 @@ struct jit {
 	bool alone;                     /* the instruction at alone_rip is to be interpreted: translated, it met a fault */
 	uint64_t alone_rip;
 	struct jit_map_thunks maps[1 << 12];    /* by map.c's key, valid for one gen */
+	struct jit_code *rows;          /* the check of a row in it has failed too often just now: it is to be made anew */
 	struct jit_code *stale;         /* was found so at its entry just now: if its block is another now, links to it are to be cut */
 	bool off;                       /* tests: interpret, but keep translations right */
 	struct lockstep *lock;          /* lockstep.h, or NULL */
@@ -385,6 +388,9 @@ static inline uint32_t jit_entry(const struct jit *j, const struct jit_code *k) 
 /* heat.c: translations that run much get their checks in line. heat_budget(): the budget ended there. */
 void heat_begin(const struct jit *j, struct jit_code *k);
 void heat_budget(struct jit *j, struct jit_code *k);
+/* The check that a row of accesses shares has failed in `k`. True: too often, leave (struct jit, `rows`); heat_rows() then has it made anew. */
+bool heat_row_missed(struct jit *j, struct jit_code *k);
+void heat_rows(struct jit *j);
 /* Will the next one have it made anew, or was that decided already? Until then heat_budget() only counts. */
 bool heat_would_want(const struct jit *j, const struct jit_code *k);
 

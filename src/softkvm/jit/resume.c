@@ -145,7 +145,7 @@ static uint32_t goes_on(const struct jit *j, uint64_t from)
 uint64_t jit_miss(struct jit *j, uint64_t from)
 {
 	uint32_t at = goes_on(j, from);
-	const struct jit_code *k = point_code(j, at);
+	struct jit_code *k = point_code(j, at);
 	const struct jit_point *p = k ? point_find(j, k, at, true) : NULL;
 	struct cpu *c = j->c;
 	unsigned part, insn;
@@ -167,7 +167,7 @@ uint64_t jit_miss(struct jit *j, uint64_t from)
 		if (map[g] >= 0)
 			j->low->regs[map[g]] = c->gpr[g];
 	j->low->go_on = (uintptr_t)(j->rx + k->hot + p->back);
-	return r;
+	return p->count > 1 && heat_row_missed(j, k) ? 1 : r;
 }
 
 static void take_registers(struct cpu *c, const struct jit_code *k, const struct jit_point *p, const greg_t *r)

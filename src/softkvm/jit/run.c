@@ -107,7 +107,7 @@ void jit_flush(struct cpu *c)
 	j->cold = 0;
 	j->arena = 0;
 	j->npoints = j->nspans = 0;
-	j->stale = NULL;
+	j->stale = j->rows = NULL;
 	j->codes = NULL;
 	j->gen++;
 	memset(j->low->ind, 0, sizeof j->low->ind);
@@ -445,6 +445,8 @@ static enum jit_result run_code(struct cpu *c, struct jit *j, const struct jit_c
 	live_settle(c);
 	j->heat_time += c->budget <= 0;
 	if (r == 1) {
+		if (unlikely(j->rows))
+			heat_rows(j);
 		c->stats.left_for_loop++;
 		return JIT_LOOK;
 	}

@@ -602,6 +602,7 @@ static void unmap_written(struct jit *j, size_t bytes)
 struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uint32_t mode, bool in_line)
 {
 	struct tr *t = j->tr;
+	bool apart = b->code_gen == j->gen && b->code && b->code->apart;
 	struct jit_code *k;
 	struct em h, cold;
 	size_t arena;
@@ -611,7 +612,8 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 	k = jit_arena(j, sizeof *k);
 	h = (struct em){ j->rw + j->hot, j->rw + j->hot + HOT_MAX, false };
 	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false };
-	*k = (struct jit_code){ .b = b, .rip = rip, .mode = mode, .in_line = in_line || (j->c->stats.translations & 1) < j->in_line };
+	*k = (struct jit_code){ .b = b, .rip = rip, .mode = mode, .apart = apart,
+				.in_line = in_line || (j->c->stats.translations & 1) < j->in_line };
 	code_valid(j, k, 0);
 	heat_begin(j, k);
 	t->j = j;

@@ -168,6 +168,35 @@ static void budgets_end_unseen(void **state)
 	}
 }
 
+/* Pushes, pops and accesses in a row, always across a page end: before long each has a check of its own. */
+GUEST_ASM(rows, 64,
+	"mov $0x80010, %esp; mov $0x90ff0, %ebx; mov $200000, %r8d; mov $1, %eax; mov $2, %ecx; mov $3, %edx; mov $4, %esi;"
+	"1: push %rax; push %rcx; push %rdx; push %rsi; add %r8, 8(%rbx); add %rax, 16(%rbx); add %rcx, (%rbx); add 16(%rbx), %rdx; pop %rax; pop %rsi; pop %rcx; pop %rdx;"
+	"dec %r8d; jnz 1b; mov 8(%rbx), %rdi; out %al, $0x80; hlt");
+
+static void rows_across_pages(void **state)
+{
+	static const char *const modes[] = { "interp", "translate" };
+	struct kvm_regs r[2];
+
+	for (unsigned m = 0; m < 2; m++) {
+		struct softkvm_stats s;
+		struct guest g;
+
+		setenv("LODGE_SOFT_MODE", modes[m], 1);
+		guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT });
+		guest_load(&g, 0x10000, rows, (size_t)(rows_end - rows));
+		guest_long64(&g, 0, 0x10000);
+		assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+		guest_get_regs(&g, 0, &r[m]);
+		assert_memory_equal(&r[m], &r[0], sizeof r[0]);
+		assert_int_equal(softkvm_vcpu_stats(g.vcpu[0].f, &s), 0);
+		print_message("%s: %llu calls of handlers\n", modes[m], (unsigned long long)s.handler_calls);
+		assert_true(s.handler_calls < 20000);
+		guest_destroy(&g);
+	}
+}
+
 static struct kvm_regs run_rings(const char *mode, struct softkvm_stats *s)
 {
 	const uint64_t user_page = 0x200087, ss_and_cs[2] = { 0x00cff3000000ffff, 0x00affb000000ffff };
@@ -255,7 +284,8 @@ static void all_modes_agree(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = { cmocka_unit_test(all_modes_agree), cmocka_unit_test(rings_agree), cmocka_unit_test(returns_to_what_is_there),
-		cmocka_unit_test(reading_is_not_writing), cmocka_unit_test(budgets_end_unseen) };
+		cmocka_unit_test(reading_is_not_writing), cmocka_unit_test(budgets_end_unseen),
+		cmocka_unit_test(rows_across_pages) };
 
 	if (!__builtin_cpu_supports("bmi2")) {
 		printf("no translator here\n");
