@@ -47,6 +47,7 @@ struct jit_page {
 	low_ptr slots;                  /* jit_slot: a table of `size`, a power of two or 0, `used` of them ever */
 	uint16_t size, used;
 	bool moves;                     /* its translations read `lin` */
+	uint8_t was[2], returns;        /* where it was before that; how many times it has come back there (page.c) */
 	struct jit_code *codes;         /* if it moves */
 	struct jit_page *next;          /* of the same hash */
 };
@@ -241,7 +242,7 @@ struct jit {
 	struct jit_page *pages[1 << JIT_PAGE_BITS];
 	low_ptr at[1 << JIT_AT_BITS];           /* jit_page entered lately, by linear address */
 	struct jit_code *codes;         /* all that may be entered */
-	uint64_t moves;                 /* of pages, ever */
+	uint64_t moves;                 /* of pages, and changes between their homes, ever */
 	bool alone;                     /* the instruction at alone_rip is to be interpreted: translated, it met a fault */
 	uint64_t alone_rip;
 	struct jit_map_thunks maps[1 << 12];    /* by map.c's key, valid for one gen */
@@ -352,6 +353,8 @@ void jit_page_hide(struct jit *j, const struct jit_code *k);
 void code_moves(struct jit *j, struct jit_code *k);
 /* Nobody can come to it any more: replaced, and its page has another version since, as its entry will find. */
 bool code_gone(const struct jit_code *k);
+/* `k`, of a page that moves, is what was translated of `b` last: the translation of it for `rip`, with its page there, or `k` itself. */
+struct jit_code *jit_page_home(struct jit *j, struct block *b, struct jit_code *k, uint64_t rip);
 /* The page is where `rip` is from now on. Never while its code runs. */
 void jit_page_move(struct jit *j, struct jit_page *p, uint64_t rip);
 

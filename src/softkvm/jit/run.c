@@ -340,7 +340,7 @@ static struct jit_code *page_code(struct cpu *c, struct jit *j, uint64_t stamp)
 		return NULL;
 	k = code_of(j, b);
 	if (!k || k->page != p || k->wanted)
-		return NULL;
+		return NULL;            /* or one of another home of the page */
 	j->low->stamp = stamp;
 	jit_ind_put(j, c->rip, jit_entry(j, k));
 	return k;
@@ -501,6 +501,8 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 	c->blocks->jit_want = NULL;
 	c->code_stamp = CODE_STAMP_NONE;        /* the interpreter follows no links of its own */
 	c->blocks->want = NULL;
+	if (k && k->page->moves && k->mode == mode)
+		k = jit_page_home(j, b, k, c->rip);
 	not_stale(j, k);
 	if (b->code_gen != j->gen) {            /* after a flush it has to earn its place anew */
 		b->code_gen = j->gen;
@@ -511,8 +513,6 @@ enum jit_result jit_run_translated(struct cpu *c, struct block *b, uint32_t mode
 		j->alone = false;
 		return JIT_NOT;
 	}
-	if (k && k->page->moves && k->mode == mode)
-		jit_page_move(j, k->page, c->rip);
 	same = k && jit_code_rip(k) == c->rip && k->mode == mode;
 	if (unlikely(!same || k->wanted)) {
 		/* Code in the last page of 4 GiB may go on at 0: not worth a thought. */
