@@ -1,4 +1,5 @@
 /* The KVM API without guest code: what each ioctl accepts, refuses and answers. */
+#include <cpuid.h>
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
@@ -67,6 +68,35 @@ static void supported_cpuid(void **state)
 	assert_true(leaf(c, 0x80000007, 0)->edx & 1u << 8);
 	c->h.nent = 256;
 	assert_int_equal(gioctl(&s, KVM_GET_EMULATED_CPUID, c, NULL), 0);
+	gclose(&s);
+	free(c);
+}
+
+/* What the host has of the x86-64 psABI's levels 2 to 4, which distributions build for, is offered whole. */
+static void x86_64_levels(void **state)
+{
+	static const struct { uint32_t leaf, ecx, ebx; } need[] = {
+		{ 1, 0x982201, 0 },             /* SSE3, SSSE3, CX16, SSE4.1, SSE4.2, POPCNT */
+		{ 1, 0x34401000, 0 },           /* FMA, MOVBE, XSAVE, AVX, F16C */
+		{ 7, 0, 0x128 },                /* BMI1, AVX2, BMI2 */
+		{ 0x80000001, 0x21, 0 },        /* LAHF, LZCNT */
+		{ 7, 0, 0xd0030000 },           /* AVX512 F, DQ, CD, BW, VL */
+	};
+	struct cpuid *c = calloc(1, sizeof *c);
+	struct gfile s;
+
+	gopen(&s, GUEST_SOFT);
+	c->h.nent = 256;
+	assert_int_equal(gioctl(&s, KVM_GET_SUPPORTED_CPUID, c, NULL), 0);
+	for (unsigned n = 0; n < sizeof need / sizeof *need; n++) {
+		unsigned eax, ebx = 0, ecx = 0, edx;
+
+		if (n == 4 && !__builtin_cpu_supports("avx512f"))       /* or the host's kernel has it off */
+			continue;
+		__get_cpuid_count(need[n].leaf, 0, &eax, &ebx, &ecx, &edx);
+		assert_int_equal(leaf(c, need[n].leaf, 0)->ecx & need[n].ecx, ecx & need[n].ecx);
+		assert_int_equal(leaf(c, need[n].leaf, 0)->ebx & need[n].ebx, ebx & need[n].ebx);
+	}
 	gclose(&s);
 	free(c);
 }
@@ -513,7 +543,7 @@ static void mce(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(system_handle), cmocka_unit_test(supported_cpuid), cmocka_unit_test(cpuid_set_get), cmocka_unit_test(xcr0_without_xsave),
+		cmocka_unit_test(system_handle), cmocka_unit_test(supported_cpuid), cmocka_unit_test(x86_64_levels), cmocka_unit_test(cpuid_set_get), cmocka_unit_test(xcr0_without_xsave),
 		cmocka_unit_test(dirty_rings_are_reset_whatever_the_argument),
 		cmocka_unit_test(registers), cmocka_unit_test(msrs), cmocka_unit_test(msr_lists), cmocka_unit_test(time_),
 		cmocka_unit_test(tsc_offset), cmocka_unit_test(memory_slots), cmocka_unit_test(irqchip_rules),
