@@ -142,7 +142,7 @@ GUEST_ASM(chain, 64,
 	"1: adc %rbx, %rax; adc %rax, %rcx; adc %rcx, %rdx; adc %rdx, %rsi; adc %rsi, %rdi; adc %rdi, %rbp; adc %rbp, %r9; adc %r9, %r10; adc %r10, %r11;"
 	"adc %r11, %r12; adc %r12, %r13; adc %r13, %r14; adc %r14, %r15; call 2f; adc %r15, %rbx; paddq %xmm0, %xmm1; paddq %xmm1, %xmm15; pxor %xmm15, %xmm0;"
 	"fadd %st(1), %st; fxch; lea 3f(%rip), %rdi; jmp *%rdi; 2: ret; 3: mov %rbx, %rdi; dec %r8d; jnz 1b;"
-	"fistp 0x100000; fistp 0x100004; movq %xmm0, %r8; movq %xmm15, %rdi; xor 0x100000, %rdi; out %al, $0x80; hlt");
+	"fistpl 0x100000; fistpl 0x100004; movq %xmm0, %r8; movq %xmm15, %rdi; xor 0x100000, %rdi; out %al, $0x80; hlt");
 
 static void budgets_end_unseen(void **state)
 {
