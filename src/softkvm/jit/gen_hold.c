@@ -261,6 +261,12 @@ static bool access_by(struct tr *t, struct cold *k, struct key key, int64_t disp
 			return true;
 		}
 	}
+	/*
+	 * If the instruction can go to its handler before it comes here (the other operand's check, vector state), code goes on behind it with the slot as
+	 * somebody else left it: the address of a page that may be nobody's any more.
+	 */
+	if (k->nfrom || k->nfills)
+		return false;
 	look(t, &p, k->n, count);
 	if (!p.more || p.low != (int32_t)p.low)
 		return false;
