@@ -197,6 +197,41 @@ static void rows_across_pages(void **state)
 	}
 }
 
+/*
+ * PUSH of memory whose page table entry has lost its A bit, so that a handler does it; the pushes behind it must go to this stack, and not to where
+ * accesses by rsp before went.
+ */
+GUEST_ASM(half_pushed, 64,
+	"mov $200000, %r8d; xor %edx, %edx; mov $0x200000, %ebx; mov $3, %eax; mov $5, %ecx; mov $0x5008, %esi;"
+	"1: mov $0x90800, %esp; call 5f; mov $0xa0800, %esp; test $3, %r8b; jnz 3f; andl $0xffffffdf, (%rsi); invlpg (%rbx); 3: call 6f; dec %r8d; jnz 1b; out %al, $0x80; hlt;"
+	"5: mov 8(%rsp), %r9; mov (%rbx), %r10; mov 24(%rsp), %r11; mov 8(%rbx), %r10; mov %r9, 40(%rsp); ret;"
+	"6: push 8(%rbx); lea (%r8), %r9; push %rax; lea (%r8), %r10; push %rcx; lea (%r8), %r11; push %rax; lea (%r8), %r9;"
+	"mov %rsp, %r12; add 8(%r12), %rdx; mov (%rbx), %r10; add 16(%r12), %rdx; movq $0, 8(%r12); mov (%rbx), %r10; movq $0, 16(%r12); add $32, %rsp; ret");
+
+static void pushes_behind_a_handler(void **state)
+{
+	static const char *const modes[] = { "interp", "translate", "translate-at-once" };
+	const uint64_t page = 0x200083;
+
+	for (unsigned m = 0; m < 3; m++) {
+		struct softkvm_stats s;
+		struct kvm_regs r;
+		struct guest g;
+
+		setenv("LODGE_SOFT_MODE", modes[m], 1);
+		guest_create(&g, &(struct guest_cfg){ .prov = GUEST_SOFT, .mem_size = 8 << 20 });
+		guest_load(&g, 0x10000, half_pushed, (size_t)(half_pushed_end - half_pushed));
+		guest_long64(&g, 0, 0x10000);
+		guest_load(&g, 0x5008, &page, 8);
+		assert_int_equal(guest_run(&g, 0), KVM_EXIT_IO);
+		guest_get_regs(&g, 0, &r);
+		assert_int_equal(softkvm_vcpu_stats(g.vcpu[0].f, &s), 0);
+		print_message("%s: %llu calls of handlers\n", modes[m], (unsigned long long)s.handler_calls);
+		assert_int_equal(r.rdx, 200000 * 8);
+		guest_destroy(&g);
+	}
+}
+
 static struct kvm_regs run_rings(const char *mode, struct softkvm_stats *s)
 {
 	const uint64_t user_page = 0x200087, ss_and_cs[2] = { 0x00cff3000000ffff, 0x00affb000000ffff };
@@ -285,7 +320,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = { cmocka_unit_test(all_modes_agree), cmocka_unit_test(rings_agree), cmocka_unit_test(returns_to_what_is_there),
 		cmocka_unit_test(reading_is_not_writing), cmocka_unit_test(budgets_end_unseen),
-		cmocka_unit_test(rows_across_pages) };
+		cmocka_unit_test(rows_across_pages), cmocka_unit_test(pushes_behind_a_handler) };
 
 	if (!__builtin_cpu_supports("bmi2")) {
 		printf("no translator here\n");
