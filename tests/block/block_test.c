@@ -303,15 +303,9 @@ static void note_thread(struct block_req *r)
 /* 1: the caller's thread did it, 2: another one. */
 static unsigned done_by(struct block *b, enum block_op op, struct iovec *v)
 {
-	struct wait w = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false };
 	struct block_req r = { .op = op, .flags = BLOCK_REQ_INLINE, .len = v->iov_len, .iov = v, .iovcnt = 1, .done = note_thread };
 	r.priv[1] = (uintptr_t)pthread_self();
-	r.priv[3] = (uintptr_t)&w;
-	block_submit(b, &r);
-	pthread_mutex_lock(&w.lock);
-	while (!w.done)
-		pthread_cond_wait(&w.cond, &w.lock);
-	pthread_mutex_unlock(&w.lock);
+	submit_and_wait(b, &r);
 	assert_int_equal(r.ret, 0);
 	return (unsigned)r.priv[2];
 }
