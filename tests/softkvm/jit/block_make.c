@@ -242,8 +242,10 @@ static void put_object(struct code *c)
 			memmove(b, b + narrow, n);
 			break;
 		case 2:         /* pushed or popped: the frame's base moves */
-			b[0] = "\x50\x53\x58\x5a"[below(4)];
-			n = 1;
+			n = below(2) ? 1 : 3;
+			memcpy(b, (uint8_t[]){ 0xff, (uint8_t)(0x70 | "\0\1\2\3\5\6\7"[below(7)]), (uint8_t)below(64) }, 3);
+			if (n == 1)
+				b[0] = "\x50\x53\x58\x5a"[below(4)];
 			break;
 		default:
 			n = access_bytes(b, ops[below(sizeof ops)], base, index, scale);

@@ -11,6 +11,8 @@
  *
  * With --evex it is AVX-512 instructions for the most part.
  *
+ * With --missing the TLB fails any check (block_miss.c).
+ *
  * With --calls it is functions that call each other (block_calls.c).
  *
  * With --patched immediates and displacements change between runs (interp/patch.c, jit/gen_patch.c); what that gives is compared with the
@@ -24,7 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "block_make.h"
+#include "block_miss.h"
 
 struct result {
 	uint64_t gpr[16], rip, rflags;
@@ -128,6 +130,15 @@ static void lay_out(void)
 	phys_code_written(&h.vm, BASE, sizeof start.mem);
 }
 
+/* Page tables, but for the bits that the processor sets: what was walked before may be good or not. */
+static bool tables_written(void)
+{
+	for (unsigned at = 0; at < sizeof low; at += 8)
+		if ((ld_le64(h.ram + at) ^ ld_le64(low + at)) & ~(uint64_t)(PTE_A | PTE_D))
+			return true;
+	return false;
+}
+
 static void run(struct result *out, unsigned loops)
 {
 	struct cpu *c = &h.cpu;
@@ -196,6 +207,8 @@ static unsigned differ(const struct result *a, const struct result *b, bool prin
 	for (unsigned k = 0; k < sizeof a->mem; k += 8)
 		DIFF(memcmp(a->mem + k, b->mem + k, 8), "  mem %x: %" PRIx64 " %" PRIx64 "\n", BASE + k, ld_le64(a->mem + k),
 		     ld_le64(b->mem + k));
+	for (unsigned k = 0; k < sizeof nobodys; k += 8)
+		DIFF(ld_le64(nobodys + k), "  a store went to nobody's memory\n");
 	DIFF(a->places != b->places, "  places: %" PRIx64 " %" PRIx64 "\n", a->places, b->places);
 	return n;
 }
@@ -286,6 +299,10 @@ static bool agree(unsigned loops, struct counts *n)
 	}
 	if (!differ(&interpreted, &translated, false))
 		return true;
+	if (missing && tables_written()) {
+		n->endless++;
+		return true;
+	}
 	/* An operand may have reached memory that only this restores. */
 	jit->off = true;
 	all_clear = true;
@@ -434,7 +451,7 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 int main(int argc, char **argv)
 {
 	static const struct option opts[] = { { "cases", 1, 0, 'c' }, { "seed", 1, 0, 's' }, { "vec", 0, 0, 'v' }, { "32", 0, 0, 'n' }, { "moved", 0, 0, 'm' },
-		{ "patched", 0, 0, 'p' }, { "calls", 0, 0, 'l' }, { "evex", 0, 0, 'e' }, { 0 } };
+		{ "patched", 0, 0, 'p' }, { "calls", 0, 0, 'l' }, { "evex", 0, 0, 'e' }, { "missing", 0, 0, 'i' }, { 0 } };
 	struct counts count = { 0 };
 	unsigned cases = 10000, seed = 1, bad = 0;
 	bool vec = false;
@@ -450,6 +467,7 @@ int main(int argc, char **argv)
 		case 'm': moved = true; break;
 		case 'p': patched = true; break;
 		case 'l': calls = true; break;
+		case 'i': missing = true; break;
 		default: return 2;
 		}
 	}
@@ -485,6 +503,10 @@ int main(int argc, char **argv)
 	}
 	if (cases >= 1000 && ((!patched && count.trapped < cases / 20) || count.endless > cases / 100)) {
 		printf("too few met traps or ended\n");
+		bad++;
+	}
+	if (missing && refused < cases) {
+		printf("no more than %" PRIu64 " accesses were left to handlers\n", refused);
 		bad++;
 	}
 	jit_cpu_free(&h.cpu);
