@@ -141,9 +141,11 @@ struct block_cache {
 	struct block *scratch;          /* for blocks that cannot be kept */
 	struct jit_link *jit_want;      /* translated code's jump that the next lookup resolves */
 	int32_t budget_start;           /* to count instructions */
-	int32_t refill;                 /* what vcpu_poll() gives */
+	int32_t most, refill;           /* what vcpu_poll() gives, and how much of that: block_refill() */
+	uint64_t refilled;              /* when, by the host's TSC */
 	bool stepping;                  /* one_insn was set when the running instruction began */
-	unsigned pauses;                /* PAUSE instructions in this budget */
+	unsigned pauses;                /* PAUSE instructions since so many instructions had run */
+	uint64_t pauses_since;
 	unsigned random_left;           /* RDRAND: numbers drawn and not yet given out */
 	uint64_t random[32];
 	struct quick quick;             /* decode_zydis() */
@@ -219,11 +221,45 @@ static inline bool block_boundary_due(const struct cpu *c)
 }
 
 /* The budget is used up: what it was used for. The caller gives another. */
+#define PAUSES_WITHIN 4096
 static inline void block_count_insns(struct cpu *c)
 {
 	c->stats.insns += (uint64_t)(int64_t)(c->blocks->budget_start - c->budget - c->charged);
 	c->charged = 0;
-	c->blocks->pauses = 0;
+	if (c->stats.insns - c->blocks->pauses_since >= PAUSES_WITHIN) {
+		c->blocks->pauses = 0;
+		c->blocks->pauses_since = c->stats.insns;
+	}
+}
+
+/*
+ * The next budget. Instructions that wait for memory, or that code takes from it without counting (jumps forward), make it last too long for signals
+ * and requests: then it is smaller, so that half of SLOW_BUDGET is what it lasts, until it is quick again.
+ */
+#define SLOW_BUDGET 60000       /* host cycles: 15 to 30 us, 15 of them for each of vcpu_poll()'s 4096 instructions */
+#define LEAST_BUDGET 64
+#define FIRST_BUDGET 4096
+static inline void block_refill(struct cpu *c, uint64_t now)
+{
+	struct block_cache *bc = c->blocks;
+	uint64_t took = now - bc->refilled;
+	int32_t n = bc->refill;
+
+	if (took > SLOW_BUDGET)
+		n = MAX((int32_t)((uint64_t)n * (SLOW_BUDGET / 2) / took), LEAST_BUDGET);
+	else if (took < SLOW_BUDGET / 4)
+		n *= 2;
+	bc->refilled = now;
+	c->budget = bc->budget_start = bc->refill = MIN(n, bc->most);
+}
+
+/* The first of a KVM_RUN. */
+static inline void block_start_budget(struct cpu *c, uint64_t now)
+{
+	struct block_cache *bc = c->blocks;
+
+	bc->refilled = now;
+	c->budget = bc->budget_start = bc->refill = bc->refill ? bc->refill : FIRST_BUDGET;
 }
 
 /* Linear lookups and links die when the MMU says that a fetch may give something else. */

@@ -6,6 +6,7 @@
  */
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <x86intrin.h>
 
 #include "softkvm/events.h"
 #include "softkvm/fault.h"
@@ -17,7 +18,6 @@
 #include "softkvm/vcpu.h"
 #include "softkvm/vm.h"
 
-#define BUDGET 16384
 #define SLOW_INSN 8     /* a handler that returns to the loop costs that many of those that go on by themselves */
 #define GO_ON ((enum run_result)-1)
 
@@ -228,7 +228,8 @@ static enum run_result boundary(struct cpu *c)
 			lapic_timer_poll(c);
 		if (vcpu_poll(c))
 			req |= REQ_EXIT;
-		c->blocks->budget_start = c->blocks->refill = c->budget;
+		c->blocks->most = c->budget;
+		block_refill(c, __rdtsc());
 	}
 	if (req) {
 		req = serve_requests(c, req | atomic_exchange(&c->requests, 0));
@@ -381,7 +382,7 @@ static enum run_result engine_start(struct cpu *c)
 	c->blocks->stepping = false;
 	c->code_stamp = CODE_STAMP_NONE;
 	c->gpr[R_ZERO] = 0;
-	c->budget = c->blocks->budget_start = BUDGET;
+	block_start_budget(c, __rdtsc());
 	c->look_until = 0;
 	if (c->mmio.of_event && !c->ev.valid)
 		mmio_reset(c);

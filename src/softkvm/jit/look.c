@@ -7,20 +7,21 @@
 
 #include "softkvm/jit/internal.h"
 
-static bool loop_is_wanted(const struct cpu *c, const struct jit *j)
+static bool loop_is_wanted(const struct cpu *c, const struct jit *j, uint64_t now)
 {
-	return j->lock || c->profile || __rdtsc() >= c->look_until || __atomic_load_n(&c->run->immediate_exit, __ATOMIC_RELAXED) ||
+	return j->lock || c->profile || now >= c->look_until || __atomic_load_n(&c->run->immediate_exit, __ATOMIC_RELAXED) ||
 	       block_event_due(c);
 }
 
 uint64_t jit_look(struct jit *j, struct jit_code *k)
 {
 	struct cpu *c = j->c;
+	uint64_t now = __rdtsc();
 
-	if (loop_is_wanted(c, j) || heat_would_want(j, k))
+	if (loop_is_wanted(c, j, now) || heat_would_want(j, k))
 		return 1;
 	block_count_insns(c);
-	c->budget = c->blocks->budget_start = c->blocks->refill;
+	block_refill(c, now);
 	j->heat_time++;
 	heat_budget(j, k);
 	return 0;

@@ -106,6 +106,11 @@ GUEST_ASM(busy_rings, 64, "movq $0x200087, 0x5008; invlpg 0x200000; movw $0x050f
 GUEST_ASM(busy_div, 64, "mov $3, %ecx; 1: mov $2, %edx; mov $-1, %rax; div %rcx; lock incl (0x100000); jmp 1b");
 GUEST_ASM(busy_fsin, 64, "fninit; fldpi; 1: fsin; fld1; fpatan; jmp 1b");
 GUEST_ASM(busy_fsin_row, 64, "fninit; fldpi; 1: .rept 40; fsin; fcos; fptan; fstp %st; .endr; jmp 1b");
+/* Few instructions by count, but each waits for memory. */
+GUEST_ASM(busy_chase, 64, "mov $0x100000, %ebx; 1: imul $0x19660d, %eax, %eax; add (%rbx,%rcx), %eax; lea 0x3c6ef35f(%rax), %eax; mov %eax, %ecx; shr $9, %ecx;"
+	  "and $0x1ffffc0, %ecx; jmp 1b");
+/* Thousands of instructions, and one jump back. */
+GUEST_ASM(busy_road, 64, "1: .rept 12000; inc %eax; .endr; jmp 1b");
 
 struct kicker { clockid_t clock; struct timespec at; struct kvm_run *run; pthread_t vcpu; bool signal; atomic_bool left; };
 
@@ -182,6 +187,7 @@ static void exit_in_time(void **state)
 		{ "rep stosb", busy_stos, busy_stos_end }, { "repe cmpsb", busy_cmps, busy_cmps_end }, { "TLB fill", busy_fill, busy_fill_end },
 		{ "self-modifying", busy_patch, busy_patch_end }, { "linked blocks", busy_linked, busy_linked_end }, { "rings", busy_rings, busy_rings_end },
 		{ "div and lock", busy_div, busy_div_end }, { "fsin", busy_fsin, busy_fsin_end }, { "rows of fsin", busy_fsin_row, busy_fsin_row_end },
+		{ "pointers", busy_chase, busy_chase_end }, { "a long road", busy_road, busy_road_end },
 	};
 #if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 	const int64_t limit = 100000;
@@ -194,7 +200,7 @@ static void exit_in_time(void **state)
 		int64_t ns, median = 0;
 		struct guest g;
 
-		guest_create(&g, &(struct guest_cfg){ .mem_size = 8 << 20 });
+		guest_create(&g, &(struct guest_cfg){ .mem_size = 64 << 20 });
 		guest_load(&g, 0x10000, loops[l / 2].code, (size_t)(loops[l / 2].end - loops[l / 2].code));
 		guest_long64(&g, 0, 0x10000);
 		ns = best_latency(&g, l & 1, limit, &median);
