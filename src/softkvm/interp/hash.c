@@ -13,15 +13,18 @@ static size_t hash_line(const struct block_cache *bc, uint64_t h) { return (size
 
 static uint8_t hash_tag(uint64_t h) { return (uint8_t)(h >> 24); }
 
-/* Some entries are always 0. */
+/*
+ * Some entries are always 0. One that was given up serves again: code written anew at one place, time and again, would leave a row of
+ * them that every look there goes through.
+ */
 static void hash_put(struct block_cache *bc, uint32_t *hash, uint32_t entry, uint64_t h)
 {
 	size_t n = hash_line(bc, h), mask = ((size_t)1 << bc->hash_bits) - 1;
 
-	while (hash[n])
+	while (hash[n] && hash[n] != BLOCK_HASH_GONE)
 		n = (n + 1) & mask;
+	bc->hashed += !hash[n];
 	hash[n] = entry;
-	bc->hashed++;
 }
 
 /* Empty, lines on cache lines; NULL: no memory. */
