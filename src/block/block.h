@@ -145,7 +145,7 @@ bool block_read_only(const struct block *b);
 bool block_write_cache(const struct block *b);          /* false: every write is stable when it completes */
 const char *block_id(const struct block *b);
 bool block_is_remote(const struct block *b);            /* a server answers: waiting is not computing */
-bool block_is_near(const struct block *b);              /* it does, over TCP on this machine: reads at once only wait for each other */
+bool block_is_near(const struct block *b);              /* it does, and its end is on this machine: what takes time is copying */
 const char *block_name(const struct block *b);          /* file name, for messages */
 /* At most one device owns a back end: -EBUSY names the owner. */
 int block_attach(struct block *b, const char *owner, struct err *err);

@@ -5,7 +5,7 @@
 #include "base/util.h"
 #include "block/nbd_link.h"
 
-enum { ZERO_MAX = 1 << 30, PIECE = 256 * 1024, NEAR_PIECE = 512 * 1024, TOGETHER = 16 };
+enum { ZERO_MAX = 1 << 30 };
 
 static uint64_t max_payload(const struct nbd *n)
 {
@@ -35,42 +35,30 @@ static int nbd_flush(struct block *b)
 }
 
 /*
- * Aligned to the server's smallest block and inside of the export. What is long goes as several requests at once, so that the
- * server reads the next piece while this one travels. (Over TCP on one machine two pieces wait for each other longer than that saves.)
+ * Aligned to the server's smallest block and inside of the export. As few requests as may be: smaller ones that are sent together do not travel
+ * faster, and a server that takes its time for each, or does only some at once, takes it for all of them.
  */
 static int rw_aligned(struct block *b, uint16_t cmd, uint64_t off, const struct iovec *iov, int cnt, uint64_t len, unsigned flags)
 {
 	struct nbd *n = b->nbd;
-	/* Over TCP a server's short answers to several writes may wait for each other's acknowledgement (qemu-nbd's do: 40 ms). */
-	bool split = cmd == NBD_READ || !n->cfg.host, whole = n->near && len <= NEAR_PIECE;
-	uint64_t piece = MIN(max_payload(n), split && !whole ? (uint64_t)PIECE : UINT64_MAX);
+	uint64_t piece = max_payload(n);
 	bool fua = cmd == NBD_WRITE && wants_fua(b, flags), can = n->hello.flags & NBD_SEND_FUA;
-	struct nbd_op one = { .cmd = cmd, .flags = fua && can ? NBD_FUA : 0, .off = off, .len = len, .iov = iov, .iovcnt = cnt };
+	struct nbd_op op = { .cmd = cmd, .flags = fua && can ? NBD_FUA : 0, .off = off, .len = len, .iov = iov, .iovcnt = cnt };
 	int r = 0;
 	if (!len)
 		return 0; /* the protocol leaves open what an empty request means */
-	if (len <= piece) {
-		r = nbd_transact(n, &one);
-		return !r && fua && !can ? nbd_flush(b) : r;
-	}
-	struct nbd_op *op = calloc(TOGETHER, sizeof *op);
-	struct iovec *v = calloc((size_t)cnt + TOGETHER, sizeof *v); /* a cut between two pieces makes one entry more */
-	if (!op || !v)
-		r = -ENOMEM;
-	for (uint64_t done = 0; !r && done < len;) {
-		unsigned k = 0;
-		for (int used = 0; k < TOGETHER && done < len; k++) {
-			op[k] = one;
-			op[k].off = off + done;
-			op[k].len = MIN(len - done, piece);
-			op[k].iov = v + used;
-			op[k].iovcnt = iov_slice(v + used, iov, cnt, done, op[k].len);
-			used += op[k].iovcnt;
-			done += op[k].len;
+	struct iovec *v = len > piece ? calloc((size_t)cnt, sizeof *v) : NULL;
+	if (len > piece && !v)
+		return -ENOMEM;
+	for (uint64_t done = 0; !r && done < len; done += op.len) {
+		op.off = off + done;
+		op.len = MIN(len - done, piece);
+		if (v) {
+			op.iovcnt = iov_slice(v, iov, cnt, done, op.len);
+			op.iov = v;
 		}
-		r = nbd_transact_all(n, op, k);
+		r = nbd_transact(n, &op);
 	}
-	free(op);
 	free(v);
 	return !r && fua && !can ? nbd_flush(b) : r;
 }

@@ -206,43 +206,38 @@ static void send_or_lose(struct nbd *n, const struct nbd_op *op)
 	pthread_mutex_unlock(&n->lock);
 }
 
-/* One try on the link that is there, `k` requests together: 0, the first -errno from the server, NBD_LOST. */
-static int attempt(struct nbd *n, struct nbd_op *op, unsigned k)
+/* One try on the link that is there: 0, -errno from the server, NBD_LOST. */
+static int attempt(struct nbd *n, struct nbd_op *op)
 {
 	while (n->b->polled && n->out)
 		nbd_link_poll(n); /* in the middle of a request no other can be sent */
 	pthread_mutex_lock(&n->lock);
 	n->waiting++;
-	while (n->up && n->used + k > NBD_SLOTS)
+	while (n->up && n->used == NBD_SLOTS)
 		pthread_cond_wait(&n->room, &n->lock);
 	n->waiting--;
 	bool up = n->up, gone;
-	for (unsigned i = 0; up && i < k; i++)
-		take_slot(n, &op[i]);
+	if (up)
+		take_slot(n, op);
 	pthread_mutex_unlock(&n->lock);
 	if (!up)
 		return NBD_LOST;
 	pthread_mutex_lock(&n->send);
-	for (unsigned i = 0; i < k; i++) {
-		pthread_mutex_lock(&n->lock);
-		gone = op[i].done;
-		pthread_mutex_unlock(&n->lock);
-		/* Lost from here on: sending fails, as the descriptor stays until nobody sends. */
-		if (!gone)
-			send_or_lose(n, &op[i]);
-	}
+	pthread_mutex_lock(&n->lock);
+	gone = op->done;
+	pthread_mutex_unlock(&n->lock);
+	/* Lost from here on: sending fails, as the descriptor stays until nobody sends. */
+	if (!gone)
+		send_or_lose(n, op);
 	pthread_mutex_unlock(&n->send);
 	pthread_mutex_lock(&n->lock);
-	int r = 0;
-	for (unsigned i = 0; i < k; i++) {
-		while (!op[i].done) {
-			if (!n->reading && !n->thread)
-				read_until(n, &op[i]);
-			else
-				pthread_cond_wait(op[i].cond, &n->lock);
-		}
-		r = op[i].ret == NBD_LOST || !r ? op[i].ret : r;
+	while (!op->done) {
+		if (!n->reading && !n->thread)
+			read_until(n, op);
+		else
+			pthread_cond_wait(op->cond, &n->lock);
 	}
+	int r = op->ret;
 	pthread_mutex_unlock(&n->lock);
 	run_lost(n);
 	return r;
@@ -356,28 +351,22 @@ static int await_link(struct nbd *n)
 	return r;
 }
 
-int nbd_transact_all(struct nbd *n, struct nbd_op *op, unsigned k)
+int nbd_transact(struct nbd *n, struct nbd_op *op)
 {
 	pthread_cond_t cond;
 	int r;
 	pthread_cond_init(&cond, NULL);
-	for (unsigned i = 0; i < k; i++)
-		op[i].cond = &cond;
+	op->cond = &cond;
 	do {
 		bool waits = n->cfg.reconnect_delay;
 		r = await_link(n);
 		if (!r)
-			r = attempt(n, op, k);
+			r = attempt(n, op);
 		if (r == NBD_LOST && !waits)
 			r = -EIO;
 	} while (r == NBD_LOST);
 	pthread_cond_destroy(&cond);
 	return r;
-}
-
-int nbd_transact(struct nbd *n, struct nbd_op *op)
-{
-	return nbd_transact_all(n, op, 1);
 }
 
 /* --- requests that nobody waits for --- */
@@ -535,8 +524,8 @@ bool nbd_link_poll(struct nbd *n)
 
 /* --- opening and closing --- */
 
-/* TCP to this machine itself? */
-static bool is_loopback(int fd)
+/* A Unix socket, or TCP to this machine itself? */
+static bool is_near(int fd)
 {
 	struct sockaddr_storage a;
 	socklen_t len = sizeof a;
@@ -544,7 +533,7 @@ static bool is_loopback(int fd)
 		return false;
 	const struct sockaddr_in *v4 = (const struct sockaddr_in *)&a;
 	const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)&a;
-	return (a.ss_family == AF_INET && ntohl(v4->sin_addr.s_addr) >> 24 == 127) || (a.ss_family == AF_INET6 && IN6_IS_ADDR_LOOPBACK(&v6->sin6_addr));
+	return a.ss_family == AF_UNIX || (a.ss_family == AF_INET && ntohl(v4->sin_addr.s_addr) >> 24 == 127) || (a.ss_family == AF_INET6 && IN6_IS_ADDR_LOOPBACK(&v6->sin6_addr));
 }
 
 /* The first connection; open-timeout goes on trying for as long. */
@@ -554,7 +543,7 @@ int nbd_link_open(struct nbd *n, struct err *err)
 	for (;;) {
 		int r = dial(n, &n->chan, &n->hello, NBD_HELLO_MS, err);
 		n->up = !r;
-		n->near = !r && is_loopback(n->chan.fd);
+		n->near = !r && is_near(n->chan.fd);
 		if (!r || nbd_now_ms() >= end)
 			return r;
 		err_clear(err);

@@ -39,7 +39,7 @@ struct nbd_op {
 	int error;                      /* from an error chunk */
 	uint64_t got;                   /* bytes of a read that came */
 	uint32_t ext_len, ext_flags;    /* of a block status */
-	pthread_cond_t *cond;           /* whose owner waits; one for all that it sent together */
+	pthread_cond_t *cond;           /* whose owner waits */
 	struct block_req *req;          /* async */
 	struct nbd_op *next;            /* in `out` */
 	bool unsent;                    /* none or only a part was sent: there can be no answer */
@@ -55,7 +55,7 @@ struct nbd {
 	pthread_cond_t room;            /* a slot is free, the link changed, the reader left */
 	struct nbd_chan chan;
 	bool up, dead, connecting, reading, thread, stop;
-	bool near;                      /* over TCP, but on this machine */
+	bool near;                      /* the server's end is on this machine */
 	pthread_t reader;
 	uint64_t down_since, last_try;  /* ms */
 	uint64_t seq;
@@ -77,8 +77,7 @@ int nbd_read_reply(struct nbd *n, struct nbd_op **out);
 int nbd_link_open(struct nbd *n, struct err *err);
 void nbd_link_init(struct nbd *n, struct block *b);
 void nbd_link_free(struct nbd *n);
-/* `k` requests (at most NBD_SLOTS) together, waiting for their answers and, with reconnect-delay, for a link: 0 or the first -errno. */
-int nbd_transact_all(struct nbd *n, struct nbd_op *op, unsigned k);
+/* A request, waiting for its answer and, with reconnect-delay, for a link: 0 or -errno. */
 int nbd_transact(struct nbd *n, struct nbd_op *op);
 /* Send `now` (async) without waiting for anything; the reader thread ends it with block_finish(). False: not touched. */
 bool nbd_link_submit(struct nbd *n, const struct nbd_op *now);

@@ -19,7 +19,7 @@
 #include "block/nbd.h"
 #include "cli/img.h"
 
-enum { PIECE = 2 << 20, SPARSE_MAX = 16 << 20, THREADS_REMOTE = 8, THREADS_MAX = 16 };
+enum { PIECE = 2 << 20, NEAR_PIECE = 1 << 20, SPARSE_MAX = 16 << 20, THREADS_REMOTE = 8, THREADS_NEAR = 4, THREADS_MAX = 16, SLOW_MS = 5, VERY_SLOW_MS = 40 };
 
 static bool all_zero(const uint8_t *p, uint64_t n)
 {
@@ -36,6 +36,8 @@ struct convert {
 	struct block *base;             /* of the source's chain: what it and those below hold is left to the target's backing file. NULL: nothing is */
 	struct img_rate rate;
 	pthread_mutex_t lock;
+	pthread_t id[THREADS_MAX];      /* those that were started beside the caller's */
+	unsigned started, most;         /* how many of them | how many threads there may be */
 	int error;
 	bool write_error;
 };
@@ -221,11 +223,37 @@ static int copy_piece(struct convert *v, uint64_t off, uint8_t *buf, uint64_t le
 	return copy_runs(v, off, buf, len);
 }
 
+static uint64_t now_ms(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+static void *copier(void *opaque);
+
+/* Locked. */
+static bool start_copier(struct convert *v)
+{
+	bool can = v->started + 1 < v->most && !pthread_create(&v->id[v->started], NULL, copier, v);
+	v->started += can;
+	return can;
+}
+
+/* Locked. `len` bytes took so long: what is behind a server on this machine may be slow, however near that is. Then more at once. */
+static void copy_more(struct convert *v, uint64_t ms, uint64_t len)
+{
+	if (ms > VERY_SLOW_MS * len / NEAR_PIECE)
+		v->piece = MAX(v->piece, (uint64_t)PIECE);
+	if (ms > SLOW_MS * len / NEAR_PIECE && !v->error && v->next < v->size)
+		start_copier(v);
+}
+
 static void *copier(void *opaque)
 {
 	struct convert *v = opaque;
 	uint8_t *buf = NULL;
-	if (posix_memalign((void **)&buf, 4096, v->piece))
+	if (posix_memalign((void **)&buf, 4096, MAX(v->piece, (uint64_t)PIECE)))
 		buf = NULL;
 	pthread_mutex_lock(&v->lock);
 	while (!v->error && v->next < v->size) {
@@ -234,37 +262,49 @@ static void *copier(void *opaque)
 		double wait = img_rate_wait(&v->rate, len);
 		pthread_mutex_unlock(&v->lock);
 		img_sleep(wait);
+		uint64_t began = now_ms();
 		int r = buf ? copy_piece(v, off, buf, len) : -ENOMEM;
+		uint64_t took = now_ms() - began;
 		pthread_mutex_lock(&v->lock);
 		if (r && !v->error)
 			v->error = r;
 		v->done += len;
 		img_progress(v->progress, (double)v->done * 100.0 / (double)v->size);
+		copy_more(v, took, len);
 	}
 	pthread_mutex_unlock(&v->lock);
 	free(buf);
 	return NULL;
 }
 
-/* More threads than processors only wait for each other, unless a server is what they wait for. */
-static unsigned copy_threads(const struct convert *v, unsigned want)
+/*
+ * At most `want` threads; more than processors only wait for each other, unless a server is what they wait for. With a server on this machine
+ * that answers from memory all is copying, and what is on its way should fit into the processor's caches: fewer threads and smaller pieces.
+ */
+static int copy_all(struct convert *v, unsigned want)
 {
-	bool remote = v->dst && block_is_remote(v->dst);
-	for (unsigned i = 0; i < v->nsrc; i++)
+	bool remote = block_is_remote(v->dst), near = !block_is_remote(v->dst) || block_is_near(v->dst);
+	unsigned first = want = MIN(want, (unsigned)THREADS_MAX);
+	for (unsigned i = 0; i < v->nsrc; i++) {
 		remote |= block_is_remote(v->src[i]);
-	return remote ? want : MIN(want, (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L));
-}
-
-static int copy_all(struct convert *v, unsigned threads)
-{
-	pthread_t t[THREADS_MAX];
-	unsigned n = 0;
+		near &= !block_is_remote(v->src[i]) || block_is_near(v->src[i]);
+	}
+	v->piece = MAX((uint64_t)PIECE, ALIGN_UP(v->sparse, (uint64_t)PIECE));
+	if (!remote)
+		first = want = MAX(MIN(want, (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L)), v->compress ? 2u : 1u);
+	else if (near && v->unit <= NEAR_PIECE && v->sparse <= 65536) {
+		first = MIN(want, (unsigned)THREADS_NEAR);
+		v->piece = NEAR_PIECE;
+	}
+	v->most = want;
 	pthread_mutex_init(&v->lock, NULL);
-	while (n + 1 < MIN(threads, THREADS_MAX) && !pthread_create(&t[n], NULL, copier, v))
-		n++;
+	pthread_mutex_lock(&v->lock);
+	while (v->started + 1 < first && start_copier(v))
+		;
+	pthread_mutex_unlock(&v->lock);
 	copier(v);
-	while (n)
-		pthread_join(t[--n], NULL);
+	while (v->started) /* nobody starts any more: there is no more to copy */
+		pthread_join(v->id[--v->started], NULL);
 	pthread_mutex_destroy(&v->lock);
 	return v->error;
 }
@@ -412,9 +452,7 @@ static int convert(struct convert *v, struct convert_args *a)
 	if (!r && final)
 		unlink(final);
 	v->sparse = (uint64_t)a->sparse;
-	v->piece = MAX((uint64_t)PIECE, v->sparse / PIECE * PIECE + (v->sparse % PIECE ? PIECE : 0));
-	a->threads = copy_threads(v, a->threads);
-	if (!r && copy_all(v, v->compress ? MAX(a->threads, 2u) : a->threads))
+	if (!r && copy_all(v, a->threads))
 		r = img_fail("error while %s: %s", v->write_error ? "writing" : "reading", strerror(-v->error));
 	if (!r && a->bitmaps)
 		r = img_copy_bitmaps(v->dst, v->src[0], a->skip_broken);
@@ -575,9 +613,9 @@ int img_dd(int argc, char **argv)
 	struct img_open w = { .format = cr.format, .write = true, .plain = true };
 	struct block *dst = r ? NULL : img_open(cr.file, &w);
 	/* Whatever `bs` is: pieces in which copying is fast. */
-	struct convert v = { .src = &src, .nsrc = 1, .dst = dst, .size = len, .skip = from, .piece = PIECE };
+	struct convert v = { .src = &src, .nsrc = 1, .dst = dst, .size = len, .skip = from };
 	r = r || !dst;
-	if (!r && copy_all(&v, copy_threads(&v, THREADS_REMOTE)))
+	if (!r && copy_all(&v, THREADS_REMOTE))
 		r = img_fail("error while %s: %s", v.write_error ? "writing to output image file" : "reading from input image file", strerror(-v.error));
 	if (block_close_checked(dst) && !r)
 		r = img_fail("%s: cannot write", cr.file);

@@ -6,6 +6,7 @@ usage: nbd_interop_test.py LODGE-QEMU-NBD LODGE-QEMU-IMG LODGE-QEMU-IO; exit sta
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -469,6 +470,43 @@ def test_client_block_sizes():
     p = start("nbdkit", "-f", "-o", "-U", s, "memory", "4M", path=s)
     assert "oldstyle" in run(lodge_img, "info", f"nbd:unix:{s}", ok=(1,))
     stop(p, None)
+
+
+def requests_of(image, server, *delay):
+    """Lengths of what `convert` from and to nbdkit asked for, read and written, and how many reads were under way at most."""
+    for n in ("asked", "copy.out"):
+        if os.path.exists(n):
+            os.unlink(n)
+    s = sock()
+    p = start("nbdkit", "-f", "-U", s, "--filter=log", "--filter=delay", "file", server, "logfile=asked", *delay, path=s)
+    run(lodge_img, "convert", "-f", "raw", "-O", "raw", uri(s), "copy.out")
+    same("copy.out", server)
+    run(lodge_img, "convert", "-n", "-f", "raw", "-O", "raw", image, uri(s))
+    stop(p, None)
+    same(image, server)
+    log = open("asked").read()
+    now, most = 0, 0
+    for end in re.findall(r"(\.\.\.)?Read id=", log):
+        now += -1 if end else 1
+        most = max(most, now)
+    return *([int(n, 16) for n in re.findall(rf" {kind} id=\d+ offset=\S+ count=(0x[0-9a-f]+)", log)] for kind in ("Read", "Write")), most
+
+
+def test_client_pieces():
+    """On this machine a few requests of a mebibyte are under way; where the server turns out to be slow, more of them and larger ones, never smaller."""
+    mib, images = 1 << 20, ("pieces.a", "pieces.b")
+    for n in images:
+        with open(n, "wb") as f:
+            f.write(os.urandom(48 * mib))
+    reads, writes, most = requests_of(*images)
+    assert sum(reads) == sum(writes) == 48 * mib and min(reads) == min(writes) == mib, (reads, writes)
+    assert most <= 8, most
+    with open(images[0], "wb") as f:
+        f.write(os.urandom(48 * mib))
+    reads, writes, most = requests_of(*images, "rdelay=100ms", "wdelay=100ms")
+    assert sum(reads) == sum(writes) == 48 * mib and min(reads) == min(writes) == mib, (reads, writes)
+    assert reads[4:].count(2 * mib) > 12 and writes[4:].count(2 * mib) > 12, (reads, writes)
+    assert most == 8, most
 
 
 def test_client_errors():
