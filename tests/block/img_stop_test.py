@@ -5,7 +5,6 @@ final name, what was changed in place is still a good image with the old content
 usage: img_stop_test.py LODGE-QEMU-IMG; 77 without qemu-img"""
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,17 +12,10 @@ import sys
 import tempfile
 import time
 
+from running import run
+
 MIB = 1 << 20
 SIZE = 16 * MIB
-
-
-def run(*argv, ok=(0,), limit=None):
-    def limits():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    p = subprocess.run(argv, capture_output=True, text=True, timeout=300, preexec_fn=limits if limit else None, check=False)
-    if p.returncode not in ok:
-        raise SystemExit(f"FAIL {' '.join(argv)}: status {p.returncode}\n{p.stdout[-500:]}{p.stderr[-500:]}")
-    return p.stdout + p.stderr
 
 
 def prepare():

@@ -5,7 +5,6 @@ parts of sectors give the very log that qemu-io writes. A preallocated file is l
 usage: log_test.py LODGE-QEMU-IO LODGE-QEMU-IMG; exit status 77 without qemu-io and qemu-img"""
 import os
 import random
-import resource
 import shutil
 import struct
 import subprocess
@@ -13,18 +12,11 @@ import sys
 import tempfile
 import time
 
+from running import run
+
 MAGIC, FLUSH, DISCARD = 0x6A736677736872, 1, 4
 MIB = 1 << 20
 LOG = "driver=blklogwrites,file.driver=file,file.filename=disk,log.driver=file,log.filename=log"
-
-
-def run(*argv, ok=(0,), limit=None):
-    def limits():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    p = subprocess.run(argv, capture_output=True, text=True, timeout=120, preexec_fn=limits if limit else None, check=False)
-    if p.returncode not in ok:
-        raise SystemExit(f"FAIL {' '.join(argv)}: status {p.returncode}\n{p.stdout[-800:]}{p.stderr[-800:]}")
-    return p.stdout + p.stderr
 
 
 def commands(tool, how, cmds, ok=(0,)):
@@ -141,7 +133,7 @@ def hostile(io):
     """Logs to append to that lie: an error that says so, at once."""
     entry = struct.pack("<QQQQ", 0, 1, 0, 0).ljust(512, b"\0") + bytes(512)
     for log, says in ((super_block(magic=1), "magic"), (super_block(version=2), "version 2"), (super_block(size=0), "sector size 0"), (super_block(size=48), "sector size 48"),
-                      (super_block(size=1 << 31), "sector size"), (super_block(entries=2 ** 64 - 1) + entry, "log ends before entry 1"), (super_block(entries=1), "log ends before entry 0"),
+                      (super_block(size=1 << 31), "sector size"), (super_block(entries=2 ** 64 - 1) + entry, "log ends before entry"), (super_block(entries=1), "log ends before entry 0"),
                       (super_block(entries=1) + struct.pack("<QQQQ", 0, 1 << 63, 0, 0).ljust(512, b"\0"), "longer than the log"),
                       (super_block(entries=1) + struct.pack("<QQQQ", 0, 0, 1 << 40, 0).ljust(512, b"\0"), "Invalid flags 0x10000000000 in log entry 0"), (b"x" * 10, "magic")):
         fresh(MIB, log)
@@ -156,6 +148,29 @@ def hostile(io):
     assert "no multiple of the log's sectors" in out, out
     out = commands(io, ["--image-opts", LOG.replace("log.filename=log", "log.filename=/dev/full")], ["write 0 4k"], ok=(1,))
     assert "/dev/full" in out, out
+
+
+def sparse_log(io):
+    """A log of nothing but a size is not read sector by sector: holes are entries of no sectors."""
+    n = (1 << 42) // 512
+    how = ["--image-opts", LOG + ",log-append=on"]
+    for entries, status, says in ((n - 1, 0, "1 MiB"), (n, 1, "log ends before entry"), (1 << 60, 1, "log ends before entry")):
+        fresh(MIB, super_block(entries))
+        os.truncate("log", n * 512)
+        began = time.monotonic()
+        assert says in commands(io, how, ["length"], ok=(status,)), entries
+        assert time.monotonic() - began < 20, "the log was read"
+    # What is in it counts as before: a write in the middle of holes, and what comes after.
+    entry = struct.pack("<QQQQ", 3, 2, 0, 0).ljust(512, b"\0") + b"d" * 1024
+    with open("log", "r+b") as f:
+        f.truncate(0)
+        f.write(super_block(1000 + 1 + 500))
+        f.seek(512 * 1001)
+        f.write(entry)
+        f.truncate(512 * (1 + 1000 + 3 + 500))
+    commands(io, ["-t", "writeback", *how], ["write -P 9 512 512"])
+    found = [e[:3] for e in read_log(open("log", "rb").read())[1]]
+    assert found == [(0, 0, 0)] * 1000 + [(3, 2, 0)] + [(0, 0, 0)] * 500 + [(1, 1, 0), (0, 0, FLUSH)], [e for e in found if any(e)]
 
 
 def zero_runs(img):
@@ -264,6 +279,7 @@ def main():
         for seed in range(4):
             replayed(io, img, seed)
         hostile(io)
+        sparse_log(io)
         zero_runs(img)
         log_full(io)
         preallocated(io, img)
