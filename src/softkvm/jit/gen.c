@@ -498,7 +498,7 @@ void gen_call_edge(struct tr *t, uint64_t rip, unsigned n)
 	int p = tr_part(t, rip);
 	uint8_t *rel32;
 
-	if (rip <= t->t[n].rip) {
+	if (rip <= t->t[n].rip && (p >= 0 || t->k->in_line)) {
 		em_charge(&t->h, t->c, tr_count(t, n));
 		leave_or_go_on(t, em_jcc(&t->h, 14), rip);      /* jle */
 	}

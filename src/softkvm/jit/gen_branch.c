@@ -148,7 +148,8 @@ static void go(struct tr *t)
 }
 
 /*
- * Calls of code that runs much are calls of the host's, and returns its returns: its prediction of them is what makes calls cheap, and nothing is looked up. A
+ * Calls are calls of the host's, and returns its returns: its prediction of them is what makes calls cheap, and nothing is looked up. So they are in code that
+ * does not run much, too: a return there that is none of the host's would leave its prediction of those behind it off by one. A
  * call pushes two words on the host's stack, the guest's return address and, by CALL, where the host goes on; both are popped if the guest returns
  * there. Otherwise (a switch of stacks, a call by another way) the next entry may be meant, when the last was of a call that never returned; else the target is looked up.
  * Whenever code is left all entries go; so what they lead to is there, and whether it is still good is looked at when they are used.
@@ -188,7 +189,8 @@ static void ret_to_call(struct tr *t, unsigned n, struct cold *k, int32_t more)
 	struct em *e = &t->h;
 	uint8_t *other, *far, *j, *hit;
 
-	gen_charge(t, k, tr_count(t, n));
+	if (t->k->in_line)
+		gen_charge(t, k, tr_count(t, n));
 	EM(e, 0x48, 0x3b, 0x44, 0x24, 0x08);                    /* cmp rax, [rsp + 8] */
 	other = em_jcc(e, 5);
 	hit = e->p;
@@ -225,13 +227,7 @@ static void ret_from(struct tr *t, unsigned n, int32_t at)
 		stack(t, k, 0, false);
 	load(t, n, SA, MAX(at, 0));
 	more += word(t);
-	if (t->k->in_line) {
-		ret_to_call(t, n, k, more);
-		return;
-	}
-	gen_lookup(t, n, k);
-	lea_rsp(t, more);
-	go(t);
+	ret_to_call(t, n, k, more);
 }
 
 static bool ret(struct tr *t, unsigned n)
@@ -339,16 +335,13 @@ static bool indirect(struct tr *t, unsigned n, bool call)
 		stack(t, k2, -word(t), true);
 		store_rip(t, n);
 		lea_rsp(t, -word(t));
-		if (t->k->in_line) {
-			call_push(t, n);
-			map_out(&t->h, t);
-			EM(&t->h, 0xff, 0xd0);                  /* call rax */
-			call_behind(t, n);
-			return true;
-		}
-	} else {
-		gen_lookup(t, n, k);
+		call_push(t, n);
+		map_out(&t->h, t);
+		EM(&t->h, 0xff, 0xd0);                  /* call rax */
+		call_behind(t, n);
+		return true;
 	}
+	gen_lookup(t, n, k);
 	go(t);
 	return true;
 }
@@ -367,13 +360,9 @@ static bool direct(struct tr *t, unsigned n, bool call)
 	stack(t, k, -word(t), true);
 	store_rip(t, n);
 	lea_rsp(t, -word(t));
-	if (t->k->in_line) {
-		call_push(t, n);
-		gen_call_edge(t, to, n);
-		call_behind(t, n);
-		return true;
-	}
-	gen_edge(t, to, n, false);
+	call_push(t, n);
+	gen_call_edge(t, to, n);
+	call_behind(t, n);
 	return true;
 }
 
