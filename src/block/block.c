@@ -164,6 +164,8 @@ static int open_resolved(struct block **out, const struct block_name *n, struct 
 		r = choose_format(leaf, o, &format, err);
 	if (!r)
 		r = block_format_check(o, leaf->file, format, err);
+	if (!r && leaf->peeks && strcmp(format, "raw")) /* metadata must not change meanwhile */
+		r = lock_image(leaf->fd, leaf->file, IMAGE_READ, err);
 	bool window = !r && !strcmp(format, "raw") && (o->fmt.raw_only || n->below);
 	if (!r && (window || strcmp(format, "raw"))) {
 		b = block_new(o, l, w);

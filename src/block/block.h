@@ -91,6 +91,7 @@ struct block_opts {
 	bool auto_read_only;            /* a file or export that may not be written opens read-only */
 	/* For the image tools. */
 	bool shared;                    /* read whatever others do with the image; take no locks */
+	bool peek;                      /* read-only: of a raw image, as it holds nothing but data, others may write meanwhile */
 	bool no_backing;                /* do not open the backing file: what is not in this file reads as zeroes */
 	bool as_is;                     /* open what is dirty or marked corrupt too, repair nothing (check does) */
 	const char *backing;            /* instead of the one the image names */

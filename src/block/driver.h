@@ -84,6 +84,7 @@ struct block {
 	/* raw */
 	int fd;
 	bool is_dev, ragged;            /* ragged: the size is no multiple of 512 */
+	bool peeks;                     /* locked with IMAGE_PEEK */
 	unsigned mem_align;             /* O_DIRECT: buffers and offsets; 0: none */
 	bool no_nowait[2], in_memory;   /* atomic: RWF_NOWAIT does not work here, for reads and for writes; reads never wait (tmpfs) */
 	bool no_discard, no_zero_range; /* atomic: the file system cannot */
@@ -199,7 +200,12 @@ int raw_flush_failed(struct block *b, int error);
 int raw_sync_flags(const struct block *b, unsigned flags);
 
 /* QEMU's byte-range locks on an image. -EAGAIN names what holds it. A backing file may have other readers only. */
-int lock_image(int fd, const char *file, bool write, struct err *err);
+enum lock_mode {
+	IMAGE_PEEK,      /* reads what others may write meanwhile */
+	IMAGE_READ,
+	IMAGE_WRITE,
+};
+int lock_image(int fd, const char *file, enum lock_mode mode, struct err *err);
 
 void unlock_image(int fd);
 

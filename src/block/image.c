@@ -288,10 +288,10 @@ int image_snapshot_apply(struct block *b, const char *id_or_name, struct err *er
 	return r ? r : qcow2_snapshot_apply(b, id_or_name, err);
 }
 
-int image_snapshot_delete(struct block *b, const char *id_or_name, struct err *err)
+int image_snapshot_delete(struct block *b, const char *name, struct err *err)
 {
 	int r = need_qcow2(b, true, "snapshots", err);
-	return r ? r : qcow2_snapshot_delete(b, id_or_name, err);
+	return r ? r : qcow2_snapshot_delete(b, name, err);
 }
 
 int image_set_backing(struct block *b, const char *file, const char *format, struct err *err)

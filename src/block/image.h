@@ -88,7 +88,7 @@ void image_info_free(struct image_info *i);
 
 int image_snapshot_create(struct block *b, const char *name, struct err *err);
 int image_snapshot_apply(struct block *b, const char *id_or_name, struct err *err);
-int image_snapshot_delete(struct block *b, const char *id_or_name, struct err *err);
+int image_snapshot_delete(struct block *b, const char *name, struct err *err);
 /* NULL names remove the backing file. */
 int image_set_backing(struct block *b, const char *file, const char *format, struct err *err);
 

@@ -104,7 +104,7 @@ int q_load_tables(struct qcow2 *q, struct err *err)
 /* `name` stands in the image or came from the user; NULL: o->backing_options say what it is. */
 static int open_named_backing(struct qcow2 *q, const struct block_opts *o, const char *name, const char *format, unsigned depth, struct err *err)
 {
-	struct block_opts bo = { .format = format, .read_only = true, .cache = o->cache, .shared = o->shared, .tls = o->tls,
+	struct block_opts bo = { .format = format, .read_only = true, .cache = o->cache, .shared = o->shared, .peek = o->peek, .tls = o->tls,
 				 .throttles = o->throttles, .options = name ? NULL : o->backing_options };
 	struct stat a, b;
 	char *path = !name ? NULL : o->backing ? strdup(name) : block_path_beside(q->b->file, name);
@@ -407,7 +407,7 @@ static int driver_map(struct block *b, uint64_t off, uint64_t len, struct block_
 		return r;
 	*e = (struct block_extent){ .len = run.len, .present = run.kind != Q_HOLE, .zero = run.kind == Q_ZERO,
 				    .data = run.kind == Q_DATA || run.kind == Q_COMPRESSED, .compressed = run.kind == Q_COMPRESSED };
-	if (run.kind == Q_DATA || (run.kind == Q_ZERO && run.host)) {
+	if (run.kind == Q_DATA || ((run.kind == Q_ZERO || run.kind == Q_HOLE) && run.host)) {
 		e->has_offset = true;
 		e->offset = run.host;
 		e->file = q->data->file;

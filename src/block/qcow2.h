@@ -259,7 +259,7 @@ int q_read_l1(struct qcow2 *q, uint64_t off, uint32_t n, uint64_t **l1, struct e
 struct qsnap *q_find_snapshot(struct qcow2 *q, const char *id_or_name);
 int qcow2_snapshot_create(struct block *b, const char *name, struct err *err);
 int qcow2_snapshot_apply(struct block *b, const char *id_or_name, struct err *err);
-int qcow2_snapshot_delete(struct block *b, const char *id_or_name, struct err *err);
+int qcow2_snapshot_delete(struct block *b, const char *name, struct err *err);
 
 /* --- qcow2_check.c --- */
 int qcow2_check(struct block *b, unsigned fix, struct image_check *c, struct err *err);

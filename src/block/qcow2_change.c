@@ -271,6 +271,58 @@ static int expand_zeroes(struct qcow2 *q)
 	return q_flush(q, true);
 }
 
+/* 1: some cluster that the snapshot shows is a zero cluster; else 0 or -errno. */
+static int snapshot_has_zeroes(struct qcow2 *q, const struct qsnap *s, struct err *err)
+{
+	uint64_t *l1;
+	uint8_t *l2 = malloc(q->cs);
+	int r = l2 ? q_read_l1(q, s->l1_off, s->l1_size, &l1, err) : err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
+	bool found = false;
+	for (uint32_t i = 0; !r && !found && i < s->l1_size; i++) {
+		uint64_t off = l1[i] & OFFSET_MASK;
+		if (off && (r = q_is_aligned(q, off) ? q_pread(q, off, l2, q->cs) : -EIO))
+			err_set_errno(err, r, "%s: cannot read a table of snapshot '%s'", q->b->file, s->s.name);
+		for (unsigned e = 0; !r && off && !found && e < BIT(q->l2_bits); e++) {
+			struct qentry en;
+			qentry_decode(q, l2 + e * q->entry_size, &en);
+			found = en.zero;
+		}
+	}
+	if (l2)
+		free(l1);
+	free(l2);
+	return r ? r : found;
+}
+
+/* Can all that the image has be said in version 2? */
+static int fits_version2(struct qcow2 *q, struct err *err)
+{
+	static const struct { uint64_t bit; const char *what; } features[] = {
+		{ INCOMPAT_DATA_FILE, "an external data file" }, { INCOMPAT_COMPRESSION, "a compression type" }, { INCOMPAT_EXT_L2, "extended L2 entries" },
+		{ INCOMPAT_CORRUPT, "a mark as corrupt (see check -r)" },
+	};
+	for (size_t i = 0; i < ARRAY_SIZE(features); i++) {
+		if (q->h.incompat & features[i].bit)
+			return err_set(err, -ENOTSUP, "%s: the image has %s, which compat=0.10 does not have", q->b->file, features[i].what);
+	}
+	if (q->h.incompat)
+		return err_set(err, -ENOTSUP, "%s: uses features that compat=0.10 does not have", q->b->file);
+	if (q->h.refcount_order != 4)
+		return err_set(err, -ENOTSUP, "%s: compat=0.10 requires refcounts of 16 bits (add refcount_bits=16)", q->b->file);
+	if (q_find_ext(q, EXT_BITMAPS))
+		return err_set(err, -ENOTSUP, "%s: the image has dirty bitmaps, which compat=0.10 does not have; remove them first (bitmap --remove)", q->b->file);
+	for (unsigned i = 0; i < q->nsnaps; i++) {
+		const struct qsnap *s = &q->snaps[i];
+		if (s->s.disk_size != q->h.size || s->s.vm_state_size > UINT32_MAX)
+			return err_set(err, -ENOTSUP, "%s: snapshot '%s' is of another size, which compat=0.10 cannot say; delete it first", q->b->file, s->s.name);
+		int r = snapshot_has_zeroes(q, s, err);
+		if (r)
+			return r < 0 ? r : err_set(err, -ENOTSUP, "%s: snapshot '%s' has zero clusters, which compat=0.10 does not have; delete it first",
+						   q->b->file, s->s.name);
+	}
+	return 0;
+}
+
 static int to_version(struct qcow2 *q, unsigned version, struct err *err)
 {
 	struct qhead h = q->h;
@@ -278,8 +330,9 @@ static int to_version(struct qcow2 *q, unsigned version, struct err *err)
 	if (version == h.version)
 		return 0;
 	if (version == 2) {
-		if (h.incompat || h.refcount_order != 4 || q->nsnaps || q_find_ext(q, EXT_BITMAPS))
-			return err_set(err, -ENOTSUP, "%s: uses features that compat=0.10 does not have", q->b->file);
+		r = fits_version2(q, err);
+		if (r)
+			return r;
 		r = q_start_writing(q);
 		if (!r)
 			r = expand_zeroes(q);

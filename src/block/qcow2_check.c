@@ -41,6 +41,16 @@ static void count(struct check *k, uint64_t off, uint64_t bytes, const char *wha
 	}
 }
 
+/* QEMU's statistics: an active cluster that is not behind the one before it, in the same L2 table. */
+static void count_place(struct check *k, uint64_t off, bool active)
+{
+	if (!active)
+		return;
+	k->c->allocated++;
+	k->c->fragmented += k->next_host && k->next_host != off;
+	k->next_host = off + k->q->cs;
+}
+
 static void count_entry(struct check *k, const struct qentry *e, uint64_t guest, bool active)
 {
 	struct qcow2 *q = k->q;
@@ -70,7 +80,7 @@ static void count_entry(struct check *k, const struct qentry *e, uint64_t guest,
 			say(k, "ERROR: guest offset 0x%llx is mapped to 0x%llx of the data file", (unsigned long long)guest, (unsigned long long)off);
 			k->c->corruptions++;
 		}
-		k->c->allocated += active && e->alloc;
+		count_place(k, off, active && (off || e->raw & OFLAG_COPIED)); /* the first cluster of a data file is at 0 */
 		return;
 	}
 	if (!off)
@@ -80,11 +90,7 @@ static void count_entry(struct check *k, const struct qentry *e, uint64_t guest,
 		k->c->corruptions++;
 		return;
 	}
-	if (active) {
-		k->c->allocated++;
-		k->c->fragmented += k->next_host && k->next_host != off;
-		k->next_host = off + q->cs;
-	}
+	count_place(k, off, active);
 	count(k, off, len, "data cluster");
 }
 
@@ -116,6 +122,7 @@ static void walk(struct check *k, const uint64_t *l1, uint32_t n, bool active)
 			k->c->errors++;
 			continue;
 		}
+		k->next_host = 0;
 		for (unsigned e = 0; e < BIT(q->l2_bits); e++) {
 			struct qentry en;
 			qentry_decode(q, l2 + e * q->entry_size, &en);

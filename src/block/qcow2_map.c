@@ -79,7 +79,7 @@ static bool extends(const struct qcow2 *q, const struct qrun *run, int kind, con
 {
 	if (kind != (int)run->kind || kind == Q_COMPRESSED)
 		return false;
-	if (kind == Q_ZERO) /* a place kept for later counts, too: map shows it */
+	if (kind == Q_ZERO || kind == Q_HOLE) /* a place kept for later, or by other subclusters, counts, too: map shows it */
 		return e->host ? run->host && e->host + in == run->host + run->len : !run->host;
 	return kind != Q_DATA || (e->host + in == run->host + run->len && e->copied == run->copied);
 }
@@ -110,7 +110,7 @@ int q_lookup(struct qcow2 *q, uint64_t off, uint64_t len, struct qrun *run, bool
 				return run->len ? 0 : kind;
 			uint64_t n = MIN(left, kind == Q_COMPRESSED ? q->cs - in : q->sub_size - in % q->sub_size);
 			if (!run->len)
-				*run = (struct qrun){ (enum qkind)kind, 0, kind == Q_DATA || (kind == Q_ZERO && e.host) ? e.host + in : 0, e.raw, e.copied };
+				*run = (struct qrun){ (enum qkind)kind, 0, kind == Q_DATA || (kind != Q_COMPRESSED && e.host) ? e.host + in : 0, e.raw, e.copied };
 			else if (!extends(q, run, kind, &e, in))
 				return 0;
 			run->len += n;

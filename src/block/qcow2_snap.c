@@ -156,15 +156,20 @@ static int put_table(struct qbuild *w, uint64_t old_bytes, struct err *err)
 	return r;
 }
 
+static struct qsnap *find_by_name(struct qcow2 *q, const char *name)
+{
+	for (unsigned i = 0; i < q->nsnaps; i++)
+		if (!strcmp(q->snaps[i].s.name, name))
+			return &q->snaps[i];
+	return NULL;
+}
+
 struct qsnap *q_find_snapshot(struct qcow2 *q, const char *id_or_name)
 {
 	for (unsigned i = 0; i < q->nsnaps; i++)
 		if (!strcmp(q->snaps[i].s.id, id_or_name))
 			return &q->snaps[i];
-	for (unsigned i = 0; i < q->nsnaps; i++)
-		if (!strcmp(q->snaps[i].s.name, id_or_name))
-			return &q->snaps[i];
-	return NULL;
+	return find_by_name(q, id_or_name);
 }
 
 static int new_snap(struct qcow2 *q, const char *name, struct err *err)
@@ -236,11 +241,10 @@ int qcow2_snapshot_create(struct block *b, const char *name, struct err *err)
 	return finish(q, &w, &all, r, err);
 }
 
-static int begin_with(struct qcow2 *q, struct qbuild *w, const char *id_or_name, struct qsnap **s, struct err *err)
+static int begin_with(struct qcow2 *q, struct qbuild *w, struct qsnap *s, const char *name, struct err *err)
 {
-	*s = q_find_snapshot(q, id_or_name);
-	if (!*s)
-		return err_set(err, -ENOENT, "%s: there is no snapshot '%s'", q->b->file, id_or_name);
+	if (!s)
+		return err_set(err, -ENOENT, "%s: there is no snapshot '%s'", q->b->file, name);
 	return qbuild_begin(w, q, false, err);
 }
 
@@ -282,7 +286,7 @@ int qcow2_snapshot_apply(struct block *b, const char *id_or_name, struct err *er
 		return r;
 	r = q_stop(q, &all, err);
 	if (!r)
-		r = begin_with(q, &w, id_or_name, &s, err);
+		r = begin_with(q, &w, s = q_find_snapshot(q, id_or_name), id_or_name, err);
 	/* The bitmaps go along, as long as the larger of both sizes: what is too much goes when they are written (q_bitmaps_end). */
 	if (!r && size > q->h.size && q_bitmaps_resized(q, size))
 		r = err_set(err, -ENOMEM, "%s: the bitmaps are too large", b->file);
@@ -312,7 +316,8 @@ static int delete(struct qbuild *w, struct qsnap *s, struct err *err)
 	return r ? r : qbuild_active(w, q->l1, q->h.l1_size, q->h.l1_size, true, err);
 }
 
-int qcow2_snapshot_delete(struct block *b, const char *id_or_name, struct err *err)
+/* By name only, as in QEMU: what is deleted must not depend on other snapshots' numbers. */
+int qcow2_snapshot_delete(struct block *b, const char *name, struct err *err)
 {
 	struct qcow2 *q = b->qcow2;
 	struct qrange all;
@@ -320,7 +325,7 @@ int qcow2_snapshot_delete(struct block *b, const char *id_or_name, struct err *e
 	struct qsnap *s = NULL;
 	int r = q_stop(q, &all, err);
 	if (!r)
-		r = begin_with(q, &w, id_or_name, &s, err);
+		r = begin_with(q, &w, s = find_by_name(q, name), name, err);
 	if (!r)
 		r = delete(&w, s, err);
 	return finish(q, &w, &all, r, err);

@@ -511,8 +511,9 @@ int raw_open(struct block *b, const struct block_opts *o, struct err *err)
 	int r = file_size(b, err);
 	if (!r && bypass)
 		r = find_alignment(b, err);
+	b->peeks = o->peek && !write && !o->shared && !o->no_lock;
 	if (!r && !o->shared && !o->no_lock)
-		r = lock_image(b->fd, b->file, write, err);
+		r = lock_image(b->fd, b->file, write ? IMAGE_WRITE : b->peeks ? IMAGE_PEEK : IMAGE_READ, err);
 	if (!r && (b->loop || b->polled) && o->aio != AIO_THREADS) {
 		int u = uring_open(b);
 		if (u && o->aio == AIO_IO_URING)

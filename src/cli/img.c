@@ -81,7 +81,7 @@ bool img_image_opts(void)
 
 struct block *img_open(const char *file, const struct img_open *o)
 {
-	struct block_opts b = { .file = file, .format = o->format, .read_only = !o->write, .shared = o->shared, .as_is = o->as_is,
+	struct block_opts b = { .file = file, .format = o->format, .read_only = !o->write, .shared = o->shared, .peek = !o->write && !o->still && !o->snapshot, .as_is = o->as_is,
 				.no_backing = o->no_backing, .discard_unmap = !o->discard_ignore, .internal = o->internal, .aio = o->aio, .polled = o->polled, .snapshot = o->snapshot, .copy_on_read = o->copy_on_read };
 	struct err err = { 0 };
 	struct block *blk;

@@ -31,6 +31,7 @@ int img_usage(const char *fmt, ...) __attribute__((format(printf, 1, 2)));      
 struct img_open {
 	const char *format, *cache, *backing, *internal;
 	bool write, shared, no_backing, as_is, plain, target, discard_ignore, snapshot, copy_on_read;
+	bool still;                     /* read-only: nobody may write meanwhile, not even to a raw image */
 	bool options;                   /* the name is a list of options, whatever --image-opts says */
 	const char *program;            /* qemu-io, for messages; NULL: qemu-img */
 	enum block_aio aio;

@@ -489,7 +489,7 @@ int img_convert(int argc, char **argv)
 {
 	struct convert v = { 0 };
 	struct convert_args a = { .options = "", .cache = "unsafe", .threads = THREADS_REMOTE, .sparse = 4096 };
-	struct img_open so = { 0 };
+	struct img_open so = { .still = true };
 	int c;
 	image_create_init(&a.cr);
 	while ((c = img_getopt(argc, argv, ":hf:O:B:CcF:o:l:S:pt:T:qnm:WUr:")) >= 0) {

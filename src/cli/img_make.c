@@ -311,7 +311,7 @@ int img_rebase(int argc, char **argv)
 	}
 	if (!unsafe && !remove) {
 		char *path = block_path_beside(file, base);
-		struct img_open n = { .format = format, .cache = base_cache, .plain = true };
+		struct img_open n = { .format = format, .cache = base_cache, .plain = true, .still = true };
 		fresh = path ? img_open(path, &n) : NULL;
 		free(path);
 		r = !fresh;

@@ -63,6 +63,17 @@ def fixtures(d, qemu):
     img("convert", "-O", "vpc", "-o", "subformat=fixed,force_size=on", "raw", "vpc.fixed")
     img("convert", "-O", "vpc", "-o", "force_size=on", "raw", "vpc.forced")
     img("convert", "-O", "vhdx", "-o", "subformat=fixed", "raw", "vhdx.fixed")
+    img("create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=64k", "subs", "8M")
+    io("subs", "write -P 1 0 100k", "write -P 2 1M 3k", "write -z 70k 4k")
+    img("create", "-q", "-f", "qcow2", "-o", "data_file=part.data", "part", "4M")
+    io("part", "write -P 1 0 100k", "write -P 2 1M 64k", "write -z 2M 64k", "write -P 1 3M 64k", "write -z 3M 64k")
+    img("create", "-q", "-f", "qcow2", "-o", "refcount_bits=16", "old", "4M")
+    io("old", "write -P 1 0 100k")
+    img("snapshot", "-c", "2", "old")
+    io("old", "write -P 2 0 100k", "write -z 1M 64k")
+    img("snapshot", "-c", "x", "old")
+    img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "small", "1M")
+    io("small", "write -P 1 0 100k", "write -P 2 500k 10k")
     damage(d)
 
 
@@ -190,6 +201,13 @@ def cases():
         "compare -U q q", "compare over q", "compare top over", "compare -s packed raw", "compare vmdk raw", "compare broken q", "compare top q",
         "compare -q missing q", "compare -f nonsense q q", "compare --image-opts driver=qcow2,file.filename=q raw", "compare -f raw --image-opts q raw",
     ]
+    for k in ("subs", "part", "old", "small"):
+        yield f"check {k} ; check --output=json {k} ; map --output=json {k} ; map {k}"
+    yield from [
+        "snapshot -d 1 old ; snapshot -l old", "snapshot -d 2 old ; snapshot -l old ; check old", "snapshot -a 2 old ; check old", "convert -l 2 -O raw old out ; compare old out",
+        "snapshot -d x old ; amend -o compat=0.10 old ; info old ; check old ; snapshot -a 2 old ; map --output=json old", "resize --shrink v2 4M ; snapshot -c a v2 ; amend -o compat=1.1 v2 ; amend -o compat=0.10 v2 ; info v2 ; check v2",
+        "snapshot -d x old ; snapshot -c y old ; resize old 5M ; amend -o compat=0.10 old ; info old",
+    ]
     for o in ("", "-u", "-p", "-q"):
         yield from [f"rebase {o} -b q -F qcow2 top ; info top ; map --output=json top", f"rebase {o} -b '' top ; info top ; map --output=json top", f"rebase {o} top",
                     f"rebase {o} -b nowhere -F qcow2 top ; info top", f"rebase {o} -b q top ; info top", f"rebase {o} -b raw -F raw over ; info over ; check over",
@@ -280,7 +298,7 @@ VOLATILE = [
 ]
 
 
-NEEDS = {"over": ["q"], "top": ["over", "q"], "onraw": ["raw"], "ext": ["ext.data"], "flat.vmdk": ["flat-flat.vmdk"], "two.vmdk": ["two-s001.vmdk"]}
+NEEDS = {"over": ["q"], "top": ["over", "q"], "onraw": ["raw"], "ext": ["ext.data"], "part": ["part.data"], "flat.vmdk": ["flat-flat.vmdk"], "two.vmdk": ["two-s001.vmdk"]}
 
 
 def copy_named(made, d, commands):
@@ -326,7 +344,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = (" -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
+ALWAYS = ("check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
 
 
 def main():

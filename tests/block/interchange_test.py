@@ -199,6 +199,22 @@ def amend(raw):
         assert json.loads(run(qemu, "info", "--output=json", "m.qcow2"))["format-specific"]["data"]["compat"] == version
 
 
+def amend_refused():
+    """What version 2 cannot say is named, with what to do, and the image stays as it is."""
+    run(qemu, "create", "-q", "-f", "qcow2", "am.qcow2", "2M")
+    run("qemu-io", "-c", "write -P 3 0 128k", "-c", "write -z 0 64k", "am.qcow2")
+    run(lodge, "snapshot", "-c", "with zeroes", "am.qcow2")
+    run(lodge, "bitmap", "--add", "am.qcow2", "bits")
+    for remedy, says in ((("bitmap", "--remove", "am.qcow2", "bits"), "bitmap --remove"), (("snapshot", "-d", "with zeroes", "am.qcow2"), "snapshot 'with zeroes' has zero clusters")):
+        before = open("am.qcow2", "rb").read()
+        p = subprocess.run([lodge, "amend", "-o", "compat=0.10", "am.qcow2"], capture_output=True, text=True, check=False)
+        assert p.returncode == 1 and says in p.stderr, p.stderr
+        assert open("am.qcow2", "rb").read() == before
+        run(lodge, *remedy)
+    run(lodge, "amend", "-o", "compat=0.10", "am.qcow2")
+    clean(qemu, "am.qcow2")
+
+
 def log_lines(size):
     """What a system writes down about itself: short repeats with numbers among them, where lazy matching tells."""
     rnd, out, t = random.Random(7), [], 0
@@ -319,6 +335,7 @@ with tempfile.TemporaryDirectory(dir="/var/tmp") as d:
         bitmaps(opts, lodge, qemu)
         bitmaps(opts, qemu, lodge)
     amend("raw")
+    amend_refused()
     packed_sizes()
     run(lodge, "convert", "-C", "-O", "raw", "m.qcow2", "o.raw")
     same("o.raw", "m.qcow2", "raw", "qcow2")

@@ -67,7 +67,7 @@ static void change(const uint8_t *data, size_t size)
 	image_snapshot_create(b, "x", NULL);
 	image_write(b, 0, buf, MIN(len, 4096u));
 	if (b->qcow2->nsnaps)
-		image_snapshot_delete(b, b->qcow2->snaps[0].s.id, NULL);
+		image_snapshot_delete(b, b->qcow2->snaps[0].s.name, NULL);
 	image_resize(b, len / 2 / 512 * 512 + 512, PREALLOC_OFF, NULL);
 	block_close(b);
 	/* not after a write, which takes the bitmaps */
