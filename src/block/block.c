@@ -275,6 +275,11 @@ void block_unlock(struct block *b)
 	unlock_image(b->fd);
 }
 
+void block_abandon(struct block *b)
+{
+	b->abandoned = true;
+}
+
 void block_close(struct block *b)
 {
 	block_close_checked(b);

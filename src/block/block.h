@@ -115,6 +115,8 @@ int block_open(struct block **out, const struct block_opts *o, struct loop *l, s
 void block_close(struct block *b);
 /* The same for who wants to know whether all of it is on the disk: 0 or -errno. */
 int block_close_checked(struct block *b);
+/* Its file is going to be removed: closing writes nothing more to it and complains about nothing. */
+void block_abandon(struct block *b);
 /* The same after CACHE_UNSAFE: now it is worth waiting for the disk. */
 int block_sync_close(struct block *b);
 /* Stop keeping writers out of this read-only image (commit writes to its own backing file). */

@@ -137,6 +137,8 @@ static int create_qcow2(const struct image_create *c, struct block *leaf, struct
 	if (r)
 		return r;
 	r = image_resize(b, ALIGN_UP(c->size, (uint64_t)512), c->prealloc, err);
+	if (r)
+		block_abandon(b);
 	int r2 = block_sync_close(b); /* an image that was made is there after a power cut */
 	return r ? r : r2 ? err_set_errno(err, r2, "%s: cannot write", c->file) : 0;
 }

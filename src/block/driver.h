@@ -84,6 +84,7 @@ struct block {
 	/* raw */
 	int fd;
 	bool is_dev, ragged;            /* ragged: the size is no multiple of 512 */
+	bool abandoned;                 /* its file is going to be removed */
 	bool peeks;                     /* locked with IMAGE_PEEK */
 	unsigned mem_align;             /* O_DIRECT: buffers and offsets; 0: none */
 	bool no_nowait[2], in_memory;   /* atomic: RWF_NOWAIT does not work here, for reads and for writes; reads never wait (tmpfs) */

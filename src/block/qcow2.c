@@ -263,7 +263,7 @@ static void qcow2_close(struct block *b)
 	if (!q)
 		return;
 	block_drain(q->data); /* whoever finished the last request may still be on its way out */
-	if (!b->read_only && q->l1 && q->l2.hash && q->refs.hash) {
+	if (!b->abandoned && !b->read_only && q->l1 && q->l2.hash && q->refs.hash) {
 		q_bitmaps_end(q);
 		/* The first round frees what is dead, the second writes that. */
 		int r = q_flush(q, true);

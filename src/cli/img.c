@@ -107,6 +107,20 @@ struct block *img_open(const char *file, const struct img_open *o)
 	return r ? NULL : blk;
 }
 
+int img_io_failed(const char *file, const char *what, int error)
+{
+	const char *todo = error == -ENOSPC || error == -EDQUOT ? "; make room there, or choose another place" :
+		error == -EFBIG ? "; no longer file is allowed there (file system, ulimit -f): choose another place" : "";
+	return img_fail("%s: %s: %s%s", file, what, strerror(-error), todo);
+}
+
+int img_file_failed(const char *file, const char *message)
+{
+	size_t n = strlen(file);
+	bool named = !strncmp(message, file, n) && message[n] == ':';
+	return img_fail("%s%s%s", named ? "" : file, named ? "" : ": ", message);
+}
+
 int64_t img_size(const char *text, const char *what)
 {
 	return img_size_most(text, what, INT64_MAX);

@@ -26,6 +26,10 @@ int io_main(int argc, char **argv);
 /* --- img.c: what the verbs share --- */
 /* "qemu-img: message" on standard error; returns 1. */
 int img_fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+/* "FILE: WHAT: reason", and what to do where that is known; returns 1. */
+int img_io_failed(const char *file, const char *what, int error);
+/* A message about a file that may begin with its name. */
+int img_file_failed(const char *file, const char *message);
 int img_usage(const char *fmt, ...) __attribute__((format(printf, 1, 2)));      /* with "Try --help" */
 /* plain: a name even with --image-opts; target: --target-image-opts decides. */
 struct img_open {

@@ -40,6 +40,7 @@ struct convert {
 	unsigned started, most;         /* how many of them | how many threads there may be */
 	int error;
 	bool write_error;
+	struct block *failed;           /* the source that could not be read */
 };
 
 /* --salvage: said, as QEMU does, and gone on. */
@@ -68,6 +69,13 @@ static struct block *source_at(struct convert *v, uint64_t off, uint64_t *in, ui
 	return NULL; /* behind the last one */
 }
 
+static int read_failed(struct convert *v, struct block *b, int r)
+{
+	if (r)
+		__atomic_store_n(&v->failed, b, __ATOMIC_RELAXED);
+	return r;
+}
+
 enum status { DATA, ZERO, BELOW /* the target's backing file has it */ };
 
 /* 0 or -errno. What is at `off`, up to `len` bytes of it, as its image knows: *n how many. */
@@ -83,7 +91,7 @@ static int look(struct convert *v, uint64_t off, uint64_t len, uint64_t *n, enum
 		*n = MIN(*n, e.len);
 		*s = v->base && !e.present && !e.zero ? BELOW : e.zero ? ZERO : DATA;
 	}
-	return r;
+	return read_failed(v, b, r);
 }
 
 /* Data from wherever in the sources it is. With --salvage what cannot be read is zeroes, sector by sector. */
@@ -105,7 +113,7 @@ static int read_data(struct convert *v, uint64_t off, uint8_t *buf, uint64_t len
 				memset(buf + done + at, 0, k);
 			}
 		}
-		r = v->salvage ? 0 : r;
+		r = v->salvage ? 0 : read_failed(v, b, r);
 	}
 	return r;
 }
@@ -309,6 +317,14 @@ static int copy_all(struct convert *v, unsigned want)
 	return v->error;
 }
 
+/* After copy_all(): which file, and why. */
+static int copy_failed(const struct convert *v, const char *target, const char *image)
+{
+	char what[64];
+	snprintf(what, sizeof what, "error while %s%s", v->write_error ? "writing" : "reading", image);
+	return img_io_failed(v->write_error ? target : v->failed ? block_name(v->failed) : "the source", what, v->error);
+}
+
 /* --- the target --- */
 
 /* An interrupted run removes what it was making. Set before the signals are caught. */
@@ -453,12 +469,14 @@ static int convert(struct convert *v, struct convert_args *a)
 		unlink(final);
 	v->sparse = (uint64_t)a->sparse;
 	if (!r && copy_all(v, a->threads))
-		r = img_fail("error while %s: %s", v->write_error ? "writing" : "reading", strerror(-v->error));
+		r = copy_failed(v, target, "");
 	if (!r && a->bitmaps)
 		r = img_copy_bitmaps(v->dst, v->src[0], a->skip_broken);
+	if (r && final && v->dst)
+		block_abandon(v->dst);
 	int c = block_close_checked(v->dst); /* waits for the disk unless the cache mode is unsafe, the default, as QEMU */
 	if (!r && c)
-		r = img_fail("%s: cannot write: %s", target, strerror(-c));
+		r = img_io_failed(target, "cannot write", c);
 	if (!r && final && rename(a->cr.file, final))
 		r = img_fail("%s: %s", final, strerror(errno));
 	if (final && r && a->cr.file != target)
@@ -609,14 +627,14 @@ int img_dd(int argc, char **argv)
 		img_fail("%s: cannot skip to specified offset", in); /* said, and the output is empty */
 	cr.size = len;
 	cr.tls = img_objects();
-	int r = image_create(&cr, &err) ? img_fail("%s: %s", cr.file, err.msg) : 0;
+	int r = image_create(&cr, &err) ? img_file_failed(cr.file, err.msg) : 0;
 	struct img_open w = { .format = cr.format, .write = true, .plain = true };
 	struct block *dst = r ? NULL : img_open(cr.file, &w);
 	/* Whatever `bs` is: pieces in which copying is fast. */
 	struct convert v = { .src = &src, .nsrc = 1, .dst = dst, .size = len, .skip = from };
 	r = r || !dst;
 	if (!r && copy_all(&v, THREADS_REMOTE))
-		r = img_fail("error while %s: %s", v.write_error ? "writing to output image file" : "reading from input image file", strerror(-v.error));
+		r = copy_failed(&v, cr.file, " image");
 	if (block_close_checked(dst) && !r)
 		r = img_fail("%s: cannot write", cr.file);
 	block_close(src);

@@ -8,6 +8,16 @@
 #include "cli/img.h"
 #include "cli/tool.h"
 
+/* As an option could be given: a comma in it stands twice. */
+static void print_name(const char *key, const char *value)
+{
+	if (!value)
+		return;
+	printf(" %s=", key);
+	for (; *value; value++)
+		fputs((char[]){ *value, *value == ',' ? ',' : 0, 0 }, stdout);
+}
+
 static void print_formatting(const struct image_create *c, const struct img_create_seen *seen)
 {
 	printf("Formatting '%s', fmt=%s", c->file, c->format);
@@ -24,12 +34,10 @@ static void print_formatting(const struct image_create *c, const struct img_crea
 	printf(" compression_type=%s size=%llu", c->zstd ? "zstd" : "zlib", (unsigned long long)c->size);
 	if (seen->compat)
 		printf(" compat=%s", seen->compat);
-	if (c->backing)
-		printf(" backing_file=%s", c->backing);
+	print_name("backing_file", c->backing);
 	if (c->backing_format)
 		printf(" backing_fmt=%s", c->backing_format);
-	if (c->data_file)
-		printf(" data_file=%s", c->data_file);
+	print_name("data_file", c->data_file);
 	if (seen->data_raw)
 		printf(" data_file_raw=%s", c->data_raw ? "on" : "off");
 	printf(" lazy_refcounts=%s refcount_bits=%u\n", c->lazy_refcounts ? "on" : "off", c->refcount_bits);
@@ -120,7 +128,7 @@ int img_create(int argc, char **argv)
 	fflush(stdout);
 	cr.tls = img_objects();
 	if (!r && image_create(&cr, &err))
-		r = img_fail("%s: %s", cr.file, err.msg);
+		r = img_file_failed(cr.file, err.msg);
 	keyvals_free(&l);
 	return r;
 }
@@ -320,7 +328,7 @@ int img_rebase(int argc, char **argv)
 		r = img_fail("Could not change the backing file to '%s': backing format must be specified", base);
 	int n = r || unsafe ? 0 : rebase_copy(b, fresh, progress);
 	if (n)
-		r = img_fail("error while copying: %s", strerror(-n));
+		r = img_io_failed(file, "error while copying", n);
 	if (!r && image_set_backing(b, remove ? NULL : base, remove ? NULL : format, &err))
 		r = img_fail("Could not change the backing file to '%s': %s", base ? base : "", err.msg);
 	img_progress(progress && !r, 100);
@@ -425,10 +433,10 @@ int img_commit(int argc, char **argv)
 		r = img_fail("%s", err.msg);
 	int n = r ? 0 : commit_copy(b, below, base, (uint64_t)limit, progress);
 	if (n)
-		r = img_fail("Failed to commit: %s", strerror(-n));
+		r = img_io_failed(path, "Failed to commit", n);
 	n = block_close_checked(base);
 	if (n && !r)
-		r = img_fail("Failed to commit: %s", strerror(-n));
+		r = img_io_failed(path, "Failed to commit", n);
 	/* Everything is stable below: only now may the top forget. */
 	if (!r && !keep) {
 		struct image_info i;

@@ -282,7 +282,7 @@ def cases():
             grown = "" if "alloc" in o else f" ; map --output=json {k}"      # where the new clusters are is for each to choose
             yield f"resize {o} {k} {s} ; info {k} ; check {k}{grown}"
     yield from [
-        "info --image-opts driver=qcow2,file.filename=q", "info -f raw q", "info -f qcow2 raw", "info -f nonsense q", "info q q", "info -U q", "info .", "info ''",
+        "create -u -f qcow2 -b 'a,b,,c' -F raw new 1M ; info new", "create -f qcow2 -o data_file=a,,b new 1M ; info new", "info --image-opts driver=qcow2,file.filename=q", "info -f raw q", "info -f qcow2 raw", "info -f nonsense q", "info q q", "info -U q", "info .", "info ''",
         "info --output=xml q", "info --output q", "info --backing-chain orphan", "info nonsense:q", "create c:d 1M", "create -f qcow2 nosuch:x 1M ; info ./nosuch:x", "create file:c:d 1M ; info ./c:d ; info c:d", "convert -O raw q c:d", "convert -O raw q file:c:d ; compare q ./c:d", "convert -O raw c:d out", "dd if=q of=c:d", "create -u -f qcow2 -F raw -b c:d t 1M ; info t ; map t", "create host_device:raw 1M", "info host_device:raw", "create blkdebug::x 1M", "rebase -F raw -b c:d over", "info ./q", "info file:q", "info -T none q", "check --image-opts driver=qcow2,file.filename=leaky",
         "map --image-opts driver=qcow2,file.filename=q", "resize --image-opts driver=qcow2,file.filename=q 9M ; info q", "snapshot --image-opts -l driver=qcow2,file.filename=snap",
         "rebase --image-opts -u -b raw -F raw driver=qcow2,file.filename=q ; info q", "commit --image-opts driver=qcow2,file.filename=over", "measure --image-opts driver=qcow2,file.filename=q",
@@ -344,7 +344,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = ("check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
+ALWAYS = ("a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
 
 
 def main():

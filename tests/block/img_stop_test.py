@@ -77,6 +77,9 @@ def too_large(img):
                   ("create", "-f", "qcow2", "-o", "preallocation=full", "out", "16M")):
         out = run(img, *words, ok=(1,), limit=4 * MIB)
         assert "File too large" in out.splitlines()[-1], (words, out)
+        said = [x for x in out.splitlines() if x.startswith("qemu-img:")]
+        assert len(said) == 1 and said[0].startswith("qemu-img: out: ") and "out: out" not in said[0], (words, out) # nothing about a file that is gone
+        assert "error while writing" not in said[0] or "choose another place" in said[0], (words, out)
         assert not os.path.exists("out") and not unfinished("out"), (words, os.listdir("."))
     for words, images in ((("commit", "t.qcow2"), ("b.qcow2", "t.qcow2")), (("rebase", "-b", "", "u.qcow2"), ("u.qcow2",)),
                           (("resize", "--preallocation=full", "t.qcow2", "64M"), ("t.qcow2",))):
@@ -86,10 +89,17 @@ def too_large(img):
         run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "top.qcow2", "-F", "qcow2", "u.qcow2")
         limit = max(8 * MIB, os.path.getsize("t.qcow2") + MIB) if words[0] == "resize" else 8 * MIB
         out = run(img, *words, ok=(1,), limit=limit)
-        assert "File too large" in out.splitlines()[-1], (words, out)
+        assert any("File too large" in x and x.startswith("qemu-img: " + images[0]) for x in out.splitlines()), (words, out)
         for i in images:
             run("qemu-img", "check", i, ok=(0, 3))
         assert "identical" in run("qemu-img", "compare", "-F", "raw", images[-1], "a.raw"), words
+
+
+def unreadable(img):
+    """The source is named that cannot be read."""
+    bad = "driver=raw,file.driver=blkdebug,file.image.filename=a.raw,file.inject-error.0.event=read_aio,file.inject-error.0.errno=5"
+    out = run(img, "convert", "--image-opts", "driver=raw,file.filename=a.raw", bad, "-O", "raw", "out", ok=(1,))
+    assert "a.raw: error while reading: Input/output error" in out and not os.path.exists("out"), out
 
 
 def commit(img):
@@ -114,7 +124,7 @@ def main():
     os.chdir(top)
     try:
         prepare()
-        for part in (convert, too_large, commit):
+        for part in (convert, too_large, unreadable, commit):
             part(img)
         return 0
     finally:
