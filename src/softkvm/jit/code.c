@@ -279,28 +279,28 @@ static void thunk_span(struct jit *j, struct em *e, unsigned mode, bool write)
 	EM(e, 0x31, 0xc9, 0xc3);                                /* xor ecx, ecx ; ret */
 }
 
+uint8_t *em_lookup(struct em *e, const struct jit *j)
+{
+	uint8_t *none;
+
+	EM(e, 0x89, 0xc1, 0x81, 0xe1);                          /* mov ecx, eax ; and ecx, index */
+	e32(e, (uint32_t)((BIT(IND_BITS) - 1) << IND_LOW));
+	em_mem(e, true, 0x3b, H_RAX, -1, H_RCX, 1, (int32_t)(uintptr_t)&j->low->ind->rip);
+	none = em_jcc(e, 5);
+	em_mem(e, false, 0x8b, H_RAX, -1, H_RCX, 1, (int32_t)(uintptr_t)&j->low->ind->at);
+	return none;
+}
+_Static_assert(sizeof(struct jit_ind) == 2 << IND_LOW, "em_lookup()");
+
 /* lookup: the code for the target of an indirect jump in rax, as `check`. The table of indirect targets has it, or else it is looked for, in C. */
 static void thunk_lookup(struct jit *j, struct em *e)
 {
-	uint8_t *other, *far, *none;
+	uint8_t *none;
 
 	em_align(e);
 	j->lookup = (uint32_t)(e->p - j->rw);
-	EM(e, 0x89, 0xc1, 0x81, 0xe1);                          /* mov ecx, eax ; and ecx, index */
-	e32(e, (uint32_t)((BIT(IND_BITS) - 1) << IND_LOW));
-	em_mem(e, true, 0x63, ST, H_RCX, -1, 0, (int32_t)(uintptr_t)&j->low->ind->high);        /* movsxd */
-	em_mem(e, false, 0x8b, SC, SC, -1, 0, (int32_t)(uintptr_t)&j->low->ind->at);
-	EM(e, 0x49, 0xc1, 0xe7, IND_HIGH, 0x49, 0x31, 0xc7);    /* shl r15, 18 ; xor r15, rax: its low bits, if it is that address */
-	EM(e, 0x30, 0xc1, 0xf6, 0xc1, 0x0f);                    /* xor cl, al ; test cl, 15 */
-	other = em_jcc(e, 5);
-	EM(e, 0x49, 0x81, 0xff);                                /* cmp r15, */
-	e32(e, (uint32_t)(BIT(IND_HIGH) - 1));
-	far = em_jcc(e, 7);
-	EM(e, 0x81, 0xf9, 0x00, 0x01, 0x00, 0x00);              /* cmp ecx, 256 */
-	none = em_jcc(e, 2);
-	EM(e, 0x89, 0xc8, 0xc3);                                /* mov eax, ecx ; ret */
-	em_here(e, other);
-	em_here(e, far);
+	none = em_lookup(e, j);
+	e8(e, 0xc3);
 	em_here(e, none);
 	EM(e, 0x52, 0x56, 0x57, 0x41, 0x50, 0x41, 0x51, 0x41, 0x52, 0x41, 0x53);        /* push rdx, rsi, rdi, r8-r11 */
 	em_imm(e, H_RDI, (uintptr_t)j);

@@ -136,9 +136,22 @@ static struct cold *cold_last(struct tr *t, unsigned n)
 
 void gen_lookup(struct tr *t, unsigned n, struct cold *k)
 {
-	if (t->k->in_line)
-		gen_charge(t, k, tr_count(t, n));
-	gen_call_check(t, k, t->j->lookup);
+	uint8_t *none, *on;
+
+	if (!t->k->in_line) {
+		gen_call_check(t, k, t->j->lookup);
+		return;
+	}
+	gen_charge(t, k, tr_count(t, n));
+	none = em_lookup(&t->h, t->j);
+	gen_point_behind(t, k);
+	em_here(&t->cold, none);
+	tr_swap(t);
+	gen_call(t, t->j->lookup);
+	on = em_jmp(&t->h);
+	if (!t->h.full)
+		em_to(on, t->cold.p);
+	tr_swap(t);
 }
 
 static void go(struct tr *t)

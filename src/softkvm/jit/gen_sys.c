@@ -154,9 +154,9 @@ static bool stac_clac(struct tr *t, unsigned n)
 	const struct jit_ind *ind = &t->j->low->ind[jit_ind_index(rip)];
 	struct em *e = &t->h;
 	struct cold *k;
-	uint8_t *out[2];
+	uint8_t *out;
 
-	if (!kernel(t) || t->k->page->moves || on == !!(t->k->mode & BM_AC) || (int64_t)rip != (int32_t)rip || !(rip >> IND_HIGH))
+	if (!kernel(t) || t->k->page->moves || on == !!(t->k->mode & BM_AC) || (int64_t)rip != (int32_t)rip)
 		return false;
 	gen_flags_save(t);
 	k = begin(t, n);
@@ -167,18 +167,13 @@ static bool stac_clac(struct tr *t, unsigned n)
 	em_imm(e, SA, (uintptr_t)t->c->tlbs[on ? TLB_KERNEL_AC : TLB_KERNEL]);
 	em_store(e, SA, &t->c->tlb);
 	word_op(e, 6, &t->j->low->stamp, BM_AC);
-	em_op_abs(e, false, 0x81, 7, &ind->high);               /* cmp dword [ind.high], rip >> 18 */
-	e32(e, (uint32_t)((int64_t)rip >> IND_HIGH));
-	out[0] = em_jcc(e, 5);
+	em_op_abs(e, true, 0x81, 7, &ind->rip);                 /* cmp qword [ind.rip], rip */
+	e32(e, (uint32_t)rip);
+	out = em_jcc(e, 5);
 	em_load32(e, SA, &ind->at);
-	e8(e, 0x35);                                            /* xor eax, imm32 ; test al, 15 */
-	e32(e, (uint8_t)rip);
-	EM(e, 0xa8, 0x0f);
-	out[1] = em_jcc(e, 5);
 	map_out(e, t);
 	EM(e, 0xff, 0xe0);                                      /* jmp rax */
-	for (unsigned m = 0; m < ARRAY_SIZE(out); m++)
-		em_here(&t->cold, out[m]);
+	em_here(&t->cold, out);
 	gen_leave(&t->cold, t, rip, NULL);
 	return true;
 }

@@ -151,23 +151,20 @@ bool jit_link_near(const struct jit_link *l);
 uint32_t jit_link_at2(const struct jit_link *l);
 
 /*
- * Recent targets of indirect jumps, at the index of the address' bits 3 to 17, so that those of a function are neighbours: bits 18 to 47, sign-extended, and
- * where the entry of its translation is, which looks whether it is good. The entry's address is a multiple of 16; its lowest byte is xored with the
- * address' one, so that whoever xors it again has four bits that are 0 if it is that address, as the rest of the byte is part of the index. An
- * empty entry, all 0, would be one of low addresses, so what comes of it is looked at: less than 256.
+ * Recent targets of indirect jumps, at the index of the address' bits 3 to 16, so that those of a function are neighbours, and
+ * where the entry of its translation is, which looks whether it is good. An empty entry has an address of another index.
  */
-struct jit_ind { int32_t high; uint32_t at; };
-#define IND_BITS 15
+struct jit_ind { uint64_t rip, at; };
+#define IND_BITS 14
 #define IND_LOW 3
-#define IND_HIGH (IND_BITS + IND_LOW)
 static inline unsigned jit_ind_index(uint64_t rip) { return rip >> IND_LOW & (BIT(IND_BITS) - 1); }
+static inline struct jit_ind jit_ind_none(unsigned index) { return (struct jit_ind){ index ? 0 : UINT64_MAX, 0 }; }
 /* Where it is entered, 0: not known. */
 static inline uint32_t jit_ind_entry(const struct jit_ind *table, uint64_t rip)
 {
 	const struct jit_ind *i = &table[jit_ind_index(rip)];
-	uint32_t at = i->at ^ (uint8_t)rip;
 
-	return (int64_t)rip >> IND_HIGH == i->high && !(at & 15) && at > UINT8_MAX ? at : 0;
+	return i->rip == rip ? (uint32_t)i->at : 0;
 }
 
 #define HOLDS 4
@@ -289,6 +286,8 @@ void em_load32(struct em *e, unsigned reg, const void *p);
 void em_mov(struct em *e, unsigned dst, unsigned src);                  /* 64 bits */
 void em_imm(struct em *e, unsigned reg, uint64_t v);
 /* op reg, [base + index << scale + disp] with w; index -1: none. */
+/* lookup, as far as the table goes: the jump that is taken where it does not have the target in rax; else eax is where that is entered. Uses rcx. */
+uint8_t *em_lookup(struct em *e, const struct jit *j);
 void em_mem(struct em *e, bool w, unsigned op, unsigned reg, int base, int index, unsigned scale, int32_t disp);
 uint8_t *em_jmp(struct em *e);                                          /* returns the rel32's place */
 uint8_t *em_call(struct em *e);
@@ -369,10 +368,7 @@ static inline low_ptr *jit_page_at(struct jit *j, uint64_t rip) { return &j->at[
 static inline uint32_t jit_stamp_mode(uint64_t stamp) { return (uint32_t)stamp & ~(1u << 31); }
 static inline void jit_ind_put(struct jit *j, uint64_t rip, uint32_t entry)
 {
-	int64_t high = (int64_t)rip >> IND_HIGH;
-
-	if (high == (int64_t)((uint64_t)high << 34) >> 34)      /* what bits 18 to 47 hold */
-		j->low->ind[jit_ind_index(rip)] = (struct jit_ind){ .high = (int32_t)high, .at = entry ^ (uint8_t)rip };
+	j->low->ind[jit_ind_index(rip)] = (struct jit_ind){ rip, entry };
 }
 
 /* live.c: vector and x87 state. */

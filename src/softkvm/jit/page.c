@@ -140,7 +140,7 @@ void code_moves(struct jit *j, struct jit_code *k)
 	uint64_t rip = jit_code_rip(k);
 
 	if (jit_ind_entry(j->low->ind, rip) == jit_entry(j, k))
-		j->low->ind[jit_ind_index(rip)] = (struct jit_ind){ 0 };
+		j->low->ind[jit_ind_index(rip)] = jit_ind_none(jit_ind_index(rip));
 	jit_cut_far(j, k);
 	k->stamp = 0;
 }

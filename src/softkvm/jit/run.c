@@ -47,6 +47,7 @@ static int init(struct jit *j, const struct jit_config *cfg)
 	j->low = low_alloc(j->low_size);
 	if (!j->tr || !j->low || !low_is(j->low, j->low_size))
 		return -ENOMEM;
+	j->low->ind[0] = jit_ind_none(0);
 	jit_records_huge(j->low, j->low_size);
 	if ((r = calls_none(&j->low->calls_none)))
 		return r;
@@ -111,6 +112,7 @@ void jit_flush(struct cpu *c)
 	j->codes = NULL;
 	j->gen++;
 	memset(j->low->ind, 0, sizeof j->low->ind);
+	j->low->ind[0] = jit_ind_none(0);
 	memset(j->pages, 0, sizeof j->pages);
 	memset(j->at, 0, sizeof j->at);
 }
