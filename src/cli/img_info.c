@@ -210,7 +210,12 @@ static void json_info(const struct info *n, int at)
 	puts(",");
 	if (n->i.cluster_size)
 		printf("%*s\"cluster-size\": %u,\n", at, "", n->i.cluster_size);
-	printf("%*s\"format\": \"%s\",\n", at, "", image_format(n->b));
+	printf("%*s\"format\": \"%s\"", at, "", image_format(n->b));
+	if (block_is_remote(n->b) && !n->qcow2 && !n->i.vmdk.n && !n->i.cluster_size) { /* of a server's disk nothing else is known */
+		printf("\n%*s}", at - 4, "");
+		return;
+	}
+	puts(",");
 	if (disk >= 0)
 		printf("%*s\"actual-size\": %lld,\n", at, "", (long long)disk);
 	if (n->qcow2)
