@@ -412,9 +412,8 @@ def test_client_data():
         assert "identical" in run(lodge_img, "compare", "-f", "raw", names[0], "c.raw")
         ours, theirs = (json.loads(run(t, "map", "-f", "raw", "--output=json", names[0])) for t in (lodge_img, "qemu-img"))
         assert ours == theirs, (ours, theirs)
-        for n in (names[0], names[3]):
-            ours, theirs = (run(t, "info", *(("-f", "raw") if n == names[0] else ()), "--output=json", n) for t in (lodge_img, "qemu-img"))
-            assert ours.split('"format"')[1] == theirs.split('"format"')[1], (ours, theirs)
+        ours, theirs = (run(t, "info", "-f", "raw", "--output=json", names[0]) for t in (lodge_img, "qemu-img"))
+        assert ours == theirs, (ours, theirs)
         # A qcow2 image on the export.
         run(lodge_img, "create", "-f", "qcow2", names[0], "4M")
         run(lodge_io, "-f", "qcow2", "-c", "write -P 9 1M 64k", "-c", "write -z 0 512k", "-c", "flush", names[0])
