@@ -30,6 +30,7 @@ struct convert {
 	struct block **src, *dst;
 	unsigned nsrc;
 	uint64_t size, next, done, unit, piece;
+	uint64_t room;                  /* of a thread's buffer: the largest piece there will be */
 	uint64_t skip;                  /* of the sources, at their beginning */
 	uint64_t sparse;                /* shortest run of zeroes to leave out, 0: none */
 	bool compress, blank, progress, salvage, quiet, offload;
@@ -252,7 +253,7 @@ static bool start_copier(struct convert *v)
 static void copy_more(struct convert *v, uint64_t ms, uint64_t len)
 {
 	if (ms > VERY_SLOW_MS * len / NEAR_PIECE)
-		v->piece = MAX(v->piece, (uint64_t)PIECE);
+		v->piece = v->room;
 	if (ms > SLOW_MS * len / NEAR_PIECE && !v->error && v->next < v->size)
 		start_copier(v);
 }
@@ -261,7 +262,7 @@ static void *copier(void *opaque)
 {
 	struct convert *v = opaque;
 	uint8_t *buf = NULL;
-	if (posix_memalign((void **)&buf, 4096, MAX(v->piece, (uint64_t)PIECE)))
+	if (posix_memalign((void **)&buf, 4096, v->room))
 		buf = NULL;
 	pthread_mutex_lock(&v->lock);
 	while (!v->error && v->next < v->size) {
@@ -297,7 +298,7 @@ static int copy_all(struct convert *v, unsigned want)
 		remote |= block_is_remote(v->src[i]);
 		near &= !block_is_remote(v->src[i]) || block_is_near(v->src[i]);
 	}
-	v->piece = MAX((uint64_t)PIECE, ALIGN_UP(v->sparse, (uint64_t)PIECE));
+	v->piece = v->room = MAX((uint64_t)PIECE, ALIGN_UP(v->sparse, (uint64_t)PIECE));
 	if (!remote)
 		first = want = MAX(MIN(want, (unsigned)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1L)), v->compress ? 2u : 1u);
 	else if (near && v->unit <= NEAR_PIECE && v->sparse <= 65536) {
