@@ -19,7 +19,7 @@
 #include "block/nbd.h"
 #include "cli/img.h"
 
-enum { PIECE = 2 << 20, NEAR_PIECE = 1 << 20, SPARSE_MAX = 16 << 20, THREADS_REMOTE = 8, THREADS_NEAR = 4, THREADS_MAX = 16, SLOW_MS = 5, VERY_SLOW_MS = 40 };
+enum { PIECE = 2 << 20, NEAR_PIECE = 1 << 20, SPARSE_MAX = 16 << 20, THREADS_REMOTE = 8, THREADS_NEAR = 3, THREADS_MAX = 16, SLOW_MS = 8, VERY_SLOW_MS = 40 };
 
 static bool all_zero(const uint8_t *p, uint64_t n)
 {
