@@ -152,7 +152,7 @@ class Disk:
             self.now = self.now[:size] + f.read()
         self.snaps, self.tracked, self.must = {}, False, set()
         for s in info.get("snapshots", []):
-            self.img("snapshot", "-d", s["id"], self.name())
+            self.img("snapshot", "-d", s["name"], self.name())
         if any(b["name"] == "b" for b in info["format-specific"]["data"].get("bitmaps", [])):
             self.img("bitmap", "--remove", self.name(), "b")
 
