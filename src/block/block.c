@@ -591,6 +591,11 @@ bool block_can_poll(const struct block *b)
 	return b->polled && b->drv->poll && (leaf->uring || leaf->nbd);
 }
 
+bool block_copies(const struct block *b)
+{
+	return uring_copies(b->qcow2 ? b->qcow2->data : b);
+}
+
 bool block_is_remote(const struct block *b)
 {
 	while (b->child)

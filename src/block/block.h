@@ -133,6 +133,11 @@ bool block_poll(struct block *b);
 /* Can requests to it be under way together, so that block_poll() is worth while? */
 bool block_can_poll(const struct block *b);
 /*
+ * What block_poll() waited for lately was no waiting: each time all requests, several, were copies that the thread made itself. More threads would make them
+ * at once (image_read(), image_write(); nothing is under way then).
+ */
+bool block_copies(const struct block *b);
+/*
  * Complete requests on these loops' threads from now on, each on the one that its `lane` names (or on a worker). No request is in
  * flight. On an error completions stay, or go to fewer of them.
  */

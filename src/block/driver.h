@@ -182,6 +182,8 @@ int uring_move(struct block *b, struct loop *const *l, unsigned n);
 bool uring_submit(struct block *b, struct block_req *r);
 /* Send what was prepared and wait for one completion at least; false: none is to come. */
 bool uring_wait(struct block *b);
+/* Of a polled node: several requests at a time are done when the kernel has taken them, lately: they are copies, by this thread. */
+bool uring_copies(const struct block *b);
 /* Something is in the kernel (of the first ring). */
 bool uring_busy(struct block *b);
 void uring_kick(struct block *b);

@@ -18,7 +18,7 @@
 #include "block/driver.h"
 #include "loop/loop.h"
 
-enum { ENTRIES = 256, REAP = 32 };
+enum { ENTRIES = 256, REAP = 32, COPIES_SURE = 64 };
 
 struct uring {
 	struct uring *next;             /* fixed while requests are in flight */
@@ -29,6 +29,7 @@ struct uring {
 	struct loop *loop;
 	struct loop_watch *watch;
 	unsigned in_kernel;             /* atomic: never more than the completion queue holds */
+	unsigned at_once;               /* polled: requests in a row that had ended when the kernel had taken them */
 	unsigned order;                 /* atomic: says in C what the kernel's rings order anyway, request before completion */
 };
 
@@ -166,14 +167,25 @@ bool uring_busy(struct block *b)
 	return b->uring && __atomic_load_n(&b->uring->in_kernel, __ATOMIC_ACQUIRE);
 }
 
+bool uring_copies(const struct block *b)
+{
+	return b->uring && b->uring->at_once >= COPIES_SURE;
+}
+
 bool uring_wait(struct block *b)
 {
 	struct uring *u = b->uring;
-	if (!u || !__atomic_load_n(&u->in_kernel, __ATOMIC_ACQUIRE))
+	unsigned n = u ? __atomic_load_n(&u->in_kernel, __ATOMIC_ACQUIRE) : 0;
+	if (!n)
 		return false;
 	pthread_mutex_lock(&u->sq);
 	io_uring_submit_and_wait(&u->ring, 1); /* on an error the next call tries again */
 	pthread_mutex_unlock(&u->sq);
+	/* Of several that a device does, the first to end leaves others behind. */
+	if (io_uring_cq_ready(&u->ring) < n)
+		u->at_once = 0;
+	else if (n > 1)
+		u->at_once = MIN(u->at_once + n, (unsigned)COPIES_SURE);
 	reap(u);
 	return true;
 }

@@ -7,12 +7,13 @@
 
 #include "cli/img.h"
 
-enum { BENCH_THREADS = 64, CACHED_THREADS = 16, POLLED_DEPTH = 1024, REMOTE_DEPTH = 128 };
+enum { BENCH_THREADS = 64, CACHED_THREADS = 16, POLLED_DEPTH = 1024, REMOTE_DEPTH = 128, SHARE_MIN = 4096 };
 
 struct bench {
 	struct block *b;
 	uint64_t count, next, off, size, step, flush;
 	bool write, no_drain, alone;    /* alone: one request at a time */
+	bool may_share;                 /* polled: threads go on when the requests turn out to be copies */
 	int pattern, error;
 	pthread_mutex_t lock;
 	struct bench_slot *spare;       /* polled */
@@ -69,9 +70,10 @@ static bool end_some(struct bench *k)
 	return !k->error;
 }
 
+/* Until all is done, or more threads would do it faster. */
 static void run_slots(struct bench *k)
 {
-	while (k->next < k->count && !k->error) {
+	while (k->next < k->count && !k->error && !(k->may_share && block_copies(k->b))) {
 		if (!k->spare && !end_some(k))
 			break;
 		if (!k->spare)
@@ -217,6 +219,21 @@ static int parse_args(struct bench *k, struct img_open *o, int argc, char **argv
 	return optind != argc - 1 ? img_usage("%s", img_missing) : 0;
 }
 
+/*
+ * Copies want as many threads as there are processors, and some; more of them only wait for each other. Whether reads past the page cache are copies turns out
+ * when they run (a file system in memory, one that goes through the page cache all the same). Writes to one file wait for each other there, and one thread
+ * is faster.
+ */
+static int run(struct bench *k, int64_t depth, bool ring, bool direct)
+{
+	bool remote = block_is_remote(k->b), polled = block_can_poll(k->b) && (ring || remote || (depth > 1 && direct));
+	unsigned copiers = (unsigned)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)CACHED_THREADS);
+	unsigned most = polled ? remote ? REMOTE_DEPTH : POLLED_DEPTH : direct || remote ? BENCH_THREADS : copiers;
+	k->may_share = polled && !ring && !remote && !k->write && k->size >= SHARE_MIN;
+	int r = polled ? run_polled(k, (unsigned)MIN(depth, (int64_t)most)) : 0;
+	return r || k->next >= k->count ? r : run_threads(k, (unsigned)MIN(depth, (int64_t)(polled ? copiers : most)));
+}
+
 static double seconds(void)
 {
 	struct timespec t;
@@ -236,8 +253,8 @@ int img_bench(int argc, char **argv)
 		return 1;
 	k.step = k.step ? k.step : k.size;
 	/*
-	 * One thread with a ring serves a device or a server best; the page cache, from which requests are copies, threads, but more of
-	 * them than processors only wait for each other. One request at a time through neither is a plain system call.
+	 * One thread with a ring serves a device or a server best; the page cache, from which requests are copies, threads.
+	 * One request at a time through neither is a plain system call.
 	 */
 	bool direct = cache == CACHE_NONE || cache == CACHE_DIRECTSYNC, ring = o.aio == AIO_NATIVE || o.aio == AIO_IO_URING;
 	o.polled = ring || (depth > 1 && direct) || block_name_is_protocol(argv[optind]) || img_image_opts();
@@ -247,12 +264,8 @@ int img_bench(int argc, char **argv)
 		announce(&k, depth);
 	if (!r && range_bad(k.off, k.size, block_length(k.b)))
 		r = img_fail("Failed request: %s: it does not fit the image", strerror(EIO));
-	bool remote = k.b && block_is_remote(k.b), polled = k.b && block_can_poll(k.b) && (ring || remote || (depth > 1 && direct));
-	unsigned most = polled ? remote ? REMOTE_DEPTH : POLLED_DEPTH : direct || remote ? BENCH_THREADS :
-							    (unsigned)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)CACHED_THREADS);
-	unsigned want = (unsigned)MIN(depth, (int64_t)most);
 	double begin = seconds();
-	int e = r ? 0 : polled ? run_polled(&k, want) : run_threads(&k, want);
+	int e = r ? 0 : run(&k, depth, ring, direct);
 	if (e)
 		r = img_fail("Failed request: %s", strerror(-e));
 	if (!r && !quiet)

@@ -188,6 +188,57 @@ static void test_polled(void **state)
 	}
 }
 
+/* --- copies --- */
+
+static void count_end(struct block_req *r)
+{
+	assert_int_equal(r->ret, 0);
+	++*(unsigned *)(uintptr_t)r->priv[3];
+}
+
+/* `rounds` of `n` requests of 64 KiB that are under way together. */
+static bool copies_after(struct bed *t, enum block_op op, unsigned n, unsigned rounds)
+{
+	static _Alignas(4096) uint8_t buf[65536];
+	struct iovec v = { buf, sizeof buf };
+	unsigned ended = 0;
+	for (unsigned k = 0; k < rounds; k++) {
+		struct block_req r[8];
+		for (unsigned i = 0; i < n; i++) {
+			r[i] = (struct block_req){ .op = op, .off = i * sizeof buf, .len = sizeof buf, .iov = &v, .iovcnt = 1, .flags = BLOCK_REQ_MORE, .done = count_end };
+			r[i].priv[3] = (uintptr_t)&ended;
+			block_submit(t->b, &r[i]);
+		}
+		while (block_poll(t->b))
+			;
+	}
+	assert_int_equal(ended, n * rounds);
+	return block_copies(t->b);
+}
+
+/* Reads that the page cache has are copies; writes that have to be on the disk are not; one request says nothing. */
+static void test_copies(void **state)
+{
+	for (int qcow2 = 0; qcow2 < 2; qcow2++) {
+		struct bed t;
+		bed_open(&t, (struct block_opts){ .aio = AIO_IO_URING, .polled = true }, qcow2);
+		if (block_can_poll(t.b)) {
+			copies_after(&t, BLOCK_WRITE, 8, 1);
+			assert_false(copies_after(&t, BLOCK_READ, 1, 100));
+			assert_true(copies_after(&t, BLOCK_READ, 8, 30));
+		}
+		bed_close(&t);
+	}
+	struct bed t;
+	bed_open(&t, (struct block_opts){ .aio = AIO_IO_URING, .polled = true, .cache = CACHE_WRITETHROUGH }, false);
+	if (block_can_poll(t.b)) {
+		assert_false(copies_after(&t, BLOCK_WRITE, 8, 1));
+		assert_true(copies_after(&t, BLOCK_READ, 8, 30));
+		assert_false(copies_after(&t, BLOCK_WRITE, 8, 1));
+	}
+	bed_close(&t);
+}
+
 /* Several queues: each thread submits to its own pieces, while snapshots are made of the whole. */
 struct submitter { struct bed *t; unsigned from, to; };
 
@@ -418,7 +469,7 @@ static void test_resize(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_deep), cmocka_unit_test(test_polled), cmocka_unit_test(test_queues), cmocka_unit_test(test_move), cmocka_unit_test(test_lanes), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
+		cmocka_unit_test(test_deep), cmocka_unit_test(test_polled), cmocka_unit_test(test_copies), cmocka_unit_test(test_queues), cmocka_unit_test(test_move), cmocka_unit_test(test_lanes), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
 		cmocka_unit_test(test_resize),
 	};
 	close(mkstemp(path));

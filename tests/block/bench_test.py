@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""`bench` at depth: reads that turn out to be copies are shared among threads, and all requests are made, whoever makes them.
+
+usage: bench_test.py LODGE-QEMU-IMG; 77 where the file system in memory cannot bypass the page cache, or there is one processor"""
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+
+from listening import wait_until
+from running import run
+
+
+def threads(pid):
+    """Of the program itself: the kernel's own for a ring do not count."""
+    names = []
+    for t in os.listdir(f"/proc/{pid}/task"):
+        try:
+            with open(f"/proc/{pid}/task/{t}/comm", encoding="ascii") as f:
+                names.append(f.read())
+        except OSError: # it ended
+            pass
+    return sum(not n.startswith("iou-") for n in names)
+
+
+def shared(img, want, *words):
+    """Does a run that takes long have several threads?"""
+    p = subprocess.Popen([img, "bench", "-q", "-c", "100000000", *words])
+    try:
+        assert wait_until(lambda: p.poll() is not None or threads(p.pid) > 1, 60 if want else 2) == want, (words, want)
+        assert p.poll() is None, words
+    finally:
+        p.kill()
+        p.wait()
+
+
+def spoil(image, cluster):
+    """A cluster that no read can find: its entry is no multiple of the cluster size."""
+    with open(image, "r+b") as f:
+        l1 = struct.unpack(">Q", f.read(48)[40:])[0]
+        f.seek(l1)
+        l2 = struct.unpack(">Q", f.read(8))[0] & (1 << 56) - 512
+        f.seek(l2 + 8 * cluster)
+        f.write(struct.pack(">Q", 1 << 63 | 0x10200))
+
+
+def all_made(img, fmt):
+    """Each request is made once, before threads take over and after: a disk as long as all of them is written whole, and read without an error."""
+    for depth in ("1", "2", "16", "500"):
+        for count in ("1", "63", "65", "256"):
+            run(img, "create", "-f", fmt, "out", "16M")
+            run(img, "bench", "-w", "--pattern=7", "-c", count, "-d", depth, "-s", "64k", "-t", "none", "-f", fmt, "out")
+            run("cmp", "-n", str(int(count) << 16), "sevens", "out") if fmt == "raw" else None
+            said = run(img, "bench", "-c", count, "-d", depth, "-s", "64k", "-t", "none", "-f", fmt, "out")
+            assert f"Sending {count} read requests" in said and "Run completed" in said, said
+    # A request that fails after the change ends the run.
+    out = run(img, "bench", "-c", "200", "-d", "8", "-s", "64k", "-t", "none", "-f", "qcow2", "cut", ok=(1,))
+    assert "Failed request: Input/output error" in out and "completed" not in out, out
+
+
+def main():
+    img = os.path.abspath(sys.argv[1])
+    top = tempfile.mkdtemp(prefix="bench-", dir="/dev/shm")
+    os.chdir(top)
+    try:
+        with open("sevens", "wb") as f:
+            f.write(b"\7" * (16 << 20))
+        try:
+            os.close(os.open("sevens", os.O_RDONLY | os.O_DIRECT))
+        except OSError:
+            print("skipped: no O_DIRECT here")
+            return 77
+        run(img, "convert", "-f", "raw", "-O", "qcow2", "sevens", "cut")
+        spoil("cut", 150)
+        for fmt in ("raw", "qcow2"):
+            all_made(img, fmt)
+        if os.sysconf("SC_NPROCESSORS_ONLN") > 1:
+            shared(img, True, "-f", "raw", "-t", "none", "-d", "8", "-s", "64k", "sevens")
+            shared(img, True, "-f", "qcow2", "-t", "none", "-d", "8", "-s", "64k", "out")
+        shared(img, False, "-f", "raw", "-t", "none", "-d", "8", "-s", "64k", "-w", "sevens")   # writes of one file wait for each other
+        shared(img, False, "-f", "raw", "-t", "none", "-d", "8", "-s", "64k", "-i", "io_uring", "sevens")
+        shared(img, False, "-f", "raw", "-t", "none", "-d", "1", "-s", "64k", "sevens")
+        return 0
+    finally:
+        os.chdir("/")
+        shutil.rmtree(top, ignore_errors=True)
+
+
+sys.exit(main())
