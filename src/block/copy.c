@@ -1,5 +1,5 @@
 /*
- * Long reads that the page cache can answer: memory is copied, and a thread copies only so fast.
+ * Long reads that the page cache can answer, or a file system in memory: memory is copied, and a thread copies only so fast.
  *
  * Requests of COPY_MIN bytes and more wait in the leaf's queue until the submitter says that no more follows. When the guest keeps several
  * in flight (`deep`), helpers (one of the workers for each other processor) take pieces off the queue until it is empty, and the

@@ -188,7 +188,7 @@ bool uring_copies(const struct block *b);
 bool uring_busy(struct block *b);
 void uring_kick(struct block *b);
 
-/* --- copy.c: long reads of a leaf with a ring and a page cache --- */
+/* --- copy.c: long reads of a leaf with a ring, from memory --- */
 void copy_open(struct block *b);
 void copy_close(struct block *b);       /* waits for helpers */
 /* False: not taken. With BLOCK_REQ_MORE it begins with copy_kick(). */

@@ -523,7 +523,7 @@ int raw_open(struct block *b, const struct block_opts *o, struct err *err)
 		log_warn("%s: aio=%s has no effect in this program, which waits for each request in a thread", b->file,
 			 o->aio == AIO_NATIVE ? "native" : "io_uring");
 	b->in_memory = !fstatfs(b->fd, &fs) && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
-	if (!r && b->loop && b->uring && !b->mem_align)
+	if (!r && b->loop && b->uring && (!b->mem_align || b->in_memory))
 		copy_open(b);
 	return r;
 }

@@ -13,13 +13,13 @@
 #include <cmocka.h>
 
 #include "base/util.h"
-#include "block/block.h"
+#include "block/driver.h"
 #include "block/image.h"
 #include "block/throttle.h"
 #include "loop/loop.h"
 
 enum { SIZE = 8 << 20, DEPTH = 24, LONGEST = 512 * 512, ENTRIES = 257 };
-static char path[] = "/var/tmp/block-engine-XXXXXX";
+static char on_disk[] = "/var/tmp/block-engine-XXXXXX", in_memory[] = "/dev/shm/block-engine-XXXXXX", *path = on_disk;
 
 struct bed { struct loop *loop; struct workers *workers; pthread_t thread; struct block *b; bool polled; };
 
@@ -289,6 +289,32 @@ static void test_deep(void **state)
 	}
 }
 
+/* Past the page cache of a file system in memory: copies, which helpers share. */
+static void test_in_memory(void **state)
+{
+	srand(13);
+	close(mkstemp(in_memory));
+	int fd = open(in_memory, O_RDONLY | O_DIRECT);
+	if (fd >= 0) {
+		close(fd);
+		path = in_memory;
+		for (int qcow2 = 0; qcow2 < 2; qcow2++) {
+			struct bed t;
+			bed_open(&t, (struct block_opts){ .cache = CACHE_NONE }, qcow2);
+			const struct block *leaf = qcow2 ? t.b->child : t.b;
+			assert_true(leaf->in_memory);
+			if (leaf->uring && sysconf(_SC_NPROCESSORS_ONLN) > 1)
+				assert_non_null(leaf->copier);
+			deep(&t, 100);
+			bed_close(&t);
+		}
+		path = on_disk;
+	}
+	unlink(in_memory);
+	if (fd < 0)
+		skip();
+}
+
 /* The completions move to another loop and back. */
 static void test_move(void **state)
 {
@@ -469,11 +495,11 @@ static void test_resize(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_deep), cmocka_unit_test(test_polled), cmocka_unit_test(test_copies), cmocka_unit_test(test_queues), cmocka_unit_test(test_move), cmocka_unit_test(test_lanes), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
+		cmocka_unit_test(test_deep), cmocka_unit_test(test_polled), cmocka_unit_test(test_copies), cmocka_unit_test(test_in_memory), cmocka_unit_test(test_queues), cmocka_unit_test(test_move), cmocka_unit_test(test_lanes), cmocka_unit_test(test_limits), cmocka_unit_test(test_limits_refused),
 		cmocka_unit_test(test_resize),
 	};
-	close(mkstemp(path));
+	close(mkstemp(on_disk));
 	int r = cmocka_run_group_tests(tests, NULL, NULL);
-	unlink(path);
+	unlink(on_disk);
 	return r;
 }
