@@ -240,6 +240,10 @@ struct qbuild {
 int qbuild_begin(struct qbuild *w, struct qcow2 *q, bool empty, struct err *err);
 void qbuild_end(struct qbuild *w);
 int qbuild_add(struct qbuild *w, uint64_t off, uint64_t bytes, int d, struct err *err);
+/* `n` clusters in a row that nothing uses, the first that fit; one reference each. */
+int qbuild_alloc(struct qbuild *w, uint64_t n, uint64_t *off, struct err *err);
+/* An L2 table as it is now. */
+int qbuild_read_l2(struct qcow2 *q, uint64_t off, uint8_t *buf, struct err *err);
 /* Write `buf` to new clusters. */
 int qbuild_put(struct qbuild *w, const void *buf, uint64_t bytes, uint64_t *off, struct err *err);
 /* Add d to all clusters an L1 table reaches, and to the L2 tables when `tables`; not to the L1 table. */
@@ -251,10 +255,15 @@ int qbuild_commit(struct qbuild *w, struct err *err);
 int q_stop(struct qcow2 *q, struct qrange *all, struct err *err);       /* keep everybody out, flush; locks */
 void q_go(struct qcow2 *q, struct qrange *all);
 int q_load_tables(struct qcow2 *q, struct err *err);                    /* from the header, again */
+/* The end of a change that began with q_stop(), `r` its result so far: committed or rolled back, and the requests that were held go on. */
+int q_finish(struct qcow2 *q, struct qbuild *w, struct qrange *all, int r, struct err *err);
 
 /* --- qcow2_snap.c --- */
 int q_read_snapshots(struct qcow2 *q, struct err *err);
 void q_free_snapshots(struct qcow2 *q);
+uint64_t q_snapshot_table_bytes(const struct qcow2 *q);
+/* The table as q->snaps has it, to new clusters; the old one's, so many bytes, are given back. */
+int q_put_snapshots(struct qbuild *w, uint64_t old_bytes, struct err *err);
 int q_read_l1(struct qcow2 *q, uint64_t off, uint32_t n, uint64_t **l1, struct err *err);
 struct qsnap *q_find_snapshot(struct qcow2 *q, const char *id_or_name);
 int qcow2_snapshot_create(struct block *b, const char *name, struct err *err);
@@ -264,7 +273,7 @@ int qcow2_snapshot_delete(struct block *b, const char *name, struct err *err);
 /* --- qcow2_check.c --- */
 int qcow2_check(struct block *b, unsigned fix, struct image_check *c, struct err *err);
 
-/* --- qcow2_change.c: resize, backing name, amend --- */
+/* --- qcow2_change.c: resize, backing name; qcow2_amend.c --- */
 int qcow2_resize(struct block *b, uint64_t size, enum block_prealloc p, struct err *err);
 int qcow2_set_backing(struct block *b, const char *file, const char *format, struct err *err);
 int qcow2_amend(struct block *b, const struct image_amend *a, struct err *err);

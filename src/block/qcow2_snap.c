@@ -134,11 +134,16 @@ static void put_one(uint8_t *p, const struct qsnap *s)
 	memcpy(p + FIXED + extra + id, s->s.name, name);
 }
 
+uint64_t q_snapshot_table_bytes(const struct qcow2 *q)
+{
+	return table_bytes(q, NULL, NULL);
+}
+
 /* The table as q->snaps has it, to new clusters; the old one's are given back. */
-static int put_table(struct qbuild *w, uint64_t old_bytes, struct err *err)
+int q_put_snapshots(struct qbuild *w, uint64_t old_bytes, struct err *err)
 {
 	struct qcow2 *q = w->q;
-	uint64_t bytes = table_bytes(q, NULL, NULL), at = 0, each;
+	uint64_t bytes = q_snapshot_table_bytes(q), at = 0, each;
 	uint8_t *buf = calloc(1, bytes + 8);
 	int r = buf ? 0 : err_set(err, -ENOMEM, "out of memory");
 	for (unsigned i = 0; !r && i < q->nsnaps; i++) {
@@ -205,7 +210,7 @@ static void roll_back(struct qcow2 *q)
 }
 
 /* The end of a change, `r` its result so far: committed or rolled back, and the requests that were held go on. */
-static int finish(struct qcow2 *q, struct qbuild *w, struct qrange *all, int r, struct err *err)
+int q_finish(struct qcow2 *q, struct qbuild *w, struct qrange *all, int r, struct err *err)
 {
 	if (!r)
 		r = qbuild_commit(w, err);
@@ -226,7 +231,7 @@ int qcow2_snapshot_create(struct block *b, const char *name, struct err *err)
 	if (q->nsnaps >= SNAPSHOTS_MAX || strlen(name) > UINT16_MAX)
 		return err_set(err, -EFBIG, "%s: too many snapshots", b->file);
 	int r = q_stop(q, &all, err);
-	uint64_t old = table_bytes(q, NULL, NULL);
+	uint64_t old = q_snapshot_table_bytes(q);
 	if (!r)
 		r = qbuild_begin(&w, q, false, err);
 	if (!r)
@@ -237,8 +242,8 @@ int qcow2_snapshot_create(struct block *b, const char *name, struct err *err)
 	if (!r)
 		r = qbuild_active(&w, q->l1, q->h.l1_size, q->h.l1_size, false, err);
 	if (!r)
-		r = put_table(&w, old, err);
-	return finish(q, &w, &all, r, err);
+		r = q_put_snapshots(&w, old, err);
+	return q_finish(q, &w, &all, r, err);
 }
 
 static int begin_with(struct qcow2 *q, struct qbuild *w, struct qsnap *s, const char *name, struct err *err)
@@ -294,13 +299,13 @@ int qcow2_snapshot_apply(struct block *b, const char *id_or_name, struct err *er
 		q_bitmaps_mark(q, 0, MAX(size, q->b->length)); /* all of it may have changed */
 	if (!r)
 		r = apply(&w, s, err);
-	return finish(q, &w, &all, r, err);
+	return q_finish(q, &w, &all, r, err);
 }
 
 static int delete(struct qbuild *w, struct qsnap *s, struct err *err)
 {
 	struct qcow2 *q = w->q;
-	uint64_t *l1, old = table_bytes(q, NULL, NULL);
+	uint64_t *l1, old = q_snapshot_table_bytes(q);
 	int r = q_read_l1(q, s->l1_off, s->l1_size, &l1, err);
 	if (!r)
 		r = free_l1(w, l1, s->l1_off, s->l1_size, err);
@@ -309,7 +314,7 @@ static int delete(struct qbuild *w, struct qsnap *s, struct err *err)
 		return r;
 	free_snap(s);
 	memmove(s, s + 1, (size_t)(q->snaps + --q->nsnaps - s) * sizeof *s);
-	r = put_table(w, old, err);
+	r = q_put_snapshots(w, old, err);
 	/* What only the snapshot shared is the disk's own again. */
 	if (!r)
 		r = qbuild_add(w, q->h.l1_off, q->h.l1_size * 8ull, -1, err);
@@ -328,5 +333,5 @@ int qcow2_snapshot_delete(struct block *b, const char *name, struct err *err)
 		r = begin_with(q, &w, s = find_by_name(q, name), name, err);
 	if (!r)
 		r = delete(&w, s, err);
-	return finish(q, &w, &all, r, err);
+	return q_finish(q, &w, &all, r, err);
 }

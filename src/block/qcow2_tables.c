@@ -124,8 +124,8 @@ int qbuild_add(struct qbuild *w, uint64_t off, uint64_t bytes, int d, struct err
 	return 0;
 }
 
-/* First fit; clusters behind the known end are free. */
-static int alloc(struct qbuild *w, uint64_t n, uint64_t *off, struct err *err)
+/* Clusters behind the known end are free. */
+int qbuild_alloc(struct qbuild *w, uint64_t n, uint64_t *off, struct err *err)
 {
 	uint64_t run = 0, c = w->next;
 	for (; run < n; c++) {
@@ -149,7 +149,7 @@ int qbuild_put(struct qbuild *w, const void *buf, uint64_t bytes, uint64_t *off,
 {
 	struct qcow2 *q = w->q;
 	uint64_t n = MAX(size_to_clusters(q, bytes), 1u);
-	int r = alloc(w, n, off, err);
+	int r = qbuild_alloc(w, n, off, err);
 	if (r)
 		return r;
 	uint64_t tail = n * q->cs - bytes;
@@ -162,7 +162,7 @@ int qbuild_put(struct qbuild *w, const void *buf, uint64_t bytes, uint64_t *off,
 }
 
 /* An L2 table into `buf`, through the cache when it is there. */
-static int read_l2(struct qcow2 *q, uint64_t off, uint8_t *buf, struct err *err)
+int qbuild_read_l2(struct qcow2 *q, uint64_t off, uint8_t *buf, struct err *err)
 {
 	if (!q_is_aligned(q, off))
 		return err_set(err, -EIO, "%s: L2 table offset 0x%llx is not aligned", q->b->file, (unsigned long long)off);
@@ -203,7 +203,7 @@ int qbuild_add_tree(struct qbuild *w, const uint64_t *l1, uint32_t n, int d, boo
 		uint64_t off = l1[i] & OFFSET_MASK;
 		if (!off)
 			continue;
-		r = read_l2(q, off, l2, err);
+		r = qbuild_read_l2(q, off, l2, err);
 		if (!r)
 			r = add_l2(w, l2, d, err);
 		if (!r && tables)
@@ -243,7 +243,7 @@ int qbuild_active(struct qbuild *w, const uint64_t *l1, uint32_t n, uint32_t siz
 		uint64_t off = l1[i] & OFFSET_MASK;
 		if (!off)
 			continue;
-		r = read_l2(q, off, l2, err);
+		r = qbuild_read_l2(q, off, l2, err);
 		if (r)
 			break;
 		bool changed = set_copied(w, l2), mine = ours && w->refs[off >> q->h.cluster_bits] == 1;
@@ -293,7 +293,7 @@ static int place_refs(struct qbuild *w, struct newrefs *nr, unsigned per_bits, s
 		for (uint64_t i = 0; i < n; i++) {
 			if (nr->blocks[i] || !range_used(w, i, per))
 				continue;
-			int r = alloc(w, 1, &nr->blocks[i], err);
+			int r = qbuild_alloc(w, 1, &nr->blocks[i], err);
 			if (r)
 				return r;
 			again = true;
@@ -303,7 +303,7 @@ static int place_refs(struct qbuild *w, struct newrefs *nr, unsigned per_bits, s
 			continue;
 		for (uint64_t c = 0; c < nr->table_clusters; c++)
 			w->refs[(nr->table_off >> w->q->h.cluster_bits) + c] = 0;
-		int r = alloc(w, need, &nr->table_off, err);
+		int r = qbuild_alloc(w, need, &nr->table_off, err);
 		if (r)
 			return r;
 		nr->table_clusters = need;

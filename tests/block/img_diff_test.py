@@ -207,6 +207,7 @@ def cases():
         "snapshot -d 1 old ; snapshot -l old", "snapshot -d 2 old ; snapshot -l old ; check old", "snapshot -a 2 old ; check old", "convert -l 2 -O raw old out ; compare old out",
         "snapshot -d x old ; amend -o compat=0.10 old ; info old ; check old ; snapshot -a 2 old ; map --output=json old", "resize --shrink v2 4M ; snapshot -c a v2 ; amend -o compat=1.1 v2 ; amend -o compat=0.10 v2 ; info v2 ; check v2",
         "snapshot -d x old ; snapshot -c y old ; resize old 5M ; amend -o compat=0.10 old ; info old",
+        "amend -o compat=0.10 old ; info old ; check old ; convert -l x -O raw old out ; snapshot -a x old ; map --output=json old ; compare old out ; check old",
     ]
     for o in ("", "-u", "-p", "-q"):
         yield from [f"rebase {o} -b q -F qcow2 top ; info top ; map --output=json top", f"rebase {o} -b '' top ; info top ; map --output=json top", f"rebase {o} top",
@@ -344,7 +345,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = ("a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
+ALWAYS = ("a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
 
 
 def main():

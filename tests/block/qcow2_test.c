@@ -192,6 +192,19 @@ static int do_snapshot(struct model *m, struct block *b)
 	return 0;
 }
 
+/* To the other version and back; what version 2 cannot say is refused. */
+static int do_amend(struct block *b)
+{
+	const struct qcow2 *q = b->qcow2;
+	struct image_amend a = { .set_version = true, .version = q->h.version == 2 ? 3 : 2 };
+	struct err e = { 0 };
+	bool may = q->ref_bits == 16 && q->nsub == 1;
+	for (unsigned i = 0; i < q->nsnaps; i++)
+		may &= q->snaps[i].s.disk_size == q->h.size;
+	int r = image_amend(b, &a, &e);
+	return r == -ENOTSUP && !may ? 0 : r;
+}
+
 static int step(struct model *m, struct block *b, bool shapes_too)
 {
 	uint64_t off, len;
@@ -226,6 +239,8 @@ static int step(struct model *m, struct block *b, bool shapes_too)
 		return do_snapshot(m, b);
 	} else if (what < 98) {
 		return do_resize(m, b);
+	} else {
+		return do_amend(b);
 	}
 	return r;
 }
