@@ -19,12 +19,14 @@
 #include "block/nbd.h"
 #include "cli/img.h"
 
-enum { PIECE = 2 << 20, NEAR_PIECE = 1 << 20, SPARSE_MAX = 16 << 20, THREADS_REMOTE = 8, THREADS_NEAR = 3, THREADS_MAX = 16, SLOW_MS = 8, VERY_SLOW_MS = 40 };
+enum { PIECE = 2 << 20, NEAR_PIECE = 1 << 20, LOOK = 1 << 30, NOTHING_MAX = 64 << 20, SPARSE_MAX = 16 << 20, THREADS_REMOTE = 8, THREADS_NEAR = 3, THREADS_MAX = 16, SLOW_MS = 8, VERY_SLOW_MS = 40 };
 
 static bool all_zero(const uint8_t *p, uint64_t n)
 {
 	return !n || (!p[0] && !memcmp(p, p + 1, n - 1));
 }
+
+enum status { DATA, ZERO, BELOW /* the target's backing file has it */ };
 
 struct convert {
 	struct block **src, *dst;
@@ -37,6 +39,10 @@ struct convert {
 	struct block *base;             /* of the source's chain: what it and those below hold is left to the target's backing file. NULL: nothing is */
 	struct img_rate rate;
 	pthread_mutex_t lock;
+	struct { uint64_t from, to; enum status s; } run; /* what look() was told last */
+	uint64_t ask;                   /* how far it asks, when a piece is less */
+	bool asking;                    /* farther than a piece: others wait until they are `told` */
+	pthread_cond_t told;
 	pthread_t id[THREADS_MAX];      /* those that were started beside the caller's */
 	unsigned started, most;         /* how many of them | how many threads there may be */
 	int error;
@@ -77,21 +83,52 @@ static int read_failed(struct convert *v, struct block *b, int r)
 	return r;
 }
 
-enum status { DATA, ZERO, BELOW /* the target's backing file has it */ };
+/* True: from what was told last. False: it is the caller's to ask, up to *n bytes, and to call keep(). */
+static bool known(struct convert *v, uint64_t off, uint64_t len, uint64_t *n, enum status *s)
+{
+	pthread_mutex_lock(&v->lock);
+	while (v->asking && !(off >= v->run.from && off < v->run.to))
+		pthread_cond_wait(&v->told, &v->lock);
+	bool in = off >= v->run.from && off < v->run.to;
+	*n = in ? MIN(len, v->run.to - off) : MAX(len, v->ask);
+	*s = v->run.s;
+	v->asking |= !in && v->ask > len;
+	pthread_mutex_unlock(&v->lock);
+	return in;
+}
 
-/* 0 or -errno. What is at `off`, up to `len` bytes of it, as its image knows: *n how many. */
+/* Answers as long as the question say that more can be asked at once: long holes, and files of nothing but data. */
+static void keep(struct convert *v, uint64_t from, uint64_t to, enum status s, uint64_t asked)
+{
+	pthread_mutex_lock(&v->lock);
+	v->run.from = from;
+	v->run.to = to;
+	v->run.s = s;
+	v->ask = to - from < asked ? 0 : MIN(8 * asked, (uint64_t)LOOK);
+	v->asking = false;
+	pthread_cond_broadcast(&v->told);
+	pthread_mutex_unlock(&v->lock);
+}
+
+/*
+ * 0 or -errno. What is at `off`, up to `len` bytes of it, as its image knows: *n how many. Asked far ahead, as each question may make a server or a file
+ * system look through all that follows; others wait for such an answer, as it will be theirs, too.
+ */
 static int look(struct convert *v, uint64_t off, uint64_t len, uint64_t *n, enum status *s)
 {
 	struct block_extent e;
-	uint64_t in, left;
-	struct block *b = source_at(v, off, &in, &left);
-	*n = MIN(len, left);
-	*s = ZERO;
-	int r = b ? image_map(b, v->base, in, *n, &e) : 0;
-	if (!r && b) {
-		*n = MIN(*n, e.len);
-		*s = v->base && !e.present && !e.zero ? BELOW : e.zero ? ZERO : DATA;
+	uint64_t in, left, asked;
+	if (known(v, off, len, &asked, s)) {
+		*n = asked;
+		return 0;
 	}
+	struct block *b = source_at(v, off, &in, &left);
+	asked = MIN(MIN(asked, v->size - off), left);
+	e = (struct block_extent){ .len = asked, .zero = true };
+	int r = b ? image_map(b, v->base, in, asked, &e) : 0;
+	*s = e.zero ? ZERO : v->base && !e.present ? BELOW : DATA;
+	keep(v, off, r ? off : off + MIN(asked, e.len), *s, asked);
+	*n = MIN(len, e.len);
 	return read_failed(v, b, r);
 }
 
@@ -225,8 +262,23 @@ static int copy_runs(struct convert *v, uint64_t off, uint8_t *buf, uint64_t len
 	return r ? r : write_status(v, was, off + start, buf, len - start);
 }
 
-static int copy_piece(struct convert *v, uint64_t off, uint8_t *buf, uint64_t len)
+/* Locked: the next piece. One that begins in a long run of nothing is as much of it as one request may be, and *s says what; what is data fits the buffer. */
+static uint64_t take_piece(struct convert *v, uint64_t *off, enum status *s)
 {
+	uint64_t at = *off = v->next, len = MIN(v->size - at, v->piece), end = ALIGN_DOWN(MIN(v->run.to, at + NOTHING_MAX), v->room);
+	*s = DATA;
+	if (v->sparse && v->run.s != DATA && at >= v->run.from && at < end && end - at > len) {
+		len = end - at;
+		*s = v->run.s;
+	}
+	v->next += len;
+	return len;
+}
+
+static int copy_piece(struct convert *v, enum status s, uint64_t off, uint8_t *buf, uint64_t len)
+{
+	if (s != DATA)
+		return write_status(v, s, off, NULL, len);
 	if (v->offload && !v->base && copy_offload(v, off, len))
 		return 0;
 	return copy_runs(v, off, buf, len);
@@ -266,13 +318,13 @@ static void *copier(void *opaque)
 		buf = NULL;
 	pthread_mutex_lock(&v->lock);
 	while (!v->error && v->next < v->size) {
-		uint64_t off = v->next, len = MIN(v->size - off, v->piece);
-		v->next += len;
+		enum status s;
+		uint64_t off, len = take_piece(v, &off, &s);
 		double wait = img_rate_wait(&v->rate, len);
 		pthread_mutex_unlock(&v->lock);
 		img_sleep(wait);
 		uint64_t began = now_ms();
-		int r = buf ? copy_piece(v, off, buf, len) : -ENOMEM;
+		int r = buf ? copy_piece(v, s, off, buf, len) : -ENOMEM;
 		uint64_t took = now_ms() - began;
 		pthread_mutex_lock(&v->lock);
 		if (r && !v->error)
@@ -306,7 +358,9 @@ static int copy_all(struct convert *v, unsigned want)
 		v->piece = NEAR_PIECE;
 	}
 	v->most = want;
+	v->ask = LOOK;
 	pthread_mutex_init(&v->lock, NULL);
+	pthread_cond_init(&v->told, NULL);
 	pthread_mutex_lock(&v->lock);
 	while (v->started + 1 < first && start_copier(v))
 		;
@@ -315,6 +369,7 @@ static int copy_all(struct convert *v, unsigned want)
 	while (v->started) /* nobody starts any more: there is no more to copy */
 		pthread_join(v->id[--v->started], NULL);
 	pthread_mutex_destroy(&v->lock);
+	pthread_cond_destroy(&v->told);
 	return v->error;
 }
 

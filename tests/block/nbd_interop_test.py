@@ -511,6 +511,38 @@ def test_client_pieces():
     assert most == 8, most
 
 
+def test_client_holes():
+    """What is where is asked for far ahead, once for all threads, and long runs of zeroes are written with few requests."""
+    mib = 1 << 20
+    for n, data in (("dense", range(64)), ("sparse", (0, 900, 1023))):
+        with open(n, "wb") as f:
+            for at in data:
+                f.seek(at * mib)
+                f.write(os.urandom(mib))
+    with open("target", "wb") as f:
+        f.write(b"old" * mib)
+        f.truncate(1024 * mib)
+    for n, most in (("dense", 2), ("sparse", 60)):
+        s = sock()
+        if os.path.exists("asked"):
+            os.unlink("asked")
+        p = start("nbdkit", "-f", "-U", s, "--filter=log", "file", n, "logfile=asked", path=s)
+        run(lodge_img, "convert", "-f", "raw", "-O", "raw", uri(s), "copy.out")
+        stop(p, None)
+        same("copy.out", n)
+        log = open("asked").read()
+        asked = len(re.findall(r" Extents id=", log))
+        assert 1 <= asked <= most, (n, asked)
+    os.unlink("asked")
+    s = sock()
+    p = start("nbdkit", "-f", "-U", s, "--filter=log", "file", "target", "logfile=asked", path=s)
+    run(lodge_img, "convert", "-n", "-f", "raw", "-O", "raw", "sparse", uri(s))
+    stop(p, None)
+    same("sparse", "target")
+    zeroes = [int(n, 16) for n in re.findall(r" Zero id=\d+ offset=\S+ count=(0x[0-9a-f]+)", open("asked").read())]
+    assert sum(zeroes) == 1021 * mib and len(zeroes) < 60, zeroes
+
+
 def test_client_errors():
     """Errors of the server, a read-only export, a server that dies or hangs up: a clear message, no hang; reconnect-delay."""
     s = sock()

@@ -170,6 +170,8 @@ static int do_snapshot(struct model *m, struct block *b)
 	if (what == 0 && m->nsnaps < SNAPS) {
 		snprintf(name, sizeof name, "s%u", m->nsnaps);
 		int r = image_snapshot_create(b, name, &e);
+		if (r == -EINVAL && b->qcow2->ref_bits == 4 && strstr(e.msg, "refcount bits"))
+			return 0; /* a cluster holds several compressed ones, and each snapshot counts them all */
 		if (r)
 			return r;
 		m->snap[m->nsnaps].data = malloc(MAX_SIZE);
