@@ -35,6 +35,7 @@ struct block *block_new(const struct block_opts *o, struct loop *l, struct worke
 	b->discard_unmap = o->discard_unmap;
 	b->detect_zeroes = o->detect_zeroes;
 	b->polled = o->polled;
+	b->bare = o->bare;
 	const char *file = o->file ? o->file : "";
 	b->file = strdup(block_plain_path(file));
 	b->id = o->id ? strdup(o->id) : NULL;

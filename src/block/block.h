@@ -83,6 +83,7 @@ struct block_opts {
 	const struct throttle_set *throttles; /* groups that driver=throttle may name; may be NULL */
 	const char *node_name;          /* set by block_name_resolve() */
 	bool protocol;                  /* a file below something: its format is not probed */
+	const char *bare;               /* a protocol's node that no format stands on: its driver; set by block_name_resolve() */
 	bool copy_on_read;              /* what a read finds in a backing file is written to the image */
 	struct block_format_opts fmt;
 	const struct keyvals *backing_options, *data_options; /* nodes instead of the names in the image */

@@ -70,6 +70,7 @@ struct block {
 	struct block **more;            /* children besides `child` (blkverify, quorum); owned */
 	unsigned nmore;
 	char *node_name;                /* may be NULL */
+	const char *bare;               /* block_opts.bare */
 
 	pthread_mutex_t lock;
 	pthread_cond_t idle;

@@ -212,6 +212,11 @@ const char *image_format(const struct block *b)
 	return b->overlay ? b->child->drv->name : b->drv->name;
 }
 
+const char *image_driver(const struct block *b)
+{
+	return b->bare ? b->bare : image_format(b);
+}
+
 int64_t image_disk_size(struct block *b)
 {
 	struct stat st;

@@ -44,6 +44,8 @@ int image_map(struct block *b, struct block *base, uint64_t off, uint64_t len, s
 char *block_path_beside(const char *file, const char *name);
 struct block *image_backing(struct block *b);
 const char *image_format(const struct block *b);
+/* What `info` calls it: the format, or of a protocol's node that was asked for by its driver that driver ("nbd", "file"). */
+const char *image_driver(const struct block *b);
 /* Bytes of disk the image's own files occupy, -errno. */
 int64_t image_disk_size(struct block *b);
 

@@ -239,6 +239,17 @@ static int filter_options(struct block_name *n, const char *driver, const char *
 	return block_node_keys(&n->all, what, &n->o, err);
 }
 
+/* The name of a protocol's driver, for good; NULL: it is none. */
+static const char *bare_driver(const char *driver)
+{
+	static const char *const protocols[] = { "file", "host_device", "nbd", "null-co", "null-aio" };
+	for (size_t i = 0; driver && i < ARRAY_SIZE(protocols); i++) {
+		if (!strcmp(driver, protocols[i]))
+			return protocols[i];
+	}
+	return NULL;
+}
+
 static int from_options(struct block_name *n, const char *what, struct err *err)
 {
 	const char *driver = keyvals_get(&n->all, "driver"), *v;
@@ -278,8 +289,10 @@ static int from_options(struct block_name *n, const char *what, struct err *err)
 	} else {
 		keyvals_sub(&n->leaf, &n->all, "");
 		r = leaf_keys(n, what, err);
-		if (!n->o.format && (driver || n->o.protocol))
+		if (!n->o.format && (driver || n->o.protocol)) {
 			n->o.format = "raw"; /* a protocol's node is a disk as it is */
+			n->o.bare = bare_driver(driver);
+		}
 	}
 	if (!n->below)
 		strip_generic(&n->leaf);

@@ -3,12 +3,12 @@
 #include <limits.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/util.h"
 #include "block/driver.h"
 #include "block/nbd_proto.h"
+#include "loop/loop.h"
 
 enum { VEC = 64 };
 
@@ -38,9 +38,7 @@ int nbd_error_from_wire(uint32_t e)
 
 uint64_t nbd_now_ms(void)
 {
-	struct timespec ts;
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000 + (uint64_t)ts.tv_nsec / 1000000;
+	return clock_host_ns() / 1000000;
 }
 
 void nbd_chan_init(struct nbd_chan *c, int fd)

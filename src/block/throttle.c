@@ -130,11 +130,7 @@ static bool is_write(const struct block_req *r)
 
 static uint64_t now(const struct throttle_group *g)
 {
-	struct timespec t;
-	if (g->clock)
-		return clock_now(g->clock);
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+	return g->clock ? clock_now(g->clock) : clock_host_ns();
 }
 
 static void arm(struct throttle_group *g)

@@ -2,10 +2,10 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "cli/img.h"
+#include "loop/loop.h"
 
 enum { BENCH_THREADS = 64, CACHED_THREADS = 16, POLLED_DEPTH = 1024, REMOTE_DEPTH = 128, SHARE_MIN = 4096 };
 
@@ -234,13 +234,6 @@ static int run(struct bench *k, int64_t depth, bool ring, bool direct)
 	return r || k->next >= k->count ? r : run_threads(k, (unsigned)MIN(depth, (int64_t)(polled ? copiers : most)));
 }
 
-static double seconds(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
-
 int img_bench(int argc, char **argv)
 {
 	struct bench k = { .count = 75000, .size = 4096, .lock = PTHREAD_MUTEX_INITIALIZER };
@@ -264,12 +257,12 @@ int img_bench(int argc, char **argv)
 		announce(&k, depth);
 	if (!r && range_bad(k.off, k.size, block_length(k.b)))
 		r = img_fail("Failed request: %s: it does not fit the image", strerror(EIO));
-	double begin = seconds();
+	uint64_t begin = clock_host_ns();
 	int e = r ? 0 : run(&k, depth, ring, direct);
 	if (e)
 		r = img_fail("Failed request: %s", strerror(-e));
 	if (!r && !quiet)
-		printf("Run completed in %3.3f seconds.\n", seconds() - begin);
+		printf("Run completed in %3.3f seconds.\n", (double)(clock_host_ns() - begin) / 1e9);
 	block_close(k.b);
 	return r;
 }

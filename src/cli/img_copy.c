@@ -13,11 +13,11 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "block/nbd.h"
 #include "cli/img.h"
+#include "loop/loop.h"
 
 enum { PIECE = 2 << 20, NEAR_PIECE = 1 << 20, LOOK = 1 << 30, NOTHING_MAX = 64 << 20, SPARSE_MAX = 16 << 20, THREADS_REMOTE = 8, THREADS_NEAR = 3, THREADS_MAX = 16, SLOW_MS = 8, VERY_SLOW_MS = 40 };
 
@@ -284,13 +284,6 @@ static int copy_piece(struct convert *v, enum status s, uint64_t off, uint8_t *b
 	return copy_runs(v, off, buf, len);
 }
 
-static uint64_t now_ms(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
 static void *copier(void *opaque);
 
 /* Locked. */
@@ -302,8 +295,9 @@ static bool start_copier(struct convert *v)
 }
 
 /* Locked. `len` bytes took so long: what is behind a server on this machine may be slow, however near that is. Then more at once. */
-static void copy_more(struct convert *v, uint64_t ms, uint64_t len)
+static void copy_more(struct convert *v, uint64_t ns, uint64_t len)
 {
+	uint64_t ms = ns / 1000000;
 	if (ms > VERY_SLOW_MS * len / NEAR_PIECE)
 		v->piece = v->room;
 	if (ms > SLOW_MS * len / NEAR_PIECE && !v->error && v->next < v->size)
@@ -323,9 +317,9 @@ static void *copier(void *opaque)
 		double wait = img_rate_wait(&v->rate, len);
 		pthread_mutex_unlock(&v->lock);
 		img_sleep(wait);
-		uint64_t began = now_ms();
+		uint64_t began = clock_host_ns();
 		int r = buf ? copy_piece(v, s, off, buf, len) : -ENOMEM;
-		uint64_t took = now_ms() - began;
+		uint64_t took = clock_host_ns() - began;
 		pthread_mutex_lock(&v->lock);
 		if (r && !v->error)
 			v->error = r;

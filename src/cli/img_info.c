@@ -77,7 +77,7 @@ static void human_info(const struct info *n)
 {
 	int64_t disk = image_disk_size(n->b);
 	char size[32], used[32];
-	printf("image: %s\nfile format: %s\nvirtual size: %s (%llu bytes)\ndisk size: %s\n", n->file, image_format(n->b),
+	printf("image: %s\nfile format: %s\nvirtual size: %s (%llu bytes)\ndisk size: %s\n", n->file, image_driver(n->b),
 	       img_human(block_length(n->b), size), (unsigned long long)block_length(n->b),
 	       disk < 0 ? "unavailable" : img_human((uint64_t)disk, used));
 	if (n->i.encrypted)
@@ -210,7 +210,7 @@ static void json_info(const struct info *n, int at)
 	puts(",");
 	if (n->i.cluster_size)
 		printf("%*s\"cluster-size\": %u,\n", at, "", n->i.cluster_size);
-	printf("%*s\"format\": \"%s\"", at, "", image_format(n->b));
+	printf("%*s\"format\": \"%s\"", at, "", image_driver(n->b));
 	if (block_is_remote(n->b) && !n->qcow2 && !n->i.vmdk.n && !n->i.cluster_size) { /* of a server's disk nothing else is known */
 		printf("\n%*s}", at - 4, "");
 		return;
@@ -506,7 +506,7 @@ int img_check(int argc, char **argv)
 	}
 	fflush(stderr);
 	if (json && !quiet)
-		json_check(&k, argv[optind], image_format(b));
+		json_check(&k, argv[optind], image_driver(b));
 	else if (!quiet)
 		human_check(&k);
 	block_close(b);

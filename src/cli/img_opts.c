@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "cli/img.h"
+#include "loop/loop.h"
 
 static const struct { const char *key, *type, *help; bool qcow2_only, amend; } options[] = {
 	{ "backing_file", "str", "Name of the base image", true, true },
@@ -41,16 +42,9 @@ bool img_options_help(const char *text, const char *format, bool amend)
 
 /* --- a limit in bytes a second --- */
 
-static double now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
-
 double img_rate_wait(struct img_rate *r, uint64_t bytes)
 {
-	double t = now();
+	double t = (double)clock_host_ns() / 1e9;
 	if (!r->limit)
 		return 0;
 	r->due = (r->due > t ? r->due : t) + (double)bytes / (double)r->limit;

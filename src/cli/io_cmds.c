@@ -3,11 +3,11 @@
 #include <getopt.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/parse.h"
 #include "cli/io.h"
+#include "loop/loop.h"
 
 #define REQUEST_MAX 2147483136ull       /* QEMU's: 2 GiB less a sector */
 
@@ -105,14 +105,12 @@ static int no_vmstate(const struct args *a)
 
 /* --- results --- */
 
-static void report(const char *verb, const struct args *a, const struct timespec *t0)
+static void report(const char *verb, const struct args *a, uint64_t began)
 {
-	struct timespec t1;
 	char size[32], rate[32], took[40];
 	if (a->quiet)
 		return;
-	clock_gettime(CLOCK_MONOTONIC, &t1);
-	double s = (double)(t1.tv_sec - t0->tv_sec) + (double)(t1.tv_nsec - t0->tv_nsec) / 1e9;
+	double s = (double)(clock_host_ns() - began) / 1e9;
 	s = s > 0 ? s : 1e-9;
 	unsigned sec = (unsigned)s, hundredth = (unsigned)(s * 100) % 100;
 	if (a->terse) {
@@ -188,10 +186,9 @@ static int verify(const struct args *a, const uint8_t *buf)
 
 static int do_read(struct io *io, const struct args *a, const char *verb)
 {
-	struct timespec t0;
 	struct buffer b;
 	int bad = 0, r = buffer_get(io, &b, a->len);
-	clock_gettime(CLOCK_MONOTONIC, &t0);
+	uint64_t began = clock_host_ns();
 	if (!r && !(r = outside(io, a)))
 		r = image_read(io->b, a->off, b.p, a->len);
 	if (!r && a->pattern >= 0)
@@ -199,7 +196,7 @@ static int do_read(struct io *io, const struct args *a, const char *verb)
 	if (!r && a->verbose)
 		dump(b.p, a->off, a->len);
 	if (!r)
-		report("read", a, &t0);
+		report("read", a, began);
 	free(b.base);
 	return r ? failed(verb, r) : bad;
 }
@@ -279,7 +276,6 @@ static int fill_from(const char *file, uint8_t *buf, uint64_t len)
 
 static int do_write(struct io *io, const struct args *a, const char *verb)
 {
-	struct timespec t0;
 	struct buffer b = { 0 };
 	int r = a->zero ? 0 : buffer_get(io, &b, a->len);
 	if (!r && !a->zero && a->source && fill_from(a->source, b.p, a->len)) {
@@ -288,7 +284,7 @@ static int do_write(struct io *io, const struct args *a, const char *verb)
 	}
 	if (!r && !a->zero && !a->source)
 		memset(b.p, a->pattern >= 0 ? a->pattern : 0xcd, a->len);
-	clock_gettime(CLOCK_MONOTONIC, &t0);
+	uint64_t began = clock_host_ns();
 	if (!r)
 		r = outside(io, a);
 	if (!r && a->zero)
@@ -300,7 +296,7 @@ static int do_write(struct io *io, const struct args *a, const char *verb)
 	free(b.base);
 	if (r)
 		return failed(verb, r);
-	report("wrote", a, &t0);
+	report("wrote", a, began);
 	return 0;
 }
 
@@ -363,16 +359,15 @@ static int cmd_aio_write(struct io *io, int argc, char **argv)
 static int cmd_discard(struct io *io, int argc, char **argv)
 {
 	struct args a;
-	struct timespec t0;
 	if (parse(argc, argv, "Cq", false, false, "discard", &a) || writable(io))
 		return -1;
-	clock_gettime(CLOCK_MONOTONIC, &t0);
+	uint64_t began = clock_host_ns();
 	int r = outside(io, &a);
 	if (!r)
 		r = image_discard(io->b, a.off, a.len);
 	if (r)
 		return failed("discard", r);
-	report("discard", &a, &t0);
+	report("discard", &a, began);
 	return 0;
 }
 
@@ -427,7 +422,7 @@ static int cmd_info(struct io *io, int argc, char **argv)
 	int r = image_info(io->b, &i);
 	uint64_t cover = (uint64_t)i.cluster_size * i.cluster_size / (i.extended_l2 ? 16 : 8);
 	uint64_t end = qcow2 && !r && cover ? (block_length(io->b) + cover - 1) / cover * cover : 0;
-	printf("format name: %s\ncluster size: %s\nvm state offset: %s\n", image_format(io->b), io_bytes(i.cluster_size, a), io_bytes((double)end, b));
+	printf("format name: %s\ncluster size: %s\nvm state offset: %s\n", image_driver(io->b), io_bytes(i.cluster_size, a), io_bytes((double)end, b));
 	if (qcow2 && !r)
 		img_print_specific(&i);
 	if (!r)

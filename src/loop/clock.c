@@ -34,13 +34,18 @@ void clock_stepped_destroy(struct clock *c)
 	free(c);
 }
 
+uint64_t clock_host_ns(void)
+{
+	struct timespec ts;
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
 uint64_t clock_now(struct clock *c)
 {
 	if (!c->loop)
 		return __atomic_load_n(&c->now, __ATOMIC_ACQUIRE);
-	struct timespec ts;
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+	return clock_host_ns();
 }
 
 void timer_init(struct timer *t, struct clock *c, loop_fn *fn, void *opaque)

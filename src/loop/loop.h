@@ -48,6 +48,7 @@ struct clock *clock_stepped_create(void);       /* starts at 0 */
 void clock_stepped_destroy(struct clock *c);
 void clock_step(struct clock *c, uint64_t ns);  /* advance; fires due timers in order, in the caller */
 uint64_t clock_now(struct clock *c);
+uint64_t clock_host_ns(void);                   /* the host's monotonic clock itself, for who measures or waits without a loop */
 
 /* A timer is embedded in its owner; zeroed memory plus timer_init() is a stopped timer. */
 struct timer {

@@ -201,6 +201,10 @@ def cases():
         "compare -U q q", "compare over q", "compare top over", "compare -s packed raw", "compare vmdk raw", "compare broken q", "compare top q",
         "compare -q missing q", "compare -f nonsense q q", "compare --image-opts driver=qcow2,file.filename=q raw", "compare -f raw --image-opts q raw",
     ]
+    for words in ("info --image-opts driver=file,filename=raw", "info --image-opts driver=file,filename=q", "info --output=json --image-opts driver=file,filename=q", "info --image-opts driver=raw,file.driver=file,file.filename=raw",
+                  "info 'json:{\"driver\":\"file\",\"filename\":\"q\"}'", "check --image-opts driver=file,filename=q", "map --image-opts driver=file,filename=q", "info 'json:{\"file\":{\"driver\":\"file\",\"filename\":\"q\"}}'",
+                  "convert -O qcow2 --image-opts driver=file,filename=q out ; info out ; compare -f raw q out", "measure -O qcow2 --image-opts driver=file,filename=raw"):
+        yield f"{words} ; snapshot -l q"
     for k in ("subs", "part", "old", "small"):
         yield f"check {k} ; check --output=json {k} ; map --output=json {k} ; map {k}"
     yield from [
@@ -345,7 +349,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = ("a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
+ALWAYS = ("a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
 
 
 def main():

@@ -412,8 +412,11 @@ def test_client_data():
         assert "identical" in run(lodge_img, "compare", "-f", "raw", names[0], "c.raw")
         ours, theirs = (json.loads(run(t, "map", "-f", "raw", "--output=json", names[0])) for t in (lodge_img, "qemu-img"))
         assert ours == theirs, (ours, theirs)
-        ours, theirs = (run(t, "info", "-f", "raw", "--output=json", names[0]) for t in (lodge_img, "qemu-img"))
-        assert ours == theirs, (ours, theirs)
+        # A node that no format stands on is called by its driver.
+        for words in (("-f", "raw", names[0]), ("--image-opts", f"driver=nbd,server.type=unix,server.path={s}"), ("--image-opts", f"driver=raw,file.driver=nbd,file.server.type=unix,file.server.path={s}"),
+                      ('json:{"driver":"nbd","server":{"type":"unix","path":"%s"}}' % s,)):
+            ours, theirs = (run(t, "info", "--output=json", *words) for t in (lodge_img, "qemu-img"))
+            assert ours == theirs, (ours, theirs)
         # A qcow2 image on the export.
         run(lodge_img, "create", "-f", "qcow2", names[0], "4M")
         run(lodge_io, "-f", "qcow2", "-c", "write -P 9 1M 64k", "-c", "write -z 0 512k", "-c", "flush", names[0])
