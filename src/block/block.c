@@ -221,6 +221,11 @@ int block_open(struct block **out, const struct block_opts *o, struct loop *l, s
 	int r = block_open_node(&b, o, l, w, 0, err);
 	if (r)
 		return r;
+	if (o->internal && !b->qcow2) {
+		r = err_set(err, -ENOTSUP, "%s: cannot load snapshot '%s': a %s node has no internal snapshots", b->file, o->internal, b->drv->name);
+		block_free(b);
+		return r;
+	}
 	if (o->copy_on_read && !o->snapshot && (r = cor_enable(b, err))) {
 		block_free(b);
 		return r;

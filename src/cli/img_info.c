@@ -475,6 +475,8 @@ int img_check(int argc, char **argv)
 	if (optind != argc - 1)
 		return img_usage("%s", img_missing);
 	struct block *b = img_open(argv[optind], &o);
+	if (b && !strcmp(image_format(b), "vhdx"))
+		fix = 0; /* there it is the log that is replayed, and an image that has one was not opened */
 	if (b && fix && strcmp(image_format(b), "qcow2")) { /* the others are not written, so not repaired */
 		block_close(b);
 		return img_fail("This image format does not support repairing"), 63;

@@ -205,6 +205,10 @@ def cases():
                   "info 'json:{\"driver\":\"file\",\"filename\":\"q\"}'", "check --image-opts driver=file,filename=q", "map --image-opts driver=file,filename=q", "info 'json:{\"file\":{\"driver\":\"file\",\"filename\":\"q\"}}'",
                   "convert -O qcow2 --image-opts driver=file,filename=q out ; info out ; compare -f raw q out", "measure -O qcow2 --image-opts driver=file,filename=raw"):
         yield f"{words} ; snapshot -l q"
+    for k in ("raw", "vmdk", "vhdx", "vdi", "q"):
+        yield f"convert -l one -O raw {k} out ; measure -O qcow2 -l one {k} ; check -r all {k} ; check -r leaks --output=json {k} ; info {k}"
+    yield "convert --image-opts -l one -O raw driver=throttle,throttle-group=t,file.driver=qcow2,file.file.filename=snap out ; info snap"
+    yield "convert --image-opts -l one -O raw driver=copy-on-read,file.driver=qcow2,file.file.filename=snap out ; info snap"
     for k in ("subs", "part", "old", "small"):
         yield f"check {k} ; check --output=json {k} ; map --output=json {k} ; map {k}"
     yield from [
@@ -349,7 +353,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = ("a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
+ALWAYS = ("a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "-l one ", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
 
 
 def main():
