@@ -591,9 +591,12 @@ const char *block_id(const struct block *b)
 	return b->id;
 }
 
-bool block_can_poll(const struct block *b)
+/* A format's writes that shall be stable end with a flush each, in the thread that makes them. */
+bool block_can_poll(const struct block *b, bool write)
 {
 	const struct block *leaf = b->qcow2 ? b->qcow2->data : b;
+	if (b->qcow2 && write && !block_write_cache(b))
+		return false;
 	return b->polled && b->drv->poll && (leaf->uring || leaf->nbd);
 }
 

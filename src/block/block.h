@@ -131,8 +131,8 @@ void block_unplug(struct block *b);
  * way. What cannot be started without waiting is done by block_submit() itself, after all that was under way.
  */
 bool block_poll(struct block *b);
-/* Can requests to it be under way together, so that block_poll() is worth while? */
-bool block_can_poll(const struct block *b);
+/* Can reads, or writes, be under way together, so that block_poll() is worth while? */
+bool block_can_poll(const struct block *b, bool write);
 /*
  * What block_poll() waited for lately was no waiting: each time all requests, several, were copies that the thread made itself. More threads would make them
  * at once (image_read(), image_write(); nothing is under way then).

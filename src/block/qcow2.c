@@ -169,6 +169,8 @@ static struct qcow2 *new_state(struct block *b)
 	q->ranges_tail = &q->ranges;
 	pthread_mutex_init(&q->lock, NULL);
 	pthread_mutex_init(&q->flush_lock, NULL);
+	pthread_mutex_init(&q->turn_lock, NULL);
+	pthread_cond_init(&q->flush_ended, NULL);
 	pthread_mutex_init(&q->range_lock, NULL);
 	pthread_mutex_init(&q->comp_lock, NULL);
 	pthread_cond_init(&q->range_free, NULL);
@@ -290,6 +292,8 @@ static void qcow2_close(struct block *b)
 	free(q->data_file);
 	pthread_mutex_destroy(&q->lock);
 	pthread_mutex_destroy(&q->flush_lock);
+	pthread_mutex_destroy(&q->turn_lock);
+	pthread_cond_destroy(&q->flush_ended);
 	pthread_mutex_destroy(&q->range_lock);
 	pthread_mutex_destroy(&q->comp_lock);
 	pthread_cond_destroy(&q->range_free);

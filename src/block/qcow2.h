@@ -80,6 +80,10 @@ struct qcow2 {
 	unsigned nsnaps;
 
 	pthread_mutex_t lock, flush_lock, range_lock;
+	pthread_mutex_t turn_lock;      /* innermost; of these: */
+	pthread_cond_t flush_ended;
+	bool flushing;
+	uint64_t flushes, flushed;      /* begun | the last of them that made all stable */
 	pthread_cond_t range_free;
 	struct qrange *ranges, **ranges_tail;
 	struct qcache l2, refs;

@@ -270,9 +270,8 @@ int q_flush_tables(struct qcow2 *q)
  * After the last sync every reference removed before it is gone for good: what was dead by then can be
  * used again. `lock` is not held on entry.
  */
-int q_flush(struct qcow2 *q, bool sync)
+static int flush_alone(struct qcow2 *q, bool sync)
 {
-	pthread_mutex_lock(&q->flush_lock);
 	q_event(q, EVENT_FLUSH_TO_OS);
 	pthread_mutex_lock(&q->lock);
 	int r = q_flush_tables(q);
@@ -289,7 +288,31 @@ int q_flush(struct qcow2 *q, bool sync)
 		q_bury(q, ndead);
 		pthread_mutex_unlock(&q->lock);
 	}
+	return r;
+}
+
+/* Of several that wait for a flush to end one does the next for all: it begins after all of them came. Who is served goes, whatever begins next. */
+int q_flush(struct qcow2 *q, bool sync)
+{
+	pthread_mutex_lock(&q->turn_lock);
+	uint64_t wanted = q->flushes + 1;
+	while (q->flushing && q->flushed < wanted)
+		pthread_cond_wait(&q->flush_ended, &q->turn_lock);
+	bool served = q->flushed >= wanted;
+	uint64_t mine = served ? 0 : ++q->flushes;
+	q->flushing |= !served;
+	pthread_mutex_unlock(&q->turn_lock);
+	if (served)
+		return 0;
+	pthread_mutex_lock(&q->flush_lock);
+	int r = flush_alone(q, sync);
 	pthread_mutex_unlock(&q->flush_lock);
+	pthread_mutex_lock(&q->turn_lock);
+	q->flushing = false;
+	if (!r && sync)
+		q->flushed = mine;
+	pthread_cond_broadcast(&q->flush_ended);
+	pthread_mutex_unlock(&q->turn_lock);
 	return r;
 }
 

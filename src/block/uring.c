@@ -18,7 +18,7 @@
 #include "block/driver.h"
 #include "loop/loop.h"
 
-enum { ENTRIES = 256, REAP = 32, COPIES_SURE = 64 };
+enum { ENTRIES = 256, REAP = 32, COPIES_SURE = 16, DEVICE_ROUNDS = 64 };
 
 struct uring {
 	struct uring *next;             /* fixed while requests are in flight */
@@ -29,7 +29,8 @@ struct uring {
 	struct loop *loop;
 	struct loop_watch *watch;
 	unsigned in_kernel;             /* atomic: never more than the completion queue holds */
-	unsigned at_once;               /* polled: requests in a row that had ended when the kernel had taken them */
+	unsigned at_once;               /* polled: how often in a row all requests, several, had ended when the kernel had taken them; */
+	unsigned wait_rounds;           /* once some had not it is a device, as a rule: so often nobody asks */
 	unsigned order;                 /* atomic: says in C what the kernel's rings order anyway, request before completion */
 };
 
@@ -172,6 +173,15 @@ bool uring_copies(const struct block *b)
 	return b->uring && b->uring->at_once >= COPIES_SURE;
 }
 
+/* All `n` that are under way to the kernel. Looked at before anything is waited for: what a device merged into one request ends together, too. */
+static void send_and_look(struct uring *u, unsigned n)
+{
+	io_uring_submit(&u->ring);
+	bool waits = io_uring_cq_ready(&u->ring) < n;
+	u->wait_rounds = waits ? DEVICE_ROUNDS : 0;
+	u->at_once = waits ? 0 : MIN(u->at_once + 1, (unsigned)COPIES_SURE);
+}
+
 bool uring_wait(struct block *b)
 {
 	struct uring *u = b->uring;
@@ -179,13 +189,13 @@ bool uring_wait(struct block *b)
 	if (!n)
 		return false;
 	pthread_mutex_lock(&u->sq);
-	io_uring_submit_and_wait(&u->ring, 1); /* on an error the next call tries again */
-	pthread_mutex_unlock(&u->sq);
-	/* Of several that a device does, the first to end leaves others behind. */
-	if (io_uring_cq_ready(&u->ring) < n)
-		u->at_once = 0;
+	if (u->wait_rounds)
+		u->wait_rounds--;
 	else if (n > 1)
-		u->at_once = MIN(u->at_once + n, (unsigned)COPIES_SURE);
+		send_and_look(u, n);
+	if (!io_uring_cq_ready(&u->ring))
+		io_uring_submit_and_wait(&u->ring, 1); /* on an error the next call tries again */
+	pthread_mutex_unlock(&u->sq);
 	reap(u);
 	return true;
 }

@@ -220,18 +220,18 @@ static int parse_args(struct bench *k, struct img_open *o, int argc, char **argv
 }
 
 /*
- * Copies want as many threads as there are processors, and some; more of them only wait for each other. Whether reads past the page cache are copies turns out
- * when they run (a file system in memory, one that goes through the page cache all the same). Writes to one file wait for each other there, and one thread
- * is faster.
+ * Copies out of the page cache want as many threads as there are processors, and some; more of them only wait for each other. Whether reads past it are copies, too,
+ * turns out when they run (a file system in memory, holes). Writes to one file wait for each other there, and one thread is faster.
  */
 static int run(struct bench *k, int64_t depth, bool ring, bool direct)
 {
-	bool remote = block_is_remote(k->b), polled = block_can_poll(k->b) && (ring || remote || (depth > 1 && direct));
+	bool remote = block_is_remote(k->b), stable = k->write && !block_write_cache(k->b);
+	bool polled = block_can_poll(k->b, k->write) && (ring || remote || (depth > 1 && direct));
 	unsigned copiers = (unsigned)MIN(2 * sysconf(_SC_NPROCESSORS_ONLN), (long)CACHED_THREADS);
-	unsigned most = polled ? remote ? REMOTE_DEPTH : POLLED_DEPTH : direct || remote ? BENCH_THREADS : copiers;
+	unsigned threads = (unsigned)MIN(depth, (int64_t)(direct || remote || stable ? BENCH_THREADS : copiers));
 	k->may_share = polled && !ring && !remote && !k->write && k->size >= SHARE_MIN;
-	int r = polled ? run_polled(k, (unsigned)MIN(depth, (int64_t)most)) : 0;
-	return r || k->next >= k->count ? r : run_threads(k, (unsigned)MIN(depth, (int64_t)(polled ? copiers : most)));
+	int r = polled ? run_polled(k, (unsigned)MIN(depth, (int64_t)(remote ? REMOTE_DEPTH : POLLED_DEPTH))) : 0;
+	return r || k->next >= k->count ? r : run_threads(k, threads);
 }
 
 int img_bench(int argc, char **argv)

@@ -311,7 +311,7 @@ static void run_polled(struct block *b, unsigned rounds, bool may_fail, void *(*
 	static struct polled p[POLLED];
 	unsigned seed = 5, failed = 0;
 	pthread_t t;
-	assert_true(block_can_poll(b));
+	assert_true(block_can_poll(b, true));
 	for (unsigned i = 0; i < POLLED; i++) {
 		p[i] = (struct polled){ .buf = malloc(POLLED_PART), .model = malloc(POLLED_PART), .r.op = BLOCK_FLUSH };
 		assert_int_equal(image_read(b, i * (uint64_t)POLLED_PART, p[i].model, POLLED_PART), 0);
