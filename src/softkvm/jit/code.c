@@ -15,19 +15,31 @@ void em_abs(struct em *e, unsigned reg, const void *p)
 	e32(e, (uint32_t)(uintptr_t)p);
 }
 
-void em_op_abs(struct em *e, bool w, unsigned op, unsigned reg, const void *p)
+static void opcode(struct em *e, bool w, unsigned op, unsigned reg)
 {
 	unsigned rex = 0x40 | w << 3 | (reg >> 3) << 2;
 
 	if (rex != 0x40)
 		e8(e, rex);
 	e8(e, op);
+}
+
+void em_op_abs(struct em *e, bool w, unsigned op, unsigned reg, const void *p)
+{
+	opcode(e, w, op, reg);
 	em_abs(e, reg, p);
 }
 
-void em_load(struct em *e, unsigned reg, const void *p) { em_op_abs(e, true, 0x8b, reg, p); }
-void em_store(struct em *e, unsigned reg, const void *p) { em_op_abs(e, true, 0x89, reg, p); }
-void em_load32(struct em *e, unsigned reg, const void *p) { em_op_abs(e, false, 0x8b, reg, p); }
+void em_op_near(struct em *e, bool w, unsigned op, unsigned reg, const void *p)
+{
+	opcode(e, w, op, reg);
+	e8(e, (reg & 7) << 3 | 5);
+	e32(e, (uint32_t)(uintptr_t)p - (uint32_t)((uintptr_t)e->p + 4 + (uintptr_t)e->to_rx));
+}
+
+void em_load(struct em *e, unsigned reg, const void *p) { em_op_near(e, true, 0x8b, reg, p); }
+void em_store(struct em *e, unsigned reg, const void *p) { em_op_near(e, true, 0x89, reg, p); }
+void em_load32(struct em *e, unsigned reg, const void *p) { em_op_near(e, false, 0x8b, reg, p); }
 
 void em_mov(struct em *e, unsigned dst, unsigned src)
 {
@@ -366,7 +378,7 @@ static void thunk_fail(struct jit *j, struct em *e)
 /* `call` and `live` for code that keeps registers elsewhere: behind the code so far. */
 void jit_map_thunks(struct jit *j, struct jit_map_thunks *m, const int8_t *map)
 {
-	struct em e = { j->rw + j->hot, j->rw + j->hot_size, false };
+	struct em e = { j->rw + j->hot, j->rw + j->hot_size, false, jit_to_rx(j) };
 
 	m->call = (uint32_t)(e.p - j->rw);
 	thunk_call(j, &e, map);
@@ -400,7 +412,7 @@ static uint8_t *calls_begin(struct jit *j, struct em *e)
 
 void jit_thunks(struct jit *j)
 {
-	struct em e = { j->rw, j->rw + JIT_THUNKS, false };
+	struct em e = { j->rw, j->rw + JIT_THUNKS, false, jit_to_rx(j) };
 	uint8_t *look, *out, *base;
 
 	j->low->host_mxcsr = 0x1f80;

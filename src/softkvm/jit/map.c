@@ -114,7 +114,7 @@ static void swap(struct em *e, struct tr *t, bool to_map)
 	}
 }
 
-unsigned map_out_bytes(unsigned key) { return 16 * (unsigned)__builtin_popcount(key & 15); }
+unsigned map_out_bytes(unsigned key) { return 14 * (unsigned)__builtin_popcount(key & 15); }
 
 void map_in(struct em *e, struct tr *t) { swap(e, t, true); }
 void map_out(struct em *e, struct tr *t) { swap(e, t, false); }

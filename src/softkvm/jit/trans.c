@@ -610,8 +610,8 @@ struct jit_code *jit_translate(struct jit *j, struct block *b, uint64_t rip, uin
 
 	room(j);
 	k = jit_arena(j, sizeof *k);
-	h = (struct em){ j->rw + j->hot, j->rw + j->hot + HOT_MAX, false };
-	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false };
+	h = (struct em){ j->rw + j->hot, j->rw + j->hot + HOT_MAX, false, jit_to_rx(j) };
+	cold = (struct em){ j->rw + j->hot_size + j->cold, j->rw + j->hot_size + j->cold + COLD_MAX, false, jit_to_rx(j) };
 	*k = (struct jit_code){ .b = b, .rip = rip, .mode = mode, .apart = apart,
 				.in_line = in_line || (j->c->stats.translations & 1) < j->in_line };
 	code_valid(j, k, 0);
