@@ -131,35 +131,37 @@ static bool may(const struct cpu *c)
 	return cpu_long(c) && cpu_paging(c) && !c->watch && !c->data_bp && c->tlb != c->tlbs[TLB_NONE];
 }
 
-uint8_t *mmu_fill_w(struct cpu *c, uint64_t lin, uint64_t size)
-{
-	uint8_t *p = may(c) && (lin & 4095) + size <= 4096 ? page_at(c, lin, size, true) : NULL;
-
-	return p ? p + (lin & 4095) : NULL;
-}
-
-/* Of two pages. */
-static uint8_t *copy(struct cpu *c, uint64_t lin, uint64_t size)
+/*
+ * Of two pages. Where the host has them side by side, as guests' neighbouring pages often are, the access is one; an operand to be read is copied else.
+ */
+static uint8_t *two_pages(struct cpu *c, uint64_t lin, uint64_t size, bool write)
 {
 	uint64_t first = 4096 - (lin & 4095), second = lin + first;
-	uint8_t *to = (uint8_t *)ALIGN_UP((uintptr_t)c->itlb->bounce, 64) + (lin & 63);
-	const uint8_t *a, *b;
+	uint8_t *a, *b, *to;
 
 	if (size > 64 || (c->code_bits != 64 && second >> 32))
 		return NULL;
-	a = page_at(c, lin, first, false);
-	b = a ? page_at(c, second, size - first, false) : NULL;
-	return b && !fault_copy_bytes(to, a + (lin & 4095), first) && !fault_copy_bytes(to + first, b, size - first) ? to : NULL;
+	a = page_at(c, lin, first, write);
+	b = a ? page_at(c, second, size - first, write) : NULL;
+	if (!b)
+		return NULL;
+	if (b == a + 4096)
+		return a + (lin & 4095);
+	to = (uint8_t *)ALIGN_UP((uintptr_t)c->itlb->bounce, 64) + (lin & 63);
+	return !write && !fault_copy_bytes(to, a + (lin & 4095), first) && !fault_copy_bytes(to + first, b, size - first) ? to : NULL;
 }
 
-uint8_t *mmu_fill_r(struct cpu *c, uint64_t lin, uint64_t size)
+static uint8_t *fill(struct cpu *c, uint64_t lin, uint64_t size, bool write)
 {
 	uint8_t *p;
 
 	if (!may(c))
 		return NULL;
 	if ((lin & 4095) + size > 4096)
-		return copy(c, lin, size);
-	p = page_at(c, lin, size, false);
+		return two_pages(c, lin, size, write);
+	p = page_at(c, lin, size, write);
 	return p ? p + (lin & 4095) : NULL;
 }
+
+uint8_t *mmu_fill_w(struct cpu *c, uint64_t lin, uint64_t size) { return fill(c, lin, size, true); }
+uint8_t *mmu_fill_r(struct cpu *c, uint64_t lin, uint64_t size) { return fill(c, lin, size, false); }
