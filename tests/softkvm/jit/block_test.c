@@ -383,6 +383,17 @@ static bool try_patched(unsigned loops, struct counts *n)
 	return ok;
 }
 
+/* Whether one of the operands' pages may be written, and what lies behind others: nothing, the page that is next in memory, or another one. */
+static void map_some(void)
+{
+	low[0x4000 + 8 * ((DATA + 3 * 8192 - BASE) >> 12)] = PTE_P | (below(2) ? PTE_W : 0);
+	for (unsigned page = 3; page <= 9; page += 2) {
+		uint64_t to = BASE + 4096 * (below(2) ? page : 13);
+
+		st_le64(low + 0x4000 + 8 * page, below(2) ? 0 : to | PTE_P | (below(4) ? PTE_W : 0));
+	}
+}
+
 static bool one(unsigned seed, bool vec, struct counts *n)
 {
 	struct jit *jit = h.cpu.jit;
@@ -398,7 +409,7 @@ static bool one(unsigned seed, bool vec, struct counts *n)
 	while (narrow && (count_seg = below(6)) == SEG_CS)
 		;
 	calls ? make_calls(&code, at) : make(&code, vec, at);
-	low[0x4000 + 8 * ((DATA + 3 * 8192 - BASE) >> 12)] = PTE_P | (below(2) ? PTE_W : 0);
+	map_some();
 	code_at = at;
 	random_state();
 	rounds = below(6);
