@@ -44,10 +44,11 @@ void mem_unlock(struct cpu *c);
 
 /*
  * For translated code whose TLB check failed (fill.c): what mostly helps, without a look at the rest of the vCPU's state. Host address of
- * [lin, lin + size), size <= 64, for a read or a write at the current privilege; the TLB has the page then, or both pages: where the host has them
- * side by side the address is the first one's. An operand to be read is copied else: the address is the copy's, as much aligned, and good until the
- * next call. NULL: the slow path has to look. Leaves vector, x87 and MXCSR registers alone.
+ * [lin, lin + size), size 1 to 4096, for a read or a write at the current privilege; the TLB has the page then, or both pages: where the host has them
+ * side by side the address is the first one's. An operand to be read, of 64 bytes at most, is copied else: the address is the copy's, as much aligned, and good until the
+ * next call; not with MMU_FILL_ITSELF added to the size. NULL: the slow path has to look. Leaves vector, x87 and MXCSR registers alone.
  */
+#define MMU_FILL_ITSELF 0x2000u
 uint8_t *mmu_fill_r(struct cpu *c, uint64_t lin, uint64_t size);
 uint8_t *mmu_fill_w(struct cpu *c, uint64_t lin, uint64_t size);
 

@@ -195,14 +195,20 @@ static void thunk_call(struct jit *j, struct em *e, const int8_t *map)
 	e8(e, 0xc3);
 }
 
-uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size, bool apart)
+/* SC: the index in a TLB's table of linear address ST, ST: its difference to the tag there. */
+static void tag_difference(struct em *e, const struct tlb_entry *t)
 {
-	uint8_t *from;
-
 	EM(e, 0xc4, 0xc3, 0x7b, 0xf0, 0xcf, 0x08);      /* rorx ecx, r15d, 8 */
 	EM(e, 0x81, 0xe1, 0xf0, 0xff, 0x00, 0x00);      /* and ecx, 0xfff0 */
 	EM(e, 0x4c, 0x33, 0xb9);                        /* xor r15, [rcx + tag] */
 	e32(e, (uint32_t)(uintptr_t)t);
+}
+
+uint8_t *em_check(struct em *e, const struct tlb_entry *t, unsigned size, bool apart)
+{
+	uint8_t *from;
+
+	tag_difference(e, t);
 	EM(e, 0x49, 0x81, 0xff);                        /* cmp r15, 4096 - size */
 	e32(e, 4096 - size);
 	from = em_jcc(e, 7);                            /* ja */
@@ -269,7 +275,7 @@ static void thunk_check(struct jit *j, struct em *e, unsigned mode, bool write, 
 
 /*
  * span: code calls it, ST being a linear address and SA how many bytes from there are accessed, 1 to 4096. ST: the host address, ZF clear; or ZF set: they
- * lie in two pages, or the TLB will not have an entry.
+ * lie in two pages that the host does not have side by side, or the TLB will not have an entry.
  */
 static void thunk_span(struct jit *j, struct em *e, unsigned mode, bool write)
 {
@@ -288,7 +294,12 @@ static void thunk_span(struct jit *j, struct em *e, unsigned mode, bool write)
 	em_to(e->p - 4, j->rw + j->fill[mode][write]);
 	e8(e, 0xc3);
 	em_here(e, bad);
-	EM(e, 0x31, 0xc9, 0xc3);                                /* xor ecx, ecx ; ret */
+	tag_difference(e, write ? tlb->w : tlb->r);
+	EM(e, 0x50, 0x81, 0x0c, 0x24);                          /* push rax ; or dword [rsp], MMU_FILL_ITSELF ; call */
+	e32(e, MMU_FILL_ITSELF);
+	EM(e, 0xe8, 0x00, 0x00, 0x00, 0x00);
+	em_to(e->p - 4, j->rw + j->fill[mode][write]);
+	e8(e, 0xc3);
 }
 
 uint8_t *em_lookup(struct em *e, const struct jit *j)

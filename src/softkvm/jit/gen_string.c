@@ -1,6 +1,6 @@
 /*
- * REP STOS and REP MOVS of 64-bit code: by the host's own instruction, where the whole run goes upwards and lies in one page on each side that
- * the TLB has. What is longer, crosses a page, faults or goes down is the handler's business. So is a run whose source begins behind its target
+ * REP STOS and REP MOVS of 64-bit code: by the host's own instruction, where the whole run is not longer than a page, goes upwards and lies in one page on
+ * each side, or two that are next to each other in the host's memory, too. What is longer, faults or goes down is the handler's business. So is a run whose source begins behind its target
  * and is written while it is read: should the host trap in the middle (resume.c), all of it is done again, and the source has to be what it was.
  */
 #include "softkvm/jit/internal.h"

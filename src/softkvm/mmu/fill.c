@@ -134,12 +134,12 @@ static bool may(const struct cpu *c)
 /*
  * Of two pages. Where the host has them side by side, as guests' neighbouring pages often are, the access is one; an operand to be read is copied else.
  */
-static uint8_t *two_pages(struct cpu *c, uint64_t lin, uint64_t size, bool write)
+static uint8_t *two_pages(struct cpu *c, uint64_t lin, uint64_t size, bool write, bool copy)
 {
 	uint64_t first = 4096 - (lin & 4095), second = lin + first;
 	uint8_t *a, *b, *to;
 
-	if (size > 64 || (c->code_bits != 64 && second >> 32))
+	if (c->code_bits != 64 && second >> 32)
 		return NULL;
 	a = page_at(c, lin, first, write);
 	b = a ? page_at(c, second, size - first, write) : NULL;
@@ -147,18 +147,22 @@ static uint8_t *two_pages(struct cpu *c, uint64_t lin, uint64_t size, bool write
 		return NULL;
 	if (b == a + 4096)
 		return a + (lin & 4095);
+	if (!copy || size > 64)
+		return NULL;
 	to = (uint8_t *)ALIGN_UP((uintptr_t)c->itlb->bounce, 64) + (lin & 63);
-	return !write && !fault_copy_bytes(to, a + (lin & 4095), first) && !fault_copy_bytes(to + first, b, size - first) ? to : NULL;
+	return !fault_copy_bytes(to, a + (lin & 4095), first) && !fault_copy_bytes(to + first, b, size - first) ? to : NULL;
 }
 
 static uint8_t *fill(struct cpu *c, uint64_t lin, uint64_t size, bool write)
 {
+	bool copy = !write && !(size & MMU_FILL_ITSELF);
 	uint8_t *p;
 
+	size &= ~(uint64_t)MMU_FILL_ITSELF;
 	if (!may(c))
 		return NULL;
 	if ((lin & 4095) + size > 4096)
-		return two_pages(c, lin, size, write);
+		return two_pages(c, lin, size, write, copy);
 	p = page_at(c, lin, size, write);
 	return p ? p + (lin & 4095) : NULL;
 }

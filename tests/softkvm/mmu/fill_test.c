@@ -204,13 +204,36 @@ static void test_fill_two_pages(void **state)
 	try_access(ACC_WRITE, LIN + 4096, buf, 8);
 	assert_null(mmu_fill_w(c, lin, 16));
 	assert_ptr_not_equal(mmu_fill_r(c, lin, 16), data - 6);
+	assert_null(mmu_fill_r(c, lin, 16 | MMU_FILL_ITSELF));
+	assert_null(mmu_fill_r(c, lin, 65));
+}
+
+/* A run of up to a page: the memory itself or nothing. */
+static void test_fill_run(void **state)
+{
+	const uint64_t flags = PTE_P | PTE_W, lin = LIN + 100;
+	struct cpu *c = &t.cpu;
+	uint8_t buf[8] = { 0 };
+
+	for (unsigned apart = 0; apart < 2; apart++) {
+		map(flags, flags);
+		entry(0)[1] = (DATA + 4096 + 4096 * apart) | flags;
+		mmu_flush_all(c);
+		try_access(ACC_WRITE, LIN, buf, 8);
+		try_access(ACC_WRITE, LIN + 4096, buf, 8);
+		assert_ptr_equal(mmu_fill_r(c, LIN, 4096 | MMU_FILL_ITSELF), t.ram + DATA);
+		assert_ptr_equal(mmu_fill_w(c, LIN, 4096 | MMU_FILL_ITSELF), t.ram + DATA);
+		assert_ptr_equal(mmu_fill_r(c, lin, 4096 | MMU_FILL_ITSELF), apart ? NULL : t.ram + DATA + 100);
+		assert_ptr_equal(mmu_fill_w(c, lin, 4096 | MMU_FILL_ITSELF), apart ? NULL : t.ram + DATA + 100);
+		assert_null(mmu_fill_w(c, LIN + 4096 + 100, 4096 | MMU_FILL_ITSELF));   /* nothing behind */
+	}
 }
 
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
-		T(test_fill), T(test_fill_beside_code), T(test_fill_two_pages),
+		T(test_fill), T(test_fill_beside_code), T(test_fill_two_pages), T(test_fill_run),
 	};
 	return cmocka_run_group_tests_name("fill", tests, NULL, NULL);
 }
