@@ -1,6 +1,7 @@
 /*
  * Two pages of translated code. An instruction that crosses a page end, in a loop: its second page is written by the guest, by the client, and
- * replaced by another, and the loop must notice each time. And loops in two pages that lead to each other, while one is written.
+ * replaced by another, and the loop must notice each time. And loops in two pages that lead to each other, while one is written; and runs of bytes over a
+ * page's end.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -142,6 +143,52 @@ static void test_mapped_and_stale(void **s)
 	}
 }
 
+/* REP MOVSB and STOSB over the end of a page. `next`: the second page lies behind the first one in memory as well. */
+#define END (FIRST + 4096)
+static void run_of_bytes(bool moves, uint32_t from, uint32_t to, unsigned n, bool next)
+{
+	uint8_t b[] = { 0xbe, 0, 0, 0, 0, 0xbf, 0, 0, 0, 0,     /* mov esi, from ; mov edi, to */
+			0xb9, 0, 0, 0, 0, 0xf3, moves ? 0xa4 : 0xaa,    /* mov ecx, n ; rep movsb or stosb */
+			0x41, 0xff, 0xc8, 0x75, 0xea, 0xf4 };   /* dec r8d ; jnz ; hlt */
+	static uint8_t model[8192];
+	uint64_t calls;
+
+	st_le32(b + 1, from);
+	st_le32(b + 6, to);
+	st_le32(b + 11, n);
+	put(H_CODE, b, sizeof b);
+	map(END, next ? END : OTHER);
+	for (unsigned k = 0; k < sizeof model; k++)
+		h.ram[(k < 4096 ? FIRST : next ? FIRST : OTHER - 4096) + k] = model[k] = (uint8_t)(k * 7 + k / 256);
+	calls = h.cpu.stats.handler_calls;
+	h.cpu.gpr[R_RAX] = 0x5a;
+	h.cpu.gpr[8] = 300;
+	assert_int_equal(harness_run(), RUN_HALTED);
+	for (unsigned k = 0; k < 300 * n; k++)
+		model[to - FIRST + k % n] = moves ? model[from - FIRST + k % n] : 0x5a;
+	assert_memory_equal(h.ram + FIRST, model, 4096);
+	assert_memory_equal(h.ram + (next ? END : OTHER), model + 4096, 4096);
+	/* By the handler or not: as it should be, once the code has run for a while. What overlaps from behind is the handler's. */
+	calls = h.cpu.stats.handler_calls - calls;
+	if (!next)
+		assert_true(calls > 200);
+	else if (!moves || from < to || from >= to + n)
+		assert_true(calls < 100);
+}
+
+static void test_runs_of_bytes(void **s)
+{
+	for (unsigned next = 0; next < 2; next++) {
+		run_of_bytes(false, END, END - 1000, 3000, next);
+		run_of_bytes(false, END, END - 5, 12, next);
+		run_of_bytes(true, FIRST, END - 100, 1000, next);
+		run_of_bytes(true, END - 40, FIRST + 64, 64, next);
+		run_of_bytes(true, END - 40, END - 39, 60, next);       /* the byte that it begins with, again and again */
+		run_of_bytes(true, END - 40, END - 24, 60, next);
+		run_of_bytes(true, END - 24, END - 40, 60, next);
+	}
+}
+
 static int setup(void **s)
 {
 	harness_start();
@@ -172,6 +219,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_page_replaced, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_guest_writes, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_mapped_and_stale, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_runs_of_bytes, setup, teardown),
 		cmocka_unit_test_setup_teardown(narrow, setup, teardown),
 	};
 
