@@ -276,8 +276,9 @@ int block_sync_close(struct block *b)
 
 void block_unlock(struct block *b)
 {
-	while (b->child)
-		b = b->child;
+	for (; b->child; b = b->child)
+		if (b->qcow2 && b->qcow2->data != b->qcow2->leaf)
+			block_unlock(b->qcow2->data);
 	unlock_image(b->fd);
 }
 

@@ -7,16 +7,48 @@
 
 /* --- preallocation --- */
 
+/* How many of the `n` clusters at `off` have no place, from the first on. What was zeroed over a backing file may have ended in one that has. */
+static int without_place(struct qcow2 *q, uint64_t off, uint64_t n, uint64_t *got)
+{
+	struct qentry e;
+	int r = 0;
+	for (*got = 0; *got < n; ++*got) {
+		if (!*got || q->b->backing) {
+			r = q_entry_get(q, off + *got * q->cs, &e);
+			if (r || e.host || e.compressed || e.alloc)
+				break;
+		}
+	}
+	return r;
+}
+
+/*
+ * Entries for `n` clusters at `host`. An image that is being made does not have its backing file open: that goes on showing through subclusters, none
+ * of which holds data yet. Everywhere else what is new is zeroes, and the clusters are.
+ */
+static int preallocate_entries(struct qcow2 *q, uint64_t off, uint64_t host, uint64_t n)
+{
+	bool through = q->nsub > 1 && q->backing && !q->b->backing;
+	struct qentry e = { 0 };
+	int r = 0;
+	for (uint64_t i = 0; !r && i < n; i++, off += q->cs, host += q->cs) {
+		if (through)
+			r = q_entry_get(q, off, &e);
+		e = (struct qentry){ .host = host, .copied = true, .alloc = through ? 0 : q->nsub > 1 ? ~0u : 1, .zero = through ? e.zero : 0 };
+		if (!r)
+			r = q_entry_set(q, off, &e);
+	}
+	return r;
+}
+
 /* Clusters for the part of one L2 table at `off`. Lock held. *end: how far it got. */
 static int preallocate_some(struct qcow2 *q, uint64_t off, uint64_t to, uint64_t *end, uint64_t *host, uint64_t *got)
 {
-	uint64_t span = (uint64_t)q->cs << q->l2_bits;
-	uint64_t n = size_to_clusters(q, MIN(to, ALIGN_DOWN(off, span) + span) - off);
-	struct qentry e;
-	int r = q_entry_get(q, off, &e);
+	uint64_t span = (uint64_t)q->cs << q->l2_bits, n;
+	int r = without_place(q, off, size_to_clusters(q, MIN(to, ALIGN_DOWN(off, span) + span) - off), &n);
 	*got = 0;
 	*end = off + q->cs;
-	if (r || e.host || e.compressed || e.alloc)
+	if (r || !n)
 		return r;
 	*host = off;
 	*got = n;
@@ -25,10 +57,8 @@ static int preallocate_some(struct qcow2 *q, uint64_t off, uint64_t to, uint64_t
 		if (!r && !q->fresh)
 			r = q->leaf->drv->zero(q->leaf, *host, *got * q->cs, 0);
 	}
-	for (uint64_t i = 0; !r && i < *got; i++) {
-		e = (struct qentry){ .host = *host + i * q->cs, .copied = true, .alloc = q->nsub > 1 ? ~0u : 1 };
-		r = q_entry_set(q, off + i * q->cs, &e);
-	}
+	if (!r)
+		r = preallocate_entries(q, off, *host, *got);
 	*end = off + *got * q->cs;
 	return r;
 }

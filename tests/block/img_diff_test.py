@@ -67,6 +67,8 @@ def fixtures(d, qemu):
     io("subs", "write -P 1 0 100k", "write -P 2 1M 3k", "write -z 70k 4k")
     img("create", "-q", "-f", "qcow2", "-o", "data_file=part.data", "part", "4M")
     io("part", "write -P 1 0 100k", "write -P 2 1M 64k", "write -z 2M 64k", "write -P 1 3M 64k", "write -z 3M 64k")
+    img("create", "-q", "-f", "qcow2", "-b", "part", "-F", "qcow2", "onpart")
+    io("onpart", "write -P 4 1M 100k", "write -z 0 64k")
     img("create", "-q", "-f", "qcow2", "-o", "refcount_bits=16", "old", "4M")
     io("old", "write -P 1 0 100k")
     img("snapshot", "-c", "2", "old")
@@ -217,6 +219,9 @@ def cases():
         "snapshot -d x old ; snapshot -c y old ; resize old 5M ; amend -o compat=0.10 old ; info old",
         "amend -o compat=0.10 old ; info old ; check old ; convert -l x -O raw old out ; snapshot -a x old ; map --output=json old ; compare old out ; check old",
     ]
+    for p in ("metadata", "falloc", "full"):    # what is allocated does not hide the backing file
+        yield f"create -f qcow2 -o extended_l2=on,preallocation={p} -b raw -F raw new ; compare new raw ; map --output=json new ; check new ; rebase -b '' new ; compare new raw"
+        yield f"create -f qcow2 -o extended_l2=on -b raw -F raw new 2M ; resize --preallocation={p} new 7M ; compare new raw ; check new"
     for o in ("", "-u", "-p", "-q"):
         yield from [f"rebase {o} -b q -F qcow2 top ; info top ; map --output=json top", f"rebase {o} -b '' top ; info top ; map --output=json top", f"rebase {o} top",
                     f"rebase {o} -b nowhere -F qcow2 top ; info top", f"rebase {o} -b q top ; info top", f"rebase {o} -b raw -F raw over ; info over ; check over",
@@ -225,7 +230,7 @@ def cases():
                     f"commit {o.replace('-u', '-d')} -b q top ; info top ; compare top q"]
     yield from [
         "commit q", "commit raw", "commit -b nowhere top", "commit -d over ; map over ; compare over q", "commit orphan", "commit -t nonsense top", "commit -t none over ; compare over q",
-        "commit onraw ; compare onraw raw", "commit -r 100M over ; compare over q", "commit -b over top", "commit -f raw top", "commit -p over", "commit missing",
+        "commit onraw ; compare onraw raw", "commit onpart ; compare onpart part ; info onpart", "commit -d onpart ; compare onpart part", "commit -r 100M over ; compare over q", "commit -b over top", "commit -f raw top", "commit -p over", "commit missing",
         "amend -o compat=0.10 q ; info q ; check q", "amend -o compat=1.1 v2 ; info v2", "amend -o lazy_refcounts=on q ; info q", "amend -o lazy_refcounts=off sub ; info sub",
         "amend -o refcount_bits=64 q ; info q ; check q", "amend -o refcount_bits=1 q ; info q ; check q", "amend -o refcount_bits=1 snap ; info snap",
         "amend -o backing_file=raw,backing_fmt=raw q ; info q", "amend -o backing_file= top ; info top", "amend -o size=16M q ; info q", "amend -o cluster_size=4k q",
@@ -307,7 +312,7 @@ VOLATILE = [
 ]
 
 
-NEEDS = {"over": ["q"], "top": ["over", "q"], "onraw": ["raw"], "ext": ["ext.data"], "part": ["part.data"], "flat.vmdk": ["flat-flat.vmdk"], "two.vmdk": ["two-s001.vmdk"]}
+NEEDS = {"over": ["q"], "top": ["over", "q"], "onraw": ["raw"], "ext": ["ext.data"], "part": ["part.data"], "onpart": ["part", "part.data"], "flat.vmdk": ["flat-flat.vmdk"], "two.vmdk": ["two-s001.vmdk"]}
 
 
 def copy_named(made, d, commands):
@@ -353,7 +358,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = ("a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "-l one ", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
+ALWAYS = ("extended_l2=on,preallocation", "resize --preallocation=metadata new 7M", "commit onpart", "a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "-l one ", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
 
 
 def main():
