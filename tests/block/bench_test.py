@@ -3,7 +3,6 @@
 
 usage: bench_test.py LODGE-QEMU-IMG; 77 where the file system in memory cannot bypass the page cache, or there is one processor"""
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import tempfile
 import time
 
 from listening import wait_until
-from running import run
+from running import run, scratch
 
 
 def threads(pid):
@@ -85,9 +84,7 @@ def on_disk(img):
 
 def main():
     img = os.path.abspath(sys.argv[1])
-    top = tempfile.mkdtemp(prefix="bench-", dir="/dev/shm")
-    os.chdir(top)
-    try:
+    with scratch("bench-", "/dev/shm"):
         with open("sevens", "wb") as f:
             f.write(b"\7" * (16 << 20))
         try:
@@ -107,9 +104,6 @@ def main():
         shared(img, False, "-f", "raw", "-t", "none", "-d", "1", "-s", "64k", "sevens")
         on_disk(img)
         return 0
-    finally:
-        os.chdir("/")
-        shutil.rmtree(top, ignore_errors=True)
 
 
 sys.exit(main())

@@ -9,10 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
-from running import run
+from running import run, scratch
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -120,16 +119,11 @@ def main():
     if not shutil.which("qemu-img"):
         print("skipped: no qemu-img")
         return 77
-    top = tempfile.mkdtemp(prefix="img-stop-", dir="/var/tmp")
-    os.chdir(top)
-    try:
+    with scratch("img-stop-", "/var/tmp"):
         prepare()
         for part in (convert, too_large, unreadable, commit):
             part(img)
         return 0
-    finally:
-        os.chdir("/")
-        shutil.rmtree(top, ignore_errors=True)
 
 
 sys.exit(main())

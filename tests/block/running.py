@@ -1,6 +1,22 @@
-"""Running a command, for tests of the tools."""
+"""Running a command, and where, for tests of the tools."""
+import contextlib
+import os
 import resource
+import shutil
 import subprocess
+import tempfile
+
+
+@contextlib.contextmanager
+def scratch(name, where):
+    """In a directory of its own below `where`, which goes away with all that is in it."""
+    top = tempfile.mkdtemp(prefix=name, dir=where)
+    os.chdir(top)
+    try:
+        yield
+    finally:
+        os.chdir("/")
+        shutil.rmtree(top, ignore_errors=True)
 
 
 def run(*argv, ok=(0,), limit=None, timeout=300):
