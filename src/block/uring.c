@@ -11,6 +11,7 @@
 #include <liburing.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -30,6 +31,7 @@ struct uring {
 	struct loop_watch *watch;
 	unsigned in_kernel;             /* atomic: never more than the completion queue holds */
 	unsigned at_once;               /* polled: how often in a row all requests, several, had ended when the kernel had taken them; */
+	long device_blocks;             /* what this thread had read from devices when the row began */
 	unsigned wait_rounds;           /* once some had not it is a device, as a rule: so often nobody asks */
 	unsigned order;                 /* atomic: says in C what the kernel's rings order anyway, request before completion */
 };
@@ -173,13 +175,25 @@ bool uring_copies(const struct block *b)
 	return b->uring && b->uring->at_once >= COPIES_SURE;
 }
 
-/* All `n` that are under way to the kernel. Looked at before anything is waited for: what a device merged into one request ends together, too. */
+/* So many blocks this thread's reads have taken from devices, as far as the kernel counts; copies take none. */
+static long blocks_read(void)
+{
+	struct rusage r;
+	return getrusage(RUSAGE_THREAD, &r) ? 0 : r.ru_inblock;
+}
+
+/*
+ * All `n` that are under way to the kernel. Looked at before anything is waited for: what a device merged into one request ends together, too. A quick
+ * device may have ended them all by then, over and over (a virtual one whose host answers before the guest goes on), but what it read is counted.
+ */
 static void send_and_look(struct uring *u, unsigned n)
 {
+	if (!u->at_once)
+		u->device_blocks = blocks_read();
 	io_uring_submit(&u->ring);
-	bool waits = io_uring_cq_ready(&u->ring) < n;
-	u->wait_rounds = waits ? DEVICE_ROUNDS : 0;
-	u->at_once = waits ? 0 : MIN(u->at_once + 1, (unsigned)COPIES_SURE);
+	bool device = io_uring_cq_ready(&u->ring) < n || (u->at_once == COPIES_SURE - 1 && blocks_read() != u->device_blocks);
+	u->wait_rounds = device ? DEVICE_ROUNDS : 0;
+	u->at_once = device ? 0 : MIN(u->at_once + 1, (unsigned)COPIES_SURE);
 }
 
 bool uring_wait(struct block *b)

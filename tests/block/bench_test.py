@@ -2,7 +2,9 @@
 """`bench` at depth: reads that turn out to be copies are shared among threads, and all requests are made, whoever makes them.
 
 usage: bench_test.py LODGE-QEMU-IMG; 77 where the file system in memory cannot bypass the page cache, or there is one processor"""
+import mmap
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -69,8 +71,19 @@ def all_made(img, fmt):
     assert "Failed request: Input/output error" in out and "completed" not in out, out
 
 
+def counted(path):
+    """Does the kernel count what is read from the device below? It may do without, and layers between may hide it."""
+    with mmap.mmap(-1, 1 << 20) as buf:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
+        os.preadv(fd, [buf], 0)
+        os.close(fd)
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock > before
+
+
 def on_disk(img):
-    """What a device does is no copy, though the kernel makes one request of many that stand side by side, which end together. Stable writes of an image with tables are made by threads."""
+    """What a device does is no copy, though the kernel makes one request of many that stand side by side, which end together, and a quick device may have ended it
+    before anybody looks. Stable writes of an image with tables are made by threads."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/var/tmp") as d:
         if subprocess.run(["stat", "-f", "-c", "%T", d], capture_output=True, text=True, check=True).stdout.strip() not in ("ext2/ext3", "xfs"):
             return
@@ -78,7 +91,10 @@ def on_disk(img):
             f.write(os.urandom(16 << 20)) # what is a hole is a copy of zeroes
         for fmt in ("raw", "qcow2"):
             run(img, "convert", "-f", "raw", "-O", fmt, "-t", "writeback", f"{d}/data", f"{d}/{fmt}")
-            shared(img, False, "-f", fmt, "-t", "none", "-d", "32", "-s", "4k", f"{d}/{fmt}")
+            if counted(f"{d}/{fmt}"):
+                shared(img, False, "-f", fmt, "-t", "none", "-d", "32", "-s", "4k", f"{d}/{fmt}")
+            else:
+                print(f"skipped: {fmt} on a disk, as the kernel does not count what is read from it")
         shared(img, True, "-f", "qcow2", "-t", "directsync", "-w", "-d", "8", "-s", "4k", f"{d}/qcow2")
 
 
