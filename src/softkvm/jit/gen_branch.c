@@ -403,12 +403,11 @@ static void branch_if(struct tr *t, unsigned n, unsigned cc, uint64_t rip)
 	t->in_host = host;
 }
 
-static bool conditional(struct tr *t, unsigned n)
+/* Condition cc of the host's flags, whether these are the guest's or not. */
+static bool branch(struct tr *t, unsigned n, unsigned cc)
 {
-	unsigned cc = t->t[n].z.opcode & 15;
 	uint64_t to = tr_target(t, n), fall = tr_end(t, n);
 
-	gen_flags_load(t);
 	if (tr_part(t, to) == (int)t->now + 1 && to > t->t[n].rip && tr_part(t, fall) != (int)t->now + 1) {
 		branch_if(t, n, cc ^ 1, fall);
 		gen_edge(t, to, n, true);
@@ -417,6 +416,31 @@ static bool conditional(struct tr *t, unsigned n)
 		gen_edge(t, fall, n, true);
 	}
 	return true;
+}
+
+static bool conditional(struct tr *t, unsigned n)
+{
+	gen_flags_load(t);
+	return branch(t, n, t->t[n].z.opcode & 15);
+}
+
+bool gen_counts(const struct tr *t, const struct tinsn *i)
+{
+	return i->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i->z.opcode == 0xe2 || i->z.opcode == 0xe3) && i->z.address_width == t->bits;
+}
+
+/* The guest's flags stay, which the host's do not. */
+static bool counting(struct tr *t, unsigned n)
+{
+	bool loop = t->t[n].z.opcode == 0xe2;
+
+	gen_clobber(t, n);
+	e8(&t->h, loop ? 0x41 | tr_64(t) << 3 : 0x45 | tr_64(t) << 3);
+	if (loop)
+		EM(&t->h, 0x83, 0xee, 0x01);            /* sub r14, 1 */
+	else
+		EM(&t->h, 0x85, 0xf6);                  /* test r14, r14 */
+	return branch(t, n, loop ? 5 : 4);
 }
 
 static bool near(const struct tr *t, const struct tinsn *i)
@@ -451,6 +475,8 @@ bool gen_branch(struct tr *t, unsigned n)
 			return indirect(t, n, i->z.mnemonic == ZYDIS_MNEMONIC_CALL);
 		return false;
 	default:
-		return i->z.meta.category == ZYDIS_CATEGORY_COND_BR && is_jcc(i) ? conditional(t, n) : false;
+		if (i->z.meta.category != ZYDIS_CATEGORY_COND_BR)
+			return false;
+		return is_jcc(i) ? conditional(t, n) : gen_counts(t, i) ? counting(t, n) : false;
 	}
 }

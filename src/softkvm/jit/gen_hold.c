@@ -43,7 +43,8 @@ static const ZydisDecodedOperand *operand(const struct tr *t, const struct tinsn
 static bool keeps(const struct tr *t, const struct tinsn *i, unsigned reg, int64_t *by)
 {
 	const ZydisDecodedOperand *o = i->op;
-	bool written = false;
+	/* Zydis does not say what CMPS and SCAS do to these. */
+	bool written = i->z.meta.category == ZYDIS_CATEGORY_STRINGOP && (reg == R_RSI || reg == R_RDI);
 
 	if (reg == NO_REG)
 		return true;

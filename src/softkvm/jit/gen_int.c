@@ -2,6 +2,7 @@
 #include <stdio.h>
 
 #include "softkvm/jit/slots.h"
+#include "softkvm/vec/vec.h"
 
 /* -- slots --------------------------------------------------------------------------------------- */
 static int slot_of(const ZydisDecodedOperand *o)
@@ -217,6 +218,7 @@ static bool host_has(const struct tinsn *i)
 		return __builtin_cpu_supports("bmi2");
 	case ZYDIS_ISA_SET_POPCNT: return __builtin_cpu_supports("popcnt");
 	case ZYDIS_ISA_SET_SSE42: return __builtin_cpu_supports("sse4.2");
+	case ZYDIS_ISA_SET_ADOX_ADCX: return host_adx();
 	default: return false;
 	}
 }
@@ -248,6 +250,14 @@ static unsigned put_prefix66(struct tr *t, const struct tinsn *i)
 	if (i->z.operand_width == 16)
 		e8(&t->h, 0x66);
 	return 0x40 | (i->z.operand_width == 64) << 3;
+}
+
+/* An opcode without registers beyond the eighth. */
+static void put_op(struct em *e, unsigned width, unsigned op)
+{
+	if (width != 32)
+		e8(e, width == 64 ? 0x48 : 0x66);
+	e8(e, op);
 }
 
 /* op al/ax/eax/rax, imm: by way of the modrm form on the register that holds the guest's rax. */
@@ -413,6 +423,52 @@ static bool small(struct tr *t, unsigned n, bool *done)
 	return false;
 }
 
+/* Of dx:ax and wider by ecx, after em_mov(SA, H_R13). */
+static void divide_wide(struct tr *t, struct cold *k, unsigned width, bool sign)
+{
+	struct em *e = &t->h;
+
+	if (sign) {
+		put_op(e, width, 0xc1);                 /* sar eax, 31 ; cmp eax, edx */
+		e8(e, 0xf8);
+		e8(e, width - 1);
+		put_op(e, width, 0x39);
+		e8(e, 0xd0);
+		cold_from(k, em_jcc(e, 5));
+		put_op(e, width, 0x8d);                 /* lea eax, [rcx + 1] ; cmp eax, 1: of 0 and -1 */
+		EM(e, 0x41, 0x01);
+		put_op(e, width, 0x83);
+		EM(e, 0xf8, 0x01);
+		cold_from(k, em_jcc(e, 6));
+		em_mov(e, SA, H_R13);
+	} else {
+		put_op(e, width, 0x39);                 /* cmp edx, ecx */
+		e8(e, 0xca);
+		cold_from(k, em_jcc(e, 3));
+	}
+	put_op(e, width, 0xf7);
+	e8(e, sign ? 0xf9 : 0xf1);
+}
+
+/* Of ax by cl. */
+static void divide_byte(struct tr *t, struct cold *k, bool sign)
+{
+	struct em *e = &t->h;
+
+	if (sign) {
+		EM(e, 0x45, 0x0f, 0xbe, 0xfd, 0x66, 0x45, 0x39, 0xef);  /* movsx r15d, r13b ; cmp r15w, r13w */
+		cold_from(k, em_jcc(e, 5));
+		EM(e, 0x8d, 0x41, 0x01, 0x3c, 0x01);    /* lea eax, [rcx + 1] ; cmp al, 1 */
+		cold_from(k, em_jcc(e, 6));
+		em_mov(e, SA, H_R13);
+	} else {
+		EM(e, 0x38, 0xcc);                      /* cmp ah, cl */
+		cold_from(k, em_jcc(e, 3));
+	}
+	e8(e, 0xf6);
+	e8(e, sign ? 0xf9 : 0xf1);
+}
+
 /*
  * Division, after a look at what would fault: a quotient that does not fit (0 as divisor included) is the handler's. Of IDIV only
  * dividends that are a sign-extended rax run here, which is what compilers make.
@@ -420,14 +476,14 @@ static bool small(struct tr *t, unsigned n, bool *done)
 static bool divide(struct tr *t, unsigned n)
 {
 	const struct tinsn *i = &t->t[n];
-	bool w = i->z.operand_width == 64, sign = i->z.mnemonic == ZYDIS_MNEMONIC_IDIV, ok;
-	unsigned rex = 0x40 | w << 3;
+	bool byte = !(i->z.opcode & 1), sign = i->z.mnemonic == ZYDIS_MNEMONIC_IDIV, ok;
+	unsigned width = i->z.operand_width;
 	struct em *e = &t->h;
 	struct cold *k;
 	struct slots s;
 
 	slots_find(&s, i);
-	if (i->z.operand_width < 32 || (!s.mem && s.guest[SL_RM] < 0))
+	if (!s.mem && s.guest[SL_RM] < 0)
 		return false;
 	gen_clobber(t, n);
 	if (s.mem) {
@@ -435,33 +491,24 @@ static bool divide(struct tr *t, unsigned n)
 		if (!ok)
 			return false;
 		gen_point(t, n);
-		em_mem(e, w, 0x8b, SC, ST, -1, 0, 0);   /* the guest may change it in memory: look at a copy */
+		/* The guest may change it in memory: look at a copy. */
+		if (byte)
+			EM(e, 0x41, 0x0f, 0xb6, 0x0f);  /* movzx ecx, byte [r15] */
+		else if (width == 16)
+			EM(e, 0x41, 0x0f, 0xb7, 0x0f);
+		else
+			em_mem(e, width == 64, 0x8b, SC, ST, -1, 0, 0);
 	} else {
 		k = cold_new(t, n, 1);
 		em_mov(e, SC, gen_get(t, (unsigned)s.guest[SL_RM], SC));
+		if (s.high[SL_RM])
+			EM(e, 0x0f, 0xb6, 0xcd);        /* movzx ecx, ch */
 	}
 	em_mov(e, SA, H_R13);
-	if (sign) {
-		e8(e, rex);
-		EM(e, 0xc1, 0xf8);                      /* sar eax, 31 ; cmp eax, edx */
-		e8(e, w ? 63 : 31);
-		e8(e, rex);
-		EM(e, 0x39, 0xd0);
-		cold_from(k, em_jcc(e, 5));
-		e8(e, rex);
-		EM(e, 0x8d, 0x41, 0x01);                /* lea eax, [rcx + 1] ; cmp eax, 1: of 0 and -1 */
-		e8(e, rex);
-		EM(e, 0x83, 0xf8, 0x01);
-		cold_from(k, em_jcc(e, 6));
-		em_mov(e, SA, H_R13);
-	} else {
-		e8(e, rex);
-		EM(e, 0x39, 0xca);                      /* cmp edx, ecx */
-		cold_from(k, em_jcc(e, 3));
-	}
-	e8(e, rex);
-	e8(e, 0xf7);
-	e8(e, sign ? 0xf9 : 0xf1);
+	if (byte)
+		divide_byte(t, k, sign);
+	else
+		divide_wide(t, k, width, sign);
 	em_mov(e, H_R13, SA);
 	gen_flags_after(t, n);
 	cold_done(t, n, k);

@@ -549,6 +549,7 @@ bool gen_rewrite(struct tr *t, const struct tinsn *i, const uint8_t *bytes, stru
 /* True when done natively. */
 bool gen_int(struct tr *t, unsigned n);
 bool gen_branch(struct tr *t, unsigned n);
+bool gen_counts(const struct tr *t, const struct tinsn *i);     /* LOOP and JRCXZ */
 /*
  * The target of an indirect jump is in SA: find its code, else let the handler do the whole instruction. Then SA is the code's address, and nothing has
  * happened yet. Such a jump may lead back, so it counts where entries do not.
@@ -561,6 +562,7 @@ bool gen_vec(struct tr *t, unsigned n);
 bool gen_gather(struct tr *t, unsigned n);
 bool gen_x87(struct tr *t, unsigned n);
 bool gen_odd(struct tr *t, unsigned n);                 /* bit strings, CMPXCHG16B, CLD: gen_sys.c */
+bool gen_single(struct tr *t, unsigned n);              /* strings without a repeat, XLAT, CMPXCHG8B, EMMS */
 bool gen_string(struct tr *t, unsigned n);              /* REP STOS and MOVS ... */
 bool gen_string_may(const struct tr *t, const struct tinsn *i); /* ... but for forms that no compiler makes: code goes on behind it */
 bool gen_sys(struct tr *t, unsigned n);                 /* with IF_ONCE ... */

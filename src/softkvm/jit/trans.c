@@ -179,6 +179,8 @@ static enum tend end_of(const struct tr *t, const struct tinsn *i)
 		return END_OTHER;
 	if (i->z.mnemonic == ZYDIS_MNEMONIC_JMP)
 		return END_JMP;
+	if (gen_counts(t, i))
+		return END_JCC;
 	return (i->z.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i->z.opcode & 0xf0) == 0x70) ||
 	       (i->z.opcode_map == ZYDIS_OPCODE_MAP_0F && (i->z.opcode & 0xf0) == 0x80) ? END_JCC : END_OTHER;
 }
@@ -319,7 +321,7 @@ static bool gen_one(struct tr *t, unsigned n)
 		return gen_patched(t, n);
 	if (t->t[n].in->flags & IF_ONCE)
 		return gen_sys(t, n);
-	return gen_int(t, n) || gen_vec(t, n) || gen_gather(t, n) || gen_x87(t, n) || gen_branch(t, n) || gen_string(t, n) || gen_odd(t, n);
+	return gen_int(t, n) || gen_vec(t, n) || gen_gather(t, n) || gen_x87(t, n) || gen_branch(t, n) || gen_string(t, n) || gen_odd(t, n) || gen_single(t, n);
 }
 
 static void reset(struct tr *t, const struct em *h, const struct em *cold)

@@ -69,6 +69,7 @@ static const struct host *host_get(void)
 
 bool host_avx(void) { return host_get()->c1 >> 28 & 1; }
 bool host_is_intel(void) { return host_get()->intel; }
+bool host_adx(void) { return host_get()->b7 >> 19 & 1; }
 bool host_avx512(void) { return host_get()->b7 >> 16 & 1; }
 
 #define ISA(x) case ZYDIS_ISA_SET_##x

@@ -71,6 +71,7 @@ _Noreturn void stub_refuse(struct cpu *c, enum stub_end end);
 bool stub_rewrite(struct vec_shape *s, const struct decoded *d);
 bool host_has_isa(int isa_set);
 bool host_avx512(void);
+bool host_adx(void);
 bool host_avx(void);
 bool host_is_intel(void);
 

@@ -131,6 +131,7 @@ bool sys_decode(struct insn *i, const struct decoded *d)
 bool vec_op_build(struct vec_op *op, const struct decoded *d) { return false; }
 bool vec_op_unproven(const struct insn *i) { return true; }
 bool host_avx512(void) { return false; }
+bool host_adx(void) { return false; }
 bool host_avx(void) { return false; }
 bool host_is_intel(void) { return false; }
 uint32_t mxcsr_mask(void) { return 0xffff; }

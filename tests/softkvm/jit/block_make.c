@@ -302,14 +302,69 @@ static void put_string(struct code *c)
 	put(c, &"\xa4\xa5\xaa\xab"[below(4)], 1);
 }
 
-/* xor edx, edx ; div by memory. Flags are undefined then. */
+/* String instructions for one element, upwards as a rule, most often in a loop of LOOP: mov edi ; mov esi ; mov ecx ; std ; op ; loop ; cld. */
+static void put_single(struct code *c)
+{
+	uint32_t v[3] = { DATA + 8192 * below(4) + 512 + below(4096), DATA + 8192 * below(4) + 512 + below(4096), 1 + below(20) };
+	bool down = below(8) == 0, w = !narrow && below(4) == 0;
+	unsigned from;
+
+	c->at[c->count++] = c->n;
+	for (unsigned k = 0; k < 3; k++) {
+		put(c, &"\xbf\xbe\xb9"[k], 1);
+		put(c, &v[k], 4);
+	}
+	put(c, "\xfd", down);
+	from = c->n;
+	if (below(8) == 0)
+		put(c, &"\x64\x2e\x67"[below(3)], 1);
+	if (below(4) == 0)
+		put(c, "\x66", 1);
+	put(c, "\x48", w);
+	put(c, &"\xa4\xa5\xa6\xa7\xaa\xab\xac\xad\xae\xaf"[below(10)], 1);
+	if (below(4)) {
+		uint8_t loop[2] = { (uint8_t)(0xe0 | (below(8) ? 2 : below(4))), (uint8_t)(from - (c->n + 2)) };
+
+		put(c, loop, 2);
+	}
+	put(c, "\xfc", down);
+}
+
+/* What else has a way of its own: mov ebx ; xlat. mov ebx ; cmpxchg8b [ebx]. A word of MMX and its end. */
+static void put_rare(struct code *c)
+{
+	uint32_t at = DATA + 8192 * below(4) + below(4096 + 8);
+
+	c->at[c->count++] = c->n;
+	put(c, "\xbb", 1);
+	put(c, &at, 4);
+	switch (below(3)) {
+	case 0:
+		put(c, "\xd7", 1);
+		break;
+	case 1:
+		put(c, "\xf0", below(2));
+		put(c, "\x0f\xc7\x0b", 3);
+		break;
+	default:
+		put(c, "\x0f\x6f\x13\x0f\xfc\xd2\x0f\x7e\xd1\x0f\x77", 11);      /* movq mm2, [ebx] ; paddb ; movd ecx, mm2 ; emms */
+	}
+}
+
+/* xor edx, edx ; div or idiv by memory or, if it is of a byte, by AH. Flags are undefined then. */
 static void put_div(struct code *c, uint16_t *bad)
 {
-	uint8_t w = below(2) ? 0x48 : 0x40, b[4] = { w, 0xf7, (uint8_t)(0x70 | below(4)), (uint8_t)below(256) };
+	uint8_t w = below(2) ? 0x48 : 0x40, b[5] = { 0x66, w, (uint8_t)(0xf6 | (below(4) > 0)), (uint8_t)(0x70 | below(2) << 3 | below(4)), (uint8_t)below(256) };
+	unsigned first = below(4) == 0 ? 0 : 1;
 
 	c->at[c->count++] = c->n;
 	put(c, "\x31\xd2", 2);
-	put(c, b + narrow, 4 - narrow);
+	if (b[2] == 0xf6 && below(2)) {
+		put(c, (uint8_t[]){ 0xf6, (uint8_t)(0xf0 | below(2) << 3 | below(8)) }, 2);
+	} else {
+		put(c, b, 1 - first);
+		put(c, b + 1 + narrow, 4 - narrow);
+	}
 	*bad = 0x8d5;
 }
 
@@ -349,10 +404,10 @@ static void put_call(struct code *c, unsigned at)
 	put(c, more ? "\xc2\x08" : "\xc3", kind == 2 ? 0 : more ? 3 : 1);
 }
 
-/* A forward conditional jump over the next instruction or two; where it leads is known later. */
+/* A forward conditional jump, LOOP and JRCXZ among them, over the next instruction or two; where it leads is known later. */
 static void put_jcc(struct code *c)
 {
-	uint8_t b[2] = { (uint8_t)(0x70 | below(16)), 0 };
+	uint8_t b[2] = { (uint8_t)(below(6) ? 0x70 | below(16) : 0xe0 | below(4)), 0 };
 
 	c->jump_at[c->jumps++] = c->n;
 	put(c, b, 2);
@@ -410,6 +465,10 @@ void make(struct code *c, bool vec, unsigned at)
 			put_object(c);
 		if (below(24) == 0 && c->count < BODY * 2 - 2)
 			put_string(c);
+		if (!bad && below(24) == 0 && c->count < BODY * 2 - 2)
+			put_single(c);
+		if (!bad && below(24) == 0 && c->count < BODY * 2 - 2)
+			put_rare(c);
 		if (patched && !bad && below(2) && c->count < BODY * 2 - 1)
 			put_immediate(c);
 		if (below(16) == 0)
