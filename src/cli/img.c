@@ -293,6 +293,12 @@ int img_create_options(struct image_create *c, struct keyvals *l, struct img_cre
 		seen->other = true;
 		r = c->zstd || !strcmp(v, "zlib") ? 0 : img_fail("Invalid parameter '%s'", v);
 	}
+	if (GET("encryption")) {
+		bool on = false;
+		r = flag("encryption", v, &on), seen->encryption = seen->other = true;
+		if (!r && on)
+			r = img_fail("encrypted images are not supported");
+	}
 	if (GET("data_file"))
 		c->data_file = v, seen->other = true;
 	if (GET("data_file_raw"))

@@ -59,14 +59,16 @@ int img_getopt(int argc, char **argv, const char *shorts);
 int img_output(const char *text, bool *json);
 void img_json_string(const char *s);
 /* -o of create, convert, amend, measure: 0, or 1 after telling why. `seen` names what was given. */
-struct img_create_seen { bool size, version, lazy, refcount_bits, data_raw, prealloc, other; const char *compat; /* as it was said */ };
+struct img_create_seen { bool size, version, lazy, refcount_bits, data_raw, prealloc, encryption, other; const char *compat; /* as it was said */ };
 int img_create_options(struct image_create *c, struct keyvals *l, struct img_create_seen *seen);
 void img_progress(bool on, double percent);
 /* "64 KiB" as QEMU writes sizes. */
 const char *img_human(uint64_t bytes, char buf[32]);
 extern const char img_missing[];
-/* img_opts.c: -o help was asked for, and answered. */
+/* img_opts.c: -o help was asked for, and answered. No `text`: no. */
 bool img_options_help(const char *text, const char *format, bool amend);
+/* One more -o: added to `list` (NULL when there was none; the caller frees it). 0, or 1 after telling why. */
+int img_add_options(char **list, const char *more);
 /* -r: seconds to wait before `bytes` more are due; the caller holds what protects `r`. */
 struct img_rate { uint64_t limit; double due; };
 double img_rate_wait(struct img_rate *r, uint64_t bytes);

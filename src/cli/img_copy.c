@@ -421,7 +421,7 @@ static int make_target(struct image_create *cr, char **final)
 	return image_create(cr, &err) ? img_fail("%s: error while converting %s: %s", *final ? *final : cr->file, cr->format, err.msg) : 0;
 }
 
-struct convert_args { struct image_create cr; const char *options, *cache, *src_cache, *format; bool no_create, quiet, target_zero, bitmaps, skip_broken, sparse_given; unsigned threads; int64_t sparse; };
+struct convert_args { struct image_create cr; char *options; const char *cache, *src_cache, *format; bool no_create, quiet, target_zero, bitmaps, skip_broken, sparse_given; unsigned threads; int64_t sparse; };
 
 static int open_sources(struct convert *v, char **files, unsigned n, const struct img_open *o)
 {
@@ -470,7 +470,7 @@ static int convert(struct convert *v, struct convert_args *a)
 			a->cr.file = beside;
 	}
 	const char *target = a->cr.file;
-	int r = *a->options && keyvals_parse(&l, "-o", a->options, NULL, &err) ? img_fail("%s", err.msg) : 0;
+	int r = a->options && keyvals_parse(&l, "-o", a->options, NULL, &err) ? img_fail("%s", err.msg) : 0;
 	a->cr.cluster_size = 65536;
 	if (!r)
 		r = img_create_options(&a->cr, &l, &seen);
@@ -484,6 +484,8 @@ static int convert(struct convert *v, struct convert_args *a)
 		image_info_free(&i);
 		r = can ? 0 : img_fail("Source lacks bitmap support");
 	}
+	if (!r && v->compress && a->cr.prealloc != PREALLOC_OFF)
+		r = img_fail("Compression and preallocation not supported at the same time");
 	if (!r && v->compress && a->cr.data_file)
 		r = img_fail("error while converting: Compression is not supported with an external data file");
 	if (!r && (a->cr.backing || a->cr.backing_format) && strcmp(a->cr.format, "qcow2"))
@@ -556,7 +558,7 @@ static int parse_threads(const char *text, unsigned *n)
 int img_convert(int argc, char **argv)
 {
 	struct convert v = { 0 };
-	struct convert_args a = { .options = "", .cache = "unsafe", .threads = THREADS_REMOTE, .sparse = 4096 };
+	struct convert_args a = { .cache = "unsafe", .threads = THREADS_REMOTE, .sparse = 4096 };
 	struct img_open so = { .still = true };
 	int c;
 	image_create_init(&a.cr);
@@ -567,7 +569,10 @@ int img_convert(int argc, char **argv)
 		case 'B': a.cr.backing = optarg; break;
 		case 'F': a.cr.backing_format = optarg; break;
 		case 'c': v.compress = true; break;
-		case 'o': a.options = *a.options && *optarg ? (asprintf((char **)(uintptr_t)&a.options, "%s,%s", a.options, optarg) < 0 ? "" : a.options) : optarg; break;
+		case 'o':
+			if (img_add_options(&a.options, optarg))
+				return 1;
+			break;
 		case 'l': so.internal = !strncmp(optarg, "snapshot.name=", 14) ? optarg + 14 : !strncmp(optarg, "snapshot.id=", 12) ? optarg + 12 : optarg; break;
 		case 'S':
 			a.sparse_given = true;
@@ -605,6 +610,10 @@ int img_convert(int argc, char **argv)
 		v.progress = false;
 	if (img_options_help(a.options, a.cr.format, false))
 		return 0;
+	if (a.no_create && a.options)
+		return img_fail("-o has no effect when skipping image creation");
+	if (v.offload && v.salvage)
+		return img_fail("Cannot use copy offloading in salvaging mode");
 	if (v.offload && (v.compress || a.sparse_given))
 		return img_fail("Cannot enable copy offloading when -%c is used", v.compress ? 'c' : 'S');
 	if (a.skip_broken && !a.bitmaps)
@@ -623,6 +632,7 @@ int img_convert(int argc, char **argv)
 	for (unsigned i = 0; i < v.nsrc; i++)
 		block_close(v.src[i]);
 	free(v.src);
+	free(a.options);
 	return r;
 }
 

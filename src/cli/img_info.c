@@ -617,6 +617,16 @@ static int used_clusters(struct block *b, uint64_t cs, uint64_t *n)
 	return 0;
 }
 
+/* As in QEMU only what makes a difference for the size has to fit together. */
+static int check_measured(const struct image_create *c)
+{
+	struct image_create m = { .cluster_size = c->cluster_size, .refcount_bits = c->refcount_bits, .version = c->version, .extended_l2 = c->extended_l2 };
+	struct err err = { 0 };
+	if (m.extended_l2 && m.refcount_bits == 16)
+		m.version = 3;
+	return image_create_check(&m, &err) ? img_fail("%s", err.msg) : 0;
+}
+
 int img_measure(int argc, char **argv)
 {
 	struct img_open o = { 0 };
@@ -624,7 +634,7 @@ int img_measure(int argc, char **argv)
 	struct img_create_seen seen = { 0 };
 	struct keyvals l = { 0 };
 	struct err err = { 0 };
-	const char *options = "";
+	char *options = NULL;
 	int64_t size = -1;
 	bool json = false;
 	uint64_t used = 0, required, full;
@@ -635,8 +645,8 @@ int img_measure(int argc, char **argv)
 			o.format = optarg;
 		else if (c == 'l')
 			o.internal = !strncmp(optarg, "snapshot.name=", 14) ? optarg + 14 : !strncmp(optarg, "snapshot.id=", 12) ? optarg + 12 : optarg;
-		else if (c == 'o')
-			options = optarg;
+		else if (c == 'o' && img_add_options(&options, optarg))
+			return 1;
 		else if (c == 'O')
 			cr.format = optarg;
 		else if (c == 'U')
@@ -649,14 +659,14 @@ int img_measure(int argc, char **argv)
 	if (argc - optind > 1 || (optind < argc && size >= 0) || (optind == argc && size < 0))
 		return img_fail(optind < argc && size >= 0 ? "--size N cannot be used together with a filename" :
 				argc - optind > 1 ? "At most one filename argument is allowed." : "Either --size N or one filename must be specified");
-	if (*options && keyvals_parse(&l, "-o", options, NULL, &err))
+	if (options && keyvals_parse(&l, "-o", options, NULL, &err))
 		return img_fail("%s", err.msg);
 	cr.cluster_size = 65536;
 	r = img_create_options(&cr, &l, &seen);
 	if (!r && strcmp(cr.format, "raw") && strcmp(cr.format, "qcow2"))
 		r = img_fail("Cannot measure for format '%s': Lodge makes raw and qcow2 images", cr.format);
-	if (!r && !strcmp(cr.format, "qcow2") && image_create_check(&cr, &err))
-		r = img_fail("%s", err.msg);
+	if (!r && !strcmp(cr.format, "qcow2"))
+		r = check_measured(&cr);
 	struct block *b = r || optind == argc ? NULL : img_open(argv[optind], &o);
 	r = r || (optind < argc && !b);
 	if (!r && b) {
@@ -684,5 +694,6 @@ int img_measure(int argc, char **argv)
 	}
 	block_close(b);
 	keyvals_free(&l);
+	free(options);
 	return r ? 1 : 0;
 }

@@ -28,6 +28,8 @@ static void print_formatting(const struct image_create *c, const struct img_crea
 		puts("");
 		return;
 	}
+	if (seen->encryption)
+		fputs(" encryption=off", stdout);
 	printf(" cluster_size=%u extended_l2=%s", c->cluster_size, c->extended_l2 ? "on" : "off");
 	if (seen->prealloc)
 		printf(" preallocation=%s", tool_prealloc_name(c->prealloc));
@@ -76,7 +78,8 @@ int img_create(int argc, char **argv)
 	struct img_create_seen seen = { 0 };
 	struct keyvals l = { 0 };
 	struct err err = { 0 };
-	const char *options = "", *backing = NULL, *backing_format = NULL;
+	const char *backing = NULL, *backing_format = NULL;
+	char *options = NULL;
 	bool quiet = false, unchecked = false;
 	int64_t size = -1;
 	int c;
@@ -86,7 +89,10 @@ int img_create(int argc, char **argv)
 		case 'F': backing_format = optarg; break;
 		case 'b': backing = optarg; break;
 		case 'f': cr.format = optarg; break;
-		case 'o': options = optarg; break;
+		case 'o':
+			if (img_add_options(&options, optarg))
+				return 1;
+			break;
 		case 'q': quiet = true; break;
 		case 'u': unchecked = true; break;
 		}
@@ -102,7 +108,7 @@ int img_create(int argc, char **argv)
 		return img_usage("Unexpected argument: %s", argv[optind]);
 	if (strcmp(cr.format, "raw") && strcmp(cr.format, "qcow2"))
 		return img_fail("%s: Unknown file format '%s'", cr.file, cr.format);
-	if (*options && keyvals_parse(&l, "-o", options, NULL, &err))
+	if (options && keyvals_parse(&l, "-o", options, NULL, &err))
 		return img_fail("%s", err.msg);
 	cr.cluster_size = 65536;
 	int r = img_create_options(&cr, &l, &seen);
@@ -117,11 +123,13 @@ int img_create(int argc, char **argv)
 		r = img_fail("%s: The image size must be specified only once", cr.file);
 	if (!r && cr.backing_format && !cr.backing)
 		r = img_fail("%s: Backing format cannot be used without backing file", cr.file);
+	if (!r && cr.backing && !*cr.backing)
+		r = img_fail("%s: Expected backing file name, got empty string", cr.file);
 	if (!r && cr.backing && strcmp(cr.format, "qcow2"))
 		r = img_fail("%s: Backing file not supported for file format '%s'", cr.file, cr.format);
-	if (!r && cr.backing && *cr.backing)
+	if (!r && cr.backing)
 		r = look_at_backing(&cr, unchecked, have_size);
-	else if (!r && !have_size)
+	if (!r && !have_size && (unchecked || !cr.backing)) /* -u: nobody looks what size the backing file has */
 		r = img_fail("%s: Image creation needs a size parameter", cr.file);
 	if (!r && !quiet)
 		print_formatting(&cr, &seen);
@@ -130,6 +138,7 @@ int img_create(int argc, char **argv)
 	if (!r && image_create(&cr, &err))
 		r = img_file_failed(cr.file, err.msg);
 	keyvals_free(&l);
+	free(options);
 	return r;
 }
 
@@ -192,14 +201,14 @@ int img_amend(int argc, char **argv)
 	struct img_create_seen seen = { 0 };
 	struct keyvals l = { 0 };
 	struct err err = { 0 };
-	const char *options = NULL;
+	char *options = NULL;
 	bool progress = false, quiet = false;
 	int c, r;
 	image_create_init(&cr);
 	cr.format = "qcow2";
 	while ((c = img_getopt(argc, argv, ":ho:f:t:pq")) >= 0) {
-		if (c == 'o')
-			options = optarg;
+		if (c == 'o' && img_add_options(&options, optarg))
+			return 1;
 		else if (c == 'f')
 			o.format = optarg;
 		else if (c == 't')
@@ -218,7 +227,7 @@ int img_amend(int argc, char **argv)
 		return 0;
 	if (optind != argc - 1)
 		return img_usage("%s", img_missing);
-	if (*options && keyvals_parse(&l, "-o", options, NULL, &err))
+	if (keyvals_parse(&l, "-o", options, NULL, &err))
 		return img_fail("%s", err.msg);
 	struct block *b = img_open(argv[optind], &o);
 	r = b ? img_create_options(&cr, &l, &seen) : 1;

@@ -25,9 +25,9 @@ static const struct { const char *key, *type, *help; bool qcow2_only, amend; } o
 bool img_options_help(const char *text, const char *format, bool amend)
 {
 	bool qcow2 = !strcmp(format, "qcow2");
-	const char *last = strrchr(text, ',');
+	const char *last = text ? strrchr(text, ',') : NULL;
 	last = last ? last + 1 : text;
-	if (strcmp(last, "help") && strcmp(last, "?"))
+	if (!text || (strcmp(last, "help") && strcmp(last, "?")))
 		return false;
 	printf(amend ? "Amend options for '%s':\n" : "Supported %s options:\n", format);
 	for (unsigned i = 0; i < ARRAY_SIZE(options); i++) {
@@ -38,6 +38,21 @@ bool img_options_help(const char *text, const char *format, bool amend)
 		printf("  %-22s - %s\n", left, options[i].help);
 	}
 	return true;
+}
+
+int img_add_options(char **list, const char *more)
+{
+	size_t len = strlen(more), commas = 0;
+	char *all;
+	while (commas < len && more[len - 1 - commas] == ',')
+		commas++;
+	if (!len || *more == ',' || commas % 2)
+		return img_fail("Invalid option list: %s", more);
+	if (asprintf(&all, "%s%s%s", *list ? *list : "", *list ? "," : "", more) < 0)
+		return img_fail("out of memory");
+	free(*list);
+	*list = all;
+	return 0;
 }
 
 /* --- a limit in bytes a second --- */

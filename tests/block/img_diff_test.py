@@ -182,6 +182,18 @@ def cases():
             yield f"{v} {long}"
             yield f"{v} {long} missing"
     yield from ["", "nonsense", "-Z", "--nonsense"]
+    # several -o; what does not go together
+    yield from [
+        "create -f qcow2 -o refcount_bits=8 -o lazy_refcounts=on -o cluster_size=4k,extended_l2=off new 1M ; info new", "create -f qcow2 -o refcount_bits=8 -o refcount_bits=32 new 1M ; info new",
+        "create -f qcow2 -o data_file=dd -o data_file_raw=on new 1M ; info new", "amend -o compat=0.10 -o refcount_bits=16 q ; info q", "amend -o lazy_refcounts=on -o size=9M q ; info q",
+        "measure --size 1G -o cluster_size=4k -o refcount_bits=64 -O qcow2", "convert -O qcow2 -o cluster_size=4k -o compat=0.10 q out ; info out", "create -f qcow2 -o encryption=off new 1M ; info new",
+        "create -f qcow2 -o '' new 1M", "create -f qcow2 -o , new 1M", "create -f qcow2 -o ,cluster_size=4k new 1M", "create -f qcow2 -o cluster_size=4k, new 1M", "convert -O qcow2 -o '' q out", "amend -o '' q",
+        "convert -C --salvage q out", "convert -c -O qcow2 -o preallocation=full q out", "convert -c -O qcow2 -o preallocation=metadata q out", "convert -c -O qcow2 -o preallocation=off q out ; compare q out",
+        "convert -n -o cluster_size=4k -O qcow2 q empty", "convert -n -c -o preallocation=off -O qcow2 q empty", "create -u -b q -F qcow2 -f qcow2 new", "create -u -b nowhere -F qcow2 -f qcow2 new",
+        "create -u -b q -F qcow2 -f qcow2 new 1M ; info new", "create -u -f qcow2 -o size=1M -b q -F qcow2 new ; info new", "create -f qcow2 -b '' new 1M", "create -f qcow2 -o backing_file= new 1M", "create -u -f qcow2 -b '' new",
+    ]
+    for o in ("compat=0.10,lazy_refcounts=on", "data_file_raw=on", "compat=0.10,data_file=x", "compat=0.10,extended_l2=on", "compat=0.10,compression_type=zstd", "compat=0.10,refcount_bits=8", "compat=0.10,extended_l2=on,cluster_size=4k"):
+        yield f"measure -O qcow2 --size 1M -o {o} ; measure -O qcow2 -o {o} q"
     for k in ("leaky", "broken", "dirty", "corrupt", "q", "top", "raw", "vmdk", "packed"):
         for r in ("leaks", "all", "none") if k != "broken" else ("none",):
             yield f"check -r {r} {k} ; check {k} ; info {k}"
@@ -358,7 +370,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = ("extended_l2=on,preallocation", "resize --preallocation=metadata new 7M", "commit onpart", "a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "-l one ", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky")
+ALWAYS = ("extended_l2=on,preallocation", "resize --preallocation=metadata new 7M", "commit onpart", "a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "-l one ", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky", " -o lazy_refcounts=on -o ", " -o data_file_raw=on new", "-C --salvage", "-c -O qcow2 -o preallocation", "create -u -b q -F qcow2 -f qcow2 new", "--size 1M -o compat=0.10,")
 
 
 def main():
