@@ -210,8 +210,17 @@ static int use_snapshot(struct qcow2 *q, const char *name, struct err *err)
 		return r;
 	free(q->l1);
 	q->l1 = l1;
-	q->h.l1_size = s->l1_size;
-	q->b->length = ALIGN_DOWN(s->s.disk_size, (uint64_t)512);
+	/* As in QEMU the size is the disk's of today: what the snapshot knows nothing of is not allocated. */
+	uint32_t need = (uint32_t)q_l1_entries(q, q->h.size), have = s->l1_size;
+	if (need > have) {
+		q->l1 = realloc(l1, need * sizeof *l1);
+		if (!q->l1) {
+			free(l1);
+			return err_set(err, -ENOMEM, "%s: out of memory", q->b->file);
+		}
+		memset(q->l1 + have, 0, (need - have) * sizeof *l1);
+	}
+	q->h.l1_size = MAX(need, have);
 	return 0;
 }
 
@@ -242,6 +251,7 @@ int qcow2_open(struct block *b, const struct block_opts *o, unsigned depth, stru
 	b->drv = &block_qcow2;
 	/* Writes become stable by our flushes, not one by one. */
 	graph_adopt(b->child, b->cache == CACHE_WRITETHROUGH ? CACHE_WRITEBACK : b->cache == CACHE_DIRECTSYNC ? CACHE_NONE : b->cache, b->read_only);
+	q->as_is = o->as_is;
 	int r = q_read_header(q, err);
 	if (r)
 		return r;

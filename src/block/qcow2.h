@@ -90,6 +90,7 @@ struct qcow2 {
 	uint64_t free_hint;             /* cluster: nothing free below */
 	uint64_t file_clusters;         /* clusters at or beyond this never were written: they read as zeroes */
 	bool fresh;                     /* of the last q_alloc(): all of it is such */
+	bool as_is;                     /* opened by who looks for damage (block_opts) */
 	uint64_t comp_off;              /* next byte for compressed data, 0: start a cluster */
 	bool pass_request, pass_snapshot, pass_other; /* whether the file gets holes where a discard, a snapshot or anything else was */
 	bool by_request;                /* what is given back now is so because the guest said so; under lock */

@@ -93,8 +93,11 @@ static int check_tables(struct qcow2 *q, uint64_t file_len, struct err *err)
 		return bad(q, err, h->reftable_clusters ? "Image reference count table too large" :
 			   "Image does not contain a reference count table");
 	if (!h->reftable_off || !q_is_aligned(q, h->reftable_off) ||
-	    range_bad(h->reftable_off, (uint64_t)h->reftable_clusters * q->cs, INT64_MAX) || h->reftable_off >= file_len)
+	    range_bad(h->reftable_off, (uint64_t)h->reftable_clusters * q->cs, INT64_MAX))
 		return bad(q, err, "Invalid reference count table offset");
+	/* No counts at all: nobody may allocate, but what is there can be read, and a check can count anew. */
+	if (h->reftable_off >= file_len && !q->b->read_only && !q->as_is)
+		return bad(q, err, "The reference count table is outside of the file; repair the image with 'lodge img check -r all'");
 	if (need * 8 > L1_BYTES_MAX)
 		return bad(q, err, "Image is too big for its cluster size");
 	if ((uint64_t)h->l1_size * 8 > L1_BYTES_MAX)

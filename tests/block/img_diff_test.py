@@ -231,6 +231,10 @@ def cases():
         "snapshot -d x old ; snapshot -c y old ; resize old 5M ; amend -o compat=0.10 old ; info old",
         "amend -o compat=0.10 old ; info old ; check old ; convert -l x -O raw old out ; snapshot -a x old ; map --output=json old ; compare old out ; check old",
     ]
+    for s in ("9M", "--shrink 2M", "--shrink 1000k"):   # a snapshot of a disk that had another size
+        for k in ("snap", "v2", "old"):
+            yield f"snapshot -c then {k} ; resize {s.replace(' ', ' ' + k + ' ') if ' ' in s else k + ' ' + s} ; convert -l then -O raw {k} out ; info out ; measure -O qcow2 -l then {k} ; compare {k} out"
+    yield "snapshot -c then over ; resize over 9M ; rebase -u -b meta -F qcow2 over ; convert -l then -O raw over out ; info out ; compare over out"
     for p in ("metadata", "falloc", "full"):    # what is allocated does not hide the backing file
         yield f"create -f qcow2 -o extended_l2=on,preallocation={p} -b raw -F raw new ; compare new raw ; map --output=json new ; check new ; rebase -b '' new ; compare new raw"
         yield f"create -f qcow2 -o extended_l2=on -b raw -F raw new 2M ; resize --preallocation={p} new 7M ; compare new raw ; check new"
@@ -370,7 +374,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = ("extended_l2=on,preallocation", "resize --preallocation=metadata new 7M", "commit onpart", "a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "-l one ", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky", " -o lazy_refcounts=on -o ", " -o data_file_raw=on new", "-C --salvage", "-c -O qcow2 -o preallocation", "create -u -b q -F qcow2 -f qcow2 new", "--size 1M -o compat=0.10,")
+ALWAYS = ("extended_l2=on,preallocation", "resize --preallocation=metadata new 7M", "commit onpart", "a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "-l one ", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky", "snapshot -c then snap", "snapshot -c then over", " -o lazy_refcounts=on -o ", " -o data_file_raw=on new", "-C --salvage", "-c -O qcow2 -o preallocation", "create -u -b q -F qcow2 -f qcow2 new", "--size 1M -o compat=0.10,")
 
 
 def main():

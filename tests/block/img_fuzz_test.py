@@ -56,6 +56,7 @@ def damages():
         "L1 outside": ("q", [(l1, be(COPIED | 0x7fff0000))]), "reserved": ("q", [(l2, be(entry | 1 << 57))]),
         "data is refcount table": ("q", [(l2 + 56, be(COPIED | table))]), "data is L2": ("q", [(l2 + 56, be(COPIED | l2))]),
         "data is L1": ("q", [(l2 + 56, be(COPIED | l1))]), "twice": ("q", [(l2 + 56, be(entry))]), "no refcounts": ("q", [(table, be(0))]),
+        "refcount table outside": ("q", [(48, be(1 << 40))]),
         "refcount block outside": ("q", [(table, be(0x7fff0000))]), "refcount block uncounted": ("q", [(block + 2 * (block >> 16), b"\0\0")]),
         "all counts 0": ("q", [(block, bytes(64))]), "compressed outside": ("q", [(l2 + 56, be(1 << 62 | 5 << 54 | 0x7f000000))]),
         "snapshot's L1 outside": ("snap", [(snaps, be(0x7fff0000))]), "snapshot's count low": ("snap", [(sblock + 10, b"\0\1")]),
