@@ -28,7 +28,8 @@ enum block_op { BLOCK_READ, BLOCK_WRITE, BLOCK_FLUSH, BLOCK_DISCARD, BLOCK_ZERO 
 enum { BLOCK_REQ_FUA = 1, BLOCK_REQ_MAY_UNMAP = 2, BLOCK_REQ_INLINE = 4 /* caller can wait for a short copy */,
        BLOCK_REQ_MORE = 8 /* more follows at once, then block_unplug() */,
        BLOCK_REQ_BELOW = 1 << 10 /* the block layer's: a node above holds something until this is done */,
-       BLOCK_REQ_NO_FALLBACK = 16 /* ZERO: fail with -ENOTSUP rather than write zeroes */ };
+       BLOCK_REQ_NO_FALLBACK = 16, /* ZERO: fail with -ENOTSUP rather than write zeroes */
+       BLOCK_REQ_OWN = 32 /* ZERO: of the image's own, even where what is below reads as zero now */ };
 
 struct block_req {
 	enum block_op op;

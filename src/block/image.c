@@ -69,7 +69,7 @@ int image_write(struct block *b, uint64_t off, const void *buf, uint64_t len)
 	return transfer(b, off, (void *)(uintptr_t)buf, len, true);
 }
 
-int image_zero(struct block *b, uint64_t off, uint64_t len, bool may_unmap)
+static int zero_with(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 {
 	static const uint8_t zeroes[512];
 	if (range_bad(off, len, b->length))
@@ -85,10 +85,20 @@ int image_zero(struct block *b, uint64_t off, uint64_t len, bool may_unmap)
 	tail = len & 511;
 	len -= tail;
 	if (!r && len)
-		r = b->drv->zero(b, off, len, may_unmap ? BLOCK_REQ_MAY_UNMAP : 0);
+		r = b->drv->zero(b, off, len, flags);
 	if (!r && tail)
 		r = image_write(b, off + len, zeroes, tail);
 	return r;
+}
+
+int image_zero(struct block *b, uint64_t off, uint64_t len, bool may_unmap)
+{
+	return zero_with(b, off, len, may_unmap ? BLOCK_REQ_MAY_UNMAP : 0);
+}
+
+int image_zero_own(struct block *b, uint64_t off, uint64_t len)
+{
+	return zero_with(b, off, len, BLOCK_REQ_OWN);
 }
 
 int image_zero_quick(struct block *b, uint64_t off, uint64_t len, bool may_unmap)

@@ -13,6 +13,8 @@
 int image_read(struct block *b, uint64_t off, void *buf, uint64_t len);
 int image_write(struct block *b, uint64_t off, const void *buf, uint64_t len);
 int image_zero(struct block *b, uint64_t off, uint64_t len, bool may_unmap);
+/* Of a qcow2 image's own, whatever is below it now or later. `off` and `len` may be ragged as above. */
+int image_zero_own(struct block *b, uint64_t off, uint64_t len);
 /* -ENOTSUP where zeroes would have to be written. */
 int image_zero_quick(struct block *b, uint64_t off, uint64_t len, bool may_unmap);
 int image_discard(struct block *b, uint64_t off, uint64_t len);

@@ -138,7 +138,7 @@ static int open_data_file(struct qcow2 *q, const struct block_opts *o, unsigned 
 {
 	struct block_opts d = { .cache = o->cache, .aio = o->aio, .polled = o->polled, .tls = o->tls, .shared = o->shared, .no_lock = o->no_lock,
 				.read_only = o->read_only || o->snapshot, .auto_read_only = o->auto_read_only, .options = o->data_options,
-				.throttles = o->throttles, .protocol = true };
+				.throttles = o->throttles, .discard_unmap = true, .protocol = true };
 	if (!(q->h.incompat & INCOMPAT_DATA_FILE))
 		return o->data_options ? err_set(err, -EINVAL, "%s: 'data-file' can only be set for images with an external data file", q->b->file) : 0;
 	if (!o->data_options && (!q->data_file || !*q->data_file))
@@ -366,7 +366,7 @@ static int driver_discard(struct block *b, uint64_t off, uint64_t len)
 
 static int driver_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 {
-	return after_write(b, q_zero(b->qcow2, off, len, flags & BLOCK_REQ_MAY_UNMAP && b->discard_unmap), flags);
+	return after_write(b, q_zero(b->qcow2, off, len, b->discard_unmap ? flags : flags & ~(unsigned)BLOCK_REQ_MAY_UNMAP), flags);
 }
 
 /*

@@ -215,7 +215,8 @@ void qrange_unlock(struct qcow2 *q, struct qrange *r);
 /* --- qcow2_io.c --- */
 int q_read(struct qcow2 *q, uint64_t off, const struct iovec *iov, int n, uint64_t len);
 int q_write(struct qcow2 *q, uint64_t off, const struct iovec *iov, int n, uint64_t len);
-int q_zero(struct qcow2 *q, uint64_t off, uint64_t len, bool may_unmap);
+/* flags: BLOCK_REQ_MAY_UNMAP, _OWN, _NO_FALLBACK (-ENOTSUP where zeroes would have to be written; something may be zero already then). */
+int q_zero(struct qcow2 *q, uint64_t off, uint64_t len, unsigned flags);
 int q_discard(struct qcow2 *q, uint64_t off, uint64_t len, bool make_holes);
 /* Clusters around the range that this file does not hold: from the backing file into it. What the guest reads stays the same. */
 int q_copy_up(struct qcow2 *q, uint64_t off, uint64_t len);
@@ -291,7 +292,7 @@ int q_bitmaps_begin(struct qcow2 *q);
 void q_bitmaps_mark(struct qcow2 *q, uint64_t off, uint64_t len);
 void q_bitmaps_end(struct qcow2 *q);    /* closing: write back what followed */
 void q_bitmaps_free(struct qcow2 *q);
-int q_bitmaps_before_resize(struct qcow2 *q, struct err *err);
+int q_bitmaps_before_resize(struct qcow2 *q, uint64_t size, struct err *err);
 int q_bitmaps_resized(struct qcow2 *q, uint64_t size);
 int qcow2_bitmap_read(struct block *b, const char *name, struct image_bits *out, struct err *err);
 int qcow2_bitmap_extent(struct block *b, const char *name, uint64_t off, uint64_t len, struct block_extent *e); /* image_bitmap_extent() */

@@ -202,13 +202,17 @@ int q_bitmaps_begin(struct qcow2 *q)
 	return r;
 }
 
-int q_bitmaps_before_resize(struct qcow2 *q, struct err *err)
+static const char no_bits[] = "a disk without a byte has no dirty bitmaps";      /* and QEMU takes no such table */
+
+int q_bitmaps_before_resize(struct qcow2 *q, uint64_t size, struct err *err)
 {
 	if (!q_find_ext(q, EXT_BITMAPS) || !(q->h.autoclear & AUTOCLEAR_BITMAPS))
 		return 0;
 	pthread_mutex_lock(&q->lock);
 	int r = begin(q, true);
 	pthread_mutex_unlock(&q->lock);
+	if (!r && !size && q->nbitmaps)
+		return err_set(err, -ENOTSUP, "%s: %s: remove them first", q->b->file, no_bits);
 	if (r == -ENOTSUP)
 		return err_set(err, r, "%s: Cannot resize qcow2 images with inconsistent bitmaps; remove them first", q->b->file);
 	return r ? err_set_errno(err, r, "%s: cannot read the bitmaps", q->b->file) : 0;
@@ -396,6 +400,8 @@ static int add(struct qcow2 *q, const char *name, uint64_t granularity, struct e
 {
 	if (q->h.version < 3)
 		return err_set(err, -ENOTSUP, "Cannot store dirty bitmaps in qcow2 v2 files");
+	if (!q->b->length)
+		return err_set(err, -ENOTSUP, "%s: %s", q->b->file, no_bits);
 	if (!*name || strlen(name) > NAME_MAX_LEN)
 		return err_set(err, -EINVAL, "Bitmap name must have 1 to %d bytes", NAME_MAX_LEN);
 	if (find(q, name))

@@ -23,12 +23,12 @@ static int without_place(struct qcow2 *q, uint64_t off, uint64_t n, uint64_t *go
 }
 
 /*
- * Entries for `n` clusters at `host`. An image that is being made does not have its backing file open: that goes on showing through subclusters, none
- * of which holds data yet. Everywhere else what is new is zeroes, and the clusters are.
+ * Entries for `n` clusters at `host`. Subclusters stay as they are, none of them holds data: a backing file, which an image that is being made does not have
+ * open, goes on showing through. But the data file that is to stay valid by itself is what all of them show.
  */
 static int preallocate_entries(struct qcow2 *q, uint64_t off, uint64_t host, uint64_t n)
 {
-	bool through = q->nsub > 1 && q->backing && !q->b->backing;
+	bool through = q->nsub > 1 && !(q->h.autoclear & AUTOCLEAR_DATA_RAW);
 	struct qentry e = { 0 };
 	int r = 0;
 	for (uint64_t i = 0; !r && i < n; i++, off += q->cs, host += q->cs) {
@@ -137,7 +137,7 @@ static int clean_tail(struct qcow2 *q, uint64_t old, uint64_t size)
 		end = MAX(end, MIN(size, q->b->backing->length));
 	uint64_t len = q->b->length;
 	__atomic_store_n(&q->b->length, size, __ATOMIC_RELAXED); /* nobody else looks: requests are checked against it before they get here */
-	int r = end > old ? q_zero(q, old, end - old, false) : 0;
+	int r = end > old ? q_zero(q, old, end - old, 0) : 0;
 	__atomic_store_n(&q->b->length, len, __ATOMIC_RELAXED);
 	return r;
 }
@@ -183,7 +183,7 @@ int qcow2_resize(struct block *b, uint64_t size, enum block_prealloc p, struct e
 	if (q->h.autoclear & AUTOCLEAR_DATA_RAW && p == PREALLOC_OFF)
 		p = PREALLOC_METADATA; /* the data file stands for itself only where an entry shows each part of it */
 	int r = q_start_writing(q);
-	if (!r && size != old && (r = q_bitmaps_before_resize(q, err)))
+	if (!r && size != old && (r = q_bitmaps_before_resize(q, size, err)))
 		return r;
 	if (!r && size < old)
 		r = q_discard(q, size, old - size, true);

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 #include "base/log.h"
+#include "block/image.h"
 #include "block/qcow2.h"
 
 enum { STACK_IOV = 66, DEAD_MAX = 1024, ZERO_PIECE = 1 << 20 };
@@ -378,19 +379,50 @@ static int write_zeroes(struct qcow2 *q, uint64_t off, uint64_t len)
 	return r;
 }
 
-static int zero_part(struct qcow2 *q, uint64_t off, uint64_t len)
+/* What the files below say counts, too. */
+static int is_zero_in_chain(struct qcow2 *q, uint64_t off, uint64_t len, bool *zero)
+{
+	int r = 0;
+	*zero = true;
+	for (struct block_extent e; !r && *zero && len; off += e.len, len -= e.len) {
+		r = image_map(q->b, NULL, off, len, &e);
+		*zero = !r && e.zero;
+	}
+	return r;
+}
+
+static int zero_part(struct qcow2 *q, uint64_t off, uint64_t len, unsigned flags)
 {
 	struct qrange range;
 	bool zero;
 	if (!len)
 		return 0;
 	qrange_lock(q, &range, off, len, false);
-	int r = reads_as_zero(q, off, len, &zero);
+	int r = is_zero_in_chain(q, off, len, &zero);
 	qrange_unlock(q, &range);
-	return r || zero ? r : write_zeroes(q, off, len);
+	bool done = zero && !(flags & BLOCK_REQ_OWN);
+	return r || done ? r : flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : write_zeroes(q, off, len);
 }
 
-enum clear { CLEAR_ZERO, CLEAR_ZERO_UNMAP, CLEAR_DISCARD, CLEAR_HOLE };
+/* Piece by piece of at most a (sub)cluster: where one is zero already nothing gets allocated for the sake of its neighbour. */
+static int zero_parts(struct qcow2 *q, uint64_t off, uint64_t len, unsigned flags)
+{
+	int r = 0;
+	for (uint64_t n; !r && len; off += n, len -= n) {
+		n = MIN(len, q->sub_size - (off & (q->sub_size - 1)));
+		r = zero_part(q, off, n, flags);
+	}
+	return r;
+}
+
+enum clear { CLEAR_ZERO, CLEAR_ZERO_OWN, CLEAR_ZERO_UNMAP, CLEAR_DISCARD, CLEAR_HOLE };
+
+/* A hole at `off` needs no entry to be what is asked for. */
+static bool hole_will_do(const struct qcow2 *q, uint64_t off, enum clear how)
+{
+	return how == CLEAR_HOLE || (how != CLEAR_ZERO_OWN && (!q->b->backing || off >= q->b->backing->length));
+}
+
 
 /* One whole cluster's entry. Lock held. */
 static int clear_entry(struct qcow2 *q, uint64_t off, enum clear how)
@@ -401,24 +433,72 @@ static int clear_entry(struct qcow2 *q, uint64_t off, enum clear how)
 	if (r)
 		return r;
 	bool hole = !old.raw && !old.alloc && !old.zero;
-	if (hole && (how == CLEAR_HOLE || !q->b->backing || off >= q->b->backing->length))
+	if (hole && hole_will_do(q, off, how))
 		return 0;
 	if (how != CLEAR_HOLE && q->h.version >= 3)
 		e.zero = all;
-	if (how == CLEAR_ZERO && has_place(&old)) { /* what was allocated stays so */
+	if (how <= CLEAR_ZERO_OWN && has_place(&old)) { /* what was allocated stays so */
 		e.host = old.host;
 		e.copied = true;
 	}
 	if (old.zero == all && !old.alloc && old.host == e.host && !old.compressed && e.zero)
 		return 0;
 	r = q_entry_set(q, off, &e);
-	q->by_request = how != CLEAR_ZERO;
+	q->by_request = how > CLEAR_ZERO_OWN;
 	if (!r && !e.host)
 		r = q_entry_release(q, &old);
 	q->by_request = false;
 	return r;
 }
 
+/* Some subclusters of one cluster; its place stays. -ENOTSUP: it has none, being compressed. Lock held. */
+static int clear_subclusters(struct qcow2 *q, uint64_t off, uint64_t end, enum clear how)
+{
+	struct qentry e;
+	int r = q_entry_get(q, off, &e);
+	uint32_t mask = sub_mask(q, ALIGN_DOWN(off, (uint64_t)q->cs), off, end);
+	if (r || e.compressed)
+		return r ? r : -ENOTSUP;
+	bool hole = !((e.alloc | e.zero) & mask);
+	if ((hole && hole_will_do(q, off, how)) || (e.zero & mask) == mask)
+		return 0;
+	e.zero |= mask;
+	e.alloc &= ~mask;
+	return q_entry_set(q, off, &e);
+}
+
+/* One table's entries. Lock held. */
+static int clear_entries(struct qcow2 *q, uint64_t off, uint64_t stop, enum clear how)
+{
+	bool no_table = !(q->l1[off / ((uint64_t)q->cs << q->l2_bits)] & OFFSET_MASK);
+	int r = q->broken;
+	if (no_table && hole_will_do(q, off, how))
+		return r;
+	for (uint64_t next; !r && off < stop; off = next) {
+		next = MIN(stop, ALIGN_DOWN(off, (uint64_t)q->cs) + q->cs);
+		r = next - off < q->cs ? clear_subclusters(q, off, next, how) : clear_entry(q, off, how);
+	}
+	return r;
+}
+
+/*
+ * What an external data file has in a range that is about to read as zeroes. One that is to stay valid by itself gets zeroes, too;
+ * another loses what nobody reads any more. Should the entries be lost in a crash this is still what the guest asked for.
+ */
+static int clear_data_file(struct qcow2 *q, uint64_t off, uint64_t end, enum clear how)
+{
+	bool unmap = how > CLEAR_ZERO_OWN && q->pass_request;
+	end = MIN(end, q->b->length);
+	if (q->data == q->leaf || how == CLEAR_HOLE || off >= end)
+		return 0;
+	if (q->h.autoclear & AUTOCLEAR_DATA_RAW)
+		return q->data->drv->zero(q->data, off, end - off, unmap ? BLOCK_REQ_MAY_UNMAP : 0);
+	if (unmap)
+		q->data->drv->discard(q->data, off, end - off); /* a hint */
+	return 0;
+}
+
+/* From and to the borders of clusters, or of subclusters of one. */
 static int clear_clusters(struct qcow2 *q, uint64_t off, uint64_t end, enum clear how)
 {
 	struct qrange range;
@@ -426,48 +506,48 @@ static int clear_clusters(struct qcow2 *q, uint64_t off, uint64_t end, enum clea
 	while (!r && off < end) { /* a table at a time, so that others get their turn and the dead are buried */
 		uint64_t span = (uint64_t)q->cs << q->l2_bits, stop = MIN(end, ALIGN_DOWN(off, span) + span);
 		qrange_lock(q, &range, off, stop - off, true);
+		r = clear_data_file(q, off, stop, how);
 		pthread_mutex_lock(&q->lock);
-		r = q->broken;
-		for (; !r && off < stop; off += q->cs) {
-			bool no_table = !(q->l1[off / span] & OFFSET_MASK);
-			if (no_table && (how == CLEAR_HOLE || !q->b->backing || off >= q->b->backing->length))
-				off = MIN(stop, ALIGN_DOWN(off, span) + span) - q->cs;
-			else
-				r = clear_entry(q, off, how);
-		}
+		if (!r)
+			r = clear_entries(q, off, stop, how);
 		pthread_mutex_unlock(&q->lock);
 		qrange_unlock(q, &range);
+		off = stop;
 		if (!r)
 			r = bury_some(q);
 	}
 	return r;
 }
 
-int q_zero(struct qcow2 *q, uint64_t off, uint64_t len, bool may_unmap)
+/* Whole subclusters of one cluster, which may have to be written. */
+static int zero_some(struct qcow2 *q, uint64_t off, uint64_t end, enum clear how, unsigned flags)
 {
-	uint64_t start = ALIGN_UP(off, (uint64_t)q->cs), end = ALIGN_DOWN(off + len, (uint64_t)q->cs);
+	int r = off < end ? clear_clusters(q, off, end, how) : 0;
+	return r == -ENOTSUP ? zero_parts(q, off, MIN(end, q->b->length) - off, flags) : r;
+}
+
+int q_zero(struct qcow2 *q, uint64_t off, uint64_t len, unsigned flags)
+{
+	uint64_t unit = q->sub_size, stop = off + len, start = ALIGN_UP(off, unit), end = ALIGN_DOWN(stop, unit);
+	enum clear how = flags & BLOCK_REQ_OWN ? CLEAR_ZERO_OWN : flags & BLOCK_REQ_MAY_UNMAP ? CLEAR_ZERO_UNMAP : CLEAR_ZERO;
 	int r = q_start_writing(q);
-	if (!r)
-		q_bitmaps_mark(q, off, len);
-	if (off + len == q->b->length) /* nothing of the guest's is behind it */
-		end = ALIGN_UP(q->b->length, (uint64_t)q->cs);
 	if (r)
 		return r;
-	if (q->data != q->leaf || start >= end)
-		return q->data != q->leaf ? write_zeroes(q, off, len) : zero_part(q, off, len);
-	if (q->h.version < 3 && (q->b->backing || !may_unmap)) { /* version 2 cannot say zero */
-		for (uint64_t at = off, n; !r && at < off + len; at += n) {
-			n = MIN(off + len - at, (uint64_t)q->cs - (at & (q->cs - 1)));
-			r = zero_part(q, at, n);
-		}
-		return r;
-	}
-	r = zero_part(q, off, start - off);
+	q_bitmaps_mark(q, off, len);
+	if (stop == q->b->length) /* nothing of the guest's is behind it */
+		end = ALIGN_UP(stop, (uint64_t)q->cs);
+	/* Version 2 cannot say zero. */
+	if (start >= end || (q->h.version < 3 && (q->b->backing || how != CLEAR_ZERO_UNMAP)))
+		return zero_parts(q, off, len, flags);
+	uint64_t first = MIN(ALIGN_UP(start, (uint64_t)q->cs), end), last = MAX(ALIGN_DOWN(end, (uint64_t)q->cs), first);
+	r = zero_parts(q, off, start - off, flags);
 	if (!r)
-		r = clear_clusters(q, start, end, may_unmap ? CLEAR_ZERO_UNMAP : CLEAR_ZERO);
-	if (!r && end < off + len)
-		r = zero_part(q, end, off + len - end);
-	return r;
+		r = zero_some(q, start, first, how, flags);
+	if (!r)
+		r = clear_clusters(q, first, last, how);
+	if (!r)
+		r = zero_some(q, last, end, how, flags);
+	return r || end >= stop ? r : zero_parts(q, end, stop - end, flags);
 }
 
 int q_discard(struct qcow2 *q, uint64_t off, uint64_t len, bool make_holes)
@@ -475,8 +555,6 @@ int q_discard(struct qcow2 *q, uint64_t off, uint64_t len, bool make_holes)
 	uint64_t start = ALIGN_UP(off, (uint64_t)q->cs), end = ALIGN_DOWN(off + len, (uint64_t)q->cs);
 	if (off + len >= q->b->length)
 		end = ALIGN_UP(off + len, (uint64_t)q->cs);
-	if (q->data != q->leaf && !make_holes)
-		return 0;
 	if (!make_holes && q->h.version < 3 && q->b->backing)
 		return 0; /* would show what the backing file has */
 	int r = q_start_writing(q);

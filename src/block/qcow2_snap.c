@@ -287,7 +287,7 @@ int qcow2_snapshot_apply(struct block *b, const char *id_or_name, struct err *er
 	int r = q_start_writing(q);
 	if (r)
 		return err_set_errno(err, r, "%s", b->file);
-	if (size != q->h.size && (r = q_bitmaps_before_resize(q, err)))
+	if (size != q->h.size && (r = q_bitmaps_before_resize(q, size, err)))
 		return r;
 	r = q_stop(q, &all, err);
 	if (!r)

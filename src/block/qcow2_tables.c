@@ -148,7 +148,10 @@ int qbuild_alloc(struct qbuild *w, uint64_t n, uint64_t *off, struct err *err)
 int qbuild_put(struct qbuild *w, const void *buf, uint64_t bytes, uint64_t *off, struct err *err)
 {
 	struct qcow2 *q = w->q;
-	uint64_t n = MAX(size_to_clusters(q, bytes), 1u);
+	uint64_t n = size_to_clusters(q, bytes);
+	*off = 0;
+	if (!n) /* the table of a disk of size 0: nobody would count its cluster */
+		return 0;
 	int r = qbuild_alloc(w, n, off, err);
 	if (r)
 		return r;

@@ -239,7 +239,17 @@ static int zero_range(struct block *b, uint64_t off, uint64_t len)
 	return -EOPNOTSUPP;
 }
 
-/* Where that is not possible (tmpfs) the file can at least be made longer by zeroes that have their place. */
+/* Where that is not possible (tmpfs) a hole that is filled again does the same. What lies past the end is extend()'s. */
+static int refill(struct block *b, uint64_t off, uint64_t len)
+{
+	struct stat st;
+	if (b->is_dev || !b->discard_unmap || fstat(b->fd, &st) || range_bad(off, len, (uint64_t)st.st_size))
+		return -EOPNOTSUPP;
+	int r = punch(b, off, len);
+	return r ? r : change_holes(b, 0, off, len);
+}
+
+/* Or the file can at least be made longer by zeroes that have their place. */
 static int extend(struct block *b, uint64_t off, uint64_t len)
 {
 	struct stat st;
@@ -258,6 +268,8 @@ static int raw_zero(struct block *b, uint64_t off, uint64_t len, unsigned flags)
 		r = punch(b, off, len);
 	if (r == -EOPNOTSUPP)
 		r = zero_range(b, off, len);
+	if (r == -EOPNOTSUPP)
+		r = refill(b, off, len);
 	if (r == -EOPNOTSUPP)
 		r = extend(b, off, len);
 	if (r == -EOPNOTSUPP)
@@ -361,8 +373,8 @@ static int raw_map(struct block *b, uint64_t off, uint64_t len, struct block_ext
 	off_t hole = lseek(b->fd, (off_t)off, SEEK_HOLE);
 	if (hole > (off_t)off) /* a ragged last sector counts as a whole one */
 		keep_data(b, off, hole < st.st_size ? (uint64_t)hole : ALIGN_UP((uint64_t)hole, (uint64_t)512), turn);
-	if (hole > (off_t)off && hole < st.st_size)
-		e->len = MIN(len, (uint64_t)hole - off);
+	if (hole > (off_t)off) /* a format above may ask past the end */
+		e->len = MIN(len, (hole < st.st_size ? (uint64_t)hole : ALIGN_UP((uint64_t)hole, (uint64_t)512)) - off);
 	return 0;
 }
 

@@ -262,6 +262,37 @@ static int read_short(struct block *b, uint64_t off, uint8_t *buf, uint64_t len)
 	return there ? image_read(b, off, buf, there) : 0;
 }
 
+static bool is_zero(const uint8_t *p, uint64_t n)
+{
+	return !*p && !memcmp(p, p + 1, n - 1);
+}
+
+/*
+ * Where `was` and `is` differ `was` goes into `b`, run by run. As in QEMU zeroes are stored as such where there was no backing file, and as data where one
+ * had them.
+ */
+static int keep_differences(struct block *b, uint64_t off, const uint8_t *was, const uint8_t *is, uint64_t len)
+{
+	struct block *old = image_backing(b);
+	uint64_t old_size = old ? block_length(old) : 0;
+	enum { SAME, ZERO, DATA } kind = SAME, next;
+	uint64_t start = 0;
+	int r = 0;
+	for (uint64_t at = 0, k; !r; at += k) {
+		k = MIN(len - at, (uint64_t)4096);
+		next = !k || !memcmp(was + at, is + at, k) ? SAME : off + at >= old_size && is_zero(was + at, k) ? ZERO : DATA;
+		if (next != kind) {
+			if (kind != SAME)
+				r = kind == ZERO ? image_zero_own(b, off + start, at - start) : image_write(b, off + start, was + start, at - start);
+			start = at;
+			kind = next;
+		}
+		if (!k)
+			break;
+	}
+	return r;
+}
+
 /* What `b` does not hold itself and the new backing file has otherwise is copied into `b`. */
 static int rebase_copy(struct block *b, struct block *fresh, bool progress)
 {
@@ -277,11 +308,8 @@ static int rebase_copy(struct block *b, struct block *fresh, bool progress)
 		r = image_read(b, off, was, n);
 		if (!r)
 			r = read_short(fresh, off, is, n);
-		for (uint64_t at = 0; !r && at < n; at += 4096) { /* only what differs */
-			uint64_t k = MIN(n - at, (uint64_t)4096);
-			if (memcmp(was + at, is + at, k))
-				r = image_write(b, off + at, was + at, k);
-		}
+		if (!r)
+			r = keep_differences(b, off, was, is, n);
 		img_progress(progress, (double)off * 100.0 / (double)size);
 	}
 	free(was);
@@ -448,10 +476,7 @@ int img_commit(int argc, char **argv)
 		r = img_io_failed(path, "Failed to commit", n);
 	/* Everything is stable below: only now may the top forget. */
 	if (!r && !keep) {
-		struct image_info i;
-		bool snaps = !image_info(b, &i) && i.nsnapshots;
-		image_info_free(&i);
-		if (!snaps && image_make_empty(b, &err))
+		if (image_make_empty(b, &err))
 			r = img_fail("Could not empty %s: %s", argv[optind], err.msg);
 	}
 	if (block_close_checked(b) && !r)

@@ -340,6 +340,24 @@ def bitmaps(opts, maker, other):
         clean(tool, "bm.qcow2")
 
 
+def bitmaps_of_nothing():
+    """QEMU opens no image that has a bitmap of 0 bits: nothing may make one."""
+    run(lodge, "create", "-q", "-f", "qcow2", "none.qcow2", "0")
+    run(lodge, "bitmap", "--add", "none.qcow2", "b", ok=(1,))
+    run(lodge, "snapshot", "-c", "empty", "none.qcow2")
+    run(lodge, "resize", "-q", "none.qcow2", "1M")
+    run(lodge, "bitmap", "--add", "none.qcow2", "b")
+    run(lodge, "resize", "-q", "--shrink", "none.qcow2", "0", ok=(1,))
+    run(lodge, "snapshot", "-a", "empty", "none.qcow2", ok=(1,))
+    assert names("none.qcow2") == {"b": ["auto"]}
+    for tool in (qemu, lodge):
+        clean(tool, "none.qcow2")
+    run(lodge, "bitmap", "--remove", "none.qcow2", "b")
+    run(lodge, "snapshot", "-a", "empty", "none.qcow2")
+    for tool in (qemu, lodge):
+        clean(tool, "none.qcow2")
+
+
 if len(sys.argv) < 2 or not shutil.which("qemu-img") or not shutil.which("qemu-io"):
     print("SKIP: no qemu-img (package qemu-utils)")
     sys.exit(77)
@@ -360,6 +378,7 @@ with tempfile.TemporaryDirectory(dir="/var/tmp") as d:
     for opts in ("cluster_size=65536", "cluster_size=512", "cluster_size=4096,extended_l2=off,refcount_bits=1"):
         bitmaps(opts, lodge, qemu)
         bitmaps(opts, qemu, lodge)
+    bitmaps_of_nothing()
     amend("raw")
     amend_refused()
     for seed in range(60 if full else 12):

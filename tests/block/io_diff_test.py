@@ -3,6 +3,7 @@
 where the images may differ in nothing but their layout, what a guest would read afterwards.
 
 usage: io_diff_test.py LODGE-QEMU-IO; exit status 77 without qemu-io and qemu-img"""
+import json
 import os
 import re
 import shutil
@@ -146,6 +147,45 @@ def compare(lodge, n, opts, cmds, feed):
     return 0
 
 
+# Zeroes and discards, in each shape of image: what is zero afterwards, without being stored, is so with both.
+ZEROES = ["write -P 5 0 1500k", "write -z 64k 128k", "write -z -u 256k 64k", "write -z 330k 4k", "write -z 390k 200k", "write -z -n 640k 64k", "write -z -n 706k 64k", "write -z -n 512 512",
+          "discard 900k 200k", "write -P 7 100k 3k", "write -z 65024 4k", "write -c -P 9 2M 64k", "write -z 2050k 20k", "write -z -u 1400k 500k", "write -z -n 3M 64k"]
+SHAPES = ["cluster_size=64k", "cluster_size=4k", "extended_l2=on", "data_file=d", "data_file=d,data_file_raw=on", "extended_l2=on,data_file=d", "extended_l2=on,data_file=d,data_file_raw=on"]
+
+
+def stored(name):
+    """What is kept of the disk, and where a reader is told that it is zero."""
+    out = []
+    for e in json.loads(subprocess.run(["qemu-img", "map", "--output=json", name], check=True, capture_output=True).stdout):
+        if out and out[-1][2] == e["data"]:
+            out[-1][1] = e["start"] + e["length"]
+        else:
+            out.append([e["start"], e["start"] + e["length"], e["data"]])
+    return out
+
+
+def zeroes(lodge, shape):
+    got = []
+    for tool in ("qemu-io", lodge):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", shape, "a.qcow2", "4M"], check=True)
+        said = run(tool, "-d unmap", ZEROES, False)[:2]
+        data = content()
+        raw = None
+        if "data_file_raw" in shape:
+            with open("d", "rb") as f:
+                raw = f.read() == data
+        disk = os.stat("d").st_blocks if "data_file" in shape else 0
+        got.append((said, data, stored("a.qcow2"), raw, disk))
+        for name in ("a.qcow2", "d", "content"):
+            if os.path.exists(name):
+                os.remove(name)
+    a, b = got
+    if a[:4] == b[:4] and b[4] <= a[4] + 128:
+        return 0
+    print(f"FAIL zeroes in an image with {shape}\n--- qemu-io\n{a[0]}\n{a[2:]}\n--- lodge\n{b[0]}\n{b[2:]}\ncontent {'same' if a[1] == b[1] else 'differs'}")
+    return 1
+
+
 def main():
     lodge = os.path.abspath(sys.argv[1])
     if not shutil.which("qemu-io") or not shutil.which("qemu-img"):
@@ -163,6 +203,9 @@ def main():
             for feed in (False, True) if n % 7 == 1 and "aio" not in line else (False,):
                 failed += compare(lodge, n, opts, cmds, feed)
                 n += 1
+        for shape in SHAPES:
+            failed += zeroes(lodge, shape)
+            n += 1
         print(f"{n} cases, {failed} differ")
         return failed != 0
     finally:
