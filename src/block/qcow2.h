@@ -83,7 +83,8 @@ struct qcow2 {
 	pthread_mutex_t turn_lock;      /* innermost; of these: */
 	pthread_cond_t flush_ended;
 	bool flushing;
-	uint64_t flushes, flushed;      /* begun | the last of them that made all stable */
+	uint64_t flushes, flushed, unflushed; /* begun | the last of them that made all stable | the last that failed */
+	int flush_error;                /* how that one did */
 	pthread_cond_t range_free;
 	struct qrange *ranges, **ranges_tail;
 	struct qcache l2, refs;

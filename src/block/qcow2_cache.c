@@ -291,26 +291,34 @@ static int flush_alone(struct qcow2 *q, bool sync)
 	return r;
 }
 
-/* Of several that wait for a flush to end one does the next for all: it begins after all of them came. Who is served goes, whatever begins next. */
+/*
+ * Of several that wait for a flush to end one does the next for all: it begins after all of them came. Who is served goes, whatever begins next; when it
+ * fails it has failed for all of them, since the kernel may tell of what it lost only once.
+ */
 int q_flush(struct qcow2 *q, bool sync)
 {
 	pthread_mutex_lock(&q->turn_lock);
 	uint64_t wanted = q->flushes + 1;
-	while (q->flushing && q->flushed < wanted)
+	while (q->flushing && MAX(q->flushed, q->unflushed) < wanted)
 		pthread_cond_wait(&q->flush_ended, &q->turn_lock);
-	bool served = q->flushed >= wanted;
+	bool served = MAX(q->flushed, q->unflushed) >= wanted;
 	uint64_t mine = served ? 0 : ++q->flushes;
+	int r = served && q->flushed < wanted ? q->flush_error : 0;
 	q->flushing |= !served;
 	pthread_mutex_unlock(&q->turn_lock);
 	if (served)
-		return 0;
+		return r;
 	pthread_mutex_lock(&q->flush_lock);
-	int r = flush_alone(q, sync);
+	r = flush_alone(q, sync);
 	pthread_mutex_unlock(&q->flush_lock);
 	pthread_mutex_lock(&q->turn_lock);
 	q->flushing = false;
-	if (!r && sync)
+	if (r) {
+		q->unflushed = mine;
+		q->flush_error = r;
+	} else if (sync) {
 		q->flushed = mine;
+	}
 	pthread_cond_broadcast(&q->flush_ended);
 	pthread_mutex_unlock(&q->turn_lock);
 	return r;

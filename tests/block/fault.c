@@ -1,6 +1,7 @@
 #include "fault.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,6 +18,10 @@ struct fault {
 	uint64_t n, max, writes, flushes, calls, fail_at;
 	int error;
 	bool torn, sticky;
+	pthread_mutex_t lock;   /* of what follows */
+	pthread_cond_t go_on;
+	bool hold;
+	unsigned held;
 };
 
 /* struct block has no room for a test's state: the leaf is embedded. */
@@ -103,7 +108,14 @@ static int fault_write(struct block *b, uint64_t off, const struct iovec *iov, i
 static int fault_flush(struct block *b)
 {
 	struct fault *f = fault_of(b);
-	if (fails(f))
+	bool fail = fails(f);
+	pthread_mutex_lock(&f->lock);
+	f->held++;
+	while (f->hold)
+		pthread_cond_wait(&f->go_on, &f->lock);
+	f->held--;
+	pthread_mutex_unlock(&f->lock);
+	if (fail)
 		return f->error;
 	record(f)->flush = true;
 	f->flushes++;
@@ -149,6 +161,8 @@ static void fault_close(struct block *b)
 	for (uint64_t i = 0; i < f->n; i++)
 		free(f->ev[i].data);
 	free(f->ev);
+	pthread_mutex_destroy(&f->lock);
+	pthread_cond_destroy(&f->go_on);
 	free(f->start);
 	free(f->now);
 }
@@ -165,6 +179,8 @@ struct block *fault_new(const void *data, uint64_t len)
 	struct fault_block *fb = calloc(1, sizeof *fb);
 	memcpy(&fb->b, plain, sizeof *plain);   /* before anything points into it or waits in it */
 	free(plain);
+	pthread_mutex_init(&fb->f.lock, NULL);
+	pthread_cond_init(&fb->f.go_on, NULL);
 	fb->b.drv = &driver;
 	fb->b.length = ALIGN_UP(len, (uint64_t)512);
 	put(&fb->f.now, &fb->f.len, &fb->f.room, 0, data, len);
@@ -186,6 +202,24 @@ void fault_at(struct block *b, uint64_t nth, int error, bool torn, bool sticky)
 	f->error = error;
 	f->torn = torn;
 	f->sticky = sticky;
+}
+
+void fault_hold(struct block *b, bool hold)
+{
+	struct fault *f = fault_of(b);
+	pthread_mutex_lock(&f->lock);
+	f->hold = hold;
+	pthread_cond_broadcast(&f->go_on);
+	pthread_mutex_unlock(&f->lock);
+}
+
+unsigned fault_held(struct block *b)
+{
+	struct fault *f = fault_of(b);
+	pthread_mutex_lock(&f->lock);
+	unsigned n = f->held;
+	pthread_mutex_unlock(&f->lock);
+	return n;
 }
 
 uint64_t fault_writes(struct block *b)

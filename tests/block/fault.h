@@ -15,6 +15,10 @@ struct block *fault_new(const void *data, uint64_t len);
 uint64_t fault_calls(struct block *b);
 /* The nth call from now fails with `error`; `torn`: a write does its first half; sticky: all later ones, too. */
 void fault_at(struct block *b, uint64_t nth, int error, bool torn, bool sticky);
+/* Flushes wait inside of the call until they may go on. */
+void fault_hold(struct block *b, bool hold);
+/* Flushes that wait so. */
+unsigned fault_held(struct block *b);
 /* Writes so far. */
 uint64_t fault_writes(struct block *b);
 /* Number of flushes done within the first `n` writes. */

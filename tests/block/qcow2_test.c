@@ -4,8 +4,10 @@
  * usage: test-qcow2 [--ops N] [--crashes N] [--seed S]
  */
 #include <errno.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -452,9 +454,78 @@ static void test_errors(void **state)
 	}
 }
 
+/* --- one flush for all who wait --- */
+
+struct flusher { struct block *b; pthread_t thread; atomic_int tid; int r; };
+
+static void *flusher(void *opaque)
+{
+	struct flusher *f = opaque;
+	atomic_store(&f->tid, (int)gettid());
+	f->r = image_flush(f->b);
+	return NULL;
+}
+
+/* It waits for something, and has called image_flush(): between that and telling its id there is nothing to wait for. */
+static bool is_asleep(const struct flusher *f)
+{
+	char name[64], text[256] = "";
+	int tid = atomic_load(&f->tid);
+	snprintf(name, sizeof name, "/proc/self/task/%d/stat", tid);
+	FILE *stat = tid ? fopen(name, "r") : NULL;
+	size_t n = stat ? fread(text, 1, sizeof text - 1, stat) : 0;
+	if (stat)
+		fclose(stat);
+	char *state = n ? strrchr(text, ')') : NULL;
+	return state && state[2] == 'S';
+}
+
+static void start_flush(struct flusher *f, struct block *b)
+{
+	*f = (struct flusher){ .b = b };
+	assert_int_equal(pthread_create(&f->thread, NULL, flusher, f), 0);
+	while (!is_asleep(f))
+		usleep(1000);
+}
+
+static void test_shared_flush(void **state)
+{
+	enum { WAITING = 4 };
+	struct flusher first, more[WAITING];
+	uint64_t len;
+	uint8_t *file = new_image(&shapes[2], 1 << 20, &len);
+	struct block *leaf = fault_new(file, len), *b = open_ok(leaf);
+	free(file);
+	for (int fail = 0; fail < 2; fail++) {
+		assert_int_equal(image_write(b, 0, "data", 4), 0);
+		assert_int_equal(image_flush(b), 0);
+		fault_hold(leaf, true);
+		start_flush(&first, b);
+		assert_int_equal(fault_held(leaf), 1);
+		for (unsigned i = 0; i < WAITING; i++)
+			start_flush(&more[i], b);
+		uint64_t calls = fault_calls(leaf);
+		fault_at(leaf, 0, fail ? -EIO : 0, false, false);
+		fault_hold(leaf, false);
+		pthread_join(first.thread, NULL);
+		assert_int_equal(first.r, 0); /* it began before they came */
+		for (unsigned i = 0; i < WAITING; i++) {
+			pthread_join(more[i].thread, NULL);
+			assert_int_equal(more[i].r, fail ? -EIO : 0);
+		}
+		assert_int_equal(fault_calls(leaf) - calls, 1);
+		fault_at(leaf, 0, fail ? -EIO : 0, false, false);
+		assert_int_equal(image_flush(b), fail ? -EIO : 0); /* and nobody lives on what an earlier one did */
+		assert_int_equal(image_flush(b), 0);
+		assert_int_equal(fault_calls(leaf) - calls, 3);
+	}
+	block_free(b);
+}
+
 int main(int argc, char **argv)
 {
-	const struct CMUnitTest tests[] = { cmocka_unit_test(test_random), cmocka_unit_test(test_power), cmocka_unit_test(test_errors) };
+	const struct CMUnitTest tests[] = { cmocka_unit_test(test_random), cmocka_unit_test(test_power), cmocka_unit_test(test_errors),
+		cmocka_unit_test(test_shared_flush) };
 	for (int i = 1; i + 1 < argc; i += 2) {
 		if (!strcmp(argv[i], "--ops"))
 			nops = strtoul(argv[i + 1], NULL, 0);
