@@ -163,7 +163,7 @@ int image_map(struct block *b, struct block *base, uint64_t off, uint64_t len, s
 			return 0;
 		}
 		if (off >= next->length) { /* a short backing file: zeroes, and the file above decides that */
-			e->zero = true;
+			e->zero = e->short_backing = true;
 			return 0;
 		}
 		len = MIN(len, next->length - off);

@@ -32,6 +32,7 @@ struct block_extent {
 	uint64_t len;
 	bool present;           /* this file says what is here, not its backing file */
 	bool whole;             /* not present, but nothing else has to be asked: a disk below, with all its files, gave the answer */
+	bool short_backing;     /* not present, and past the end of the backing file that would be next */
 	bool data, zero;        /* has data of its own | reads as zeroes */
 	bool compressed;
 	bool has_offset;        /* the bytes stand at `offset` of `file` as they are */

@@ -335,8 +335,11 @@ static bool is_aligned(const struct nbd_ex *ex, uint64_t off, uint64_t len)
 /* All of it zeroes, as the image knows without reading? */
 static bool known_zero(struct nbd_ex *ex, uint64_t off, uint64_t len)
 {
-	struct block_extent e;
-	return !image_map(ex->e.blk, NULL, off, len, &e) && e.zero && e.len >= len;
+	struct block_extent e = { .zero = true };
+	for (; len && e.zero; off += e.len, len -= e.len)
+		if (image_map(ex->e.blk, NULL, off, len, &e))
+			return false;
+	return e.zero;
 }
 
 static void do_read(struct nbd_job *j)
@@ -401,7 +404,7 @@ static uint32_t state_of(const struct block_extent *e, unsigned context)
 	if (context == CTX_BITMAP)
 		return e->data;
 	if (context == CTX_DEPTH)
-		return e->present ? e->depth + 1 : 0;
+		return e->present ? e->depth + 1 : e->short_backing ? e->depth + 2 : 0; /* as in QEMU: the end of that file says so */
 	return (e->data ? 0 : NBD_STATE_HOLE) | (e->zero ? NBD_STATE_ZERO : 0);
 }
 

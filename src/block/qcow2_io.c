@@ -537,7 +537,7 @@ int q_zero(struct qcow2 *q, uint64_t off, uint64_t len, unsigned flags)
 	if (stop == q->b->length) /* nothing of the guest's is behind it */
 		end = ALIGN_UP(stop, (uint64_t)q->cs);
 	/* Version 2 cannot say zero. */
-	if (start >= end || (q->h.version < 3 && (q->b->backing || how != CLEAR_ZERO_UNMAP)))
+	if (start >= MIN(end, stop) || (q->h.version < 3 && (q->b->backing || how != CLEAR_ZERO_UNMAP)))
 		return zero_parts(q, off, len, flags);
 	uint64_t first = MIN(ALIGN_UP(start, (uint64_t)q->cs), end), last = MAX(ALIGN_DOWN(end, (uint64_t)q->cs), first);
 	r = zero_parts(q, off, start - off, flags);

@@ -240,7 +240,7 @@ int img_amend(int argc, char **argv)
 		r = img_fail("Error while amending options: Invalid argument; this option cannot be changed");
 	if (!r && image_amend(b, &a, &err))
 		r = img_fail("%s", err.msg);
-	if (!r && seen.size && image_resize(b, cr.size, PREALLOC_OFF, &err))
+	if (!r && seen.size && cr.size && image_resize(b, cr.size, PREALLOC_OFF, &err))
 		r = img_fail("%s", err.msg);
 	img_progress(progress && !r, 100);
 	if (progress && !r)

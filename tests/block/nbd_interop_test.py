@@ -107,7 +107,9 @@ def test_server_data():
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2")
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "top.qcow2")
     run("qemu-io", "-c", "write -P 7 1M 300k", "-c", "write -z 5M 128k", "-c", "discard 6M 64k", "top.qcow2")
-    for fmt, image in (("raw", "a.raw"), ("qcow2", "a.qcow2"), ("qcow2", "top.qcow2")):
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "top.qcow2", "-F", "qcow2", "long.qcow2", str(SIZE + (4 << 20)))
+    run("qemu-io", "-c", f"write -z {SIZE + (1 << 20)} 1M", "long.qcow2")
+    for fmt, image in (("raw", "a.raw"), ("qcow2", "a.qcow2"), ("qcow2", "top.qcow2"), ("qcow2", "long.qcow2")):
         p, s = serve("-f", fmt, "-r", "-e", "8", "-A", image)
         q, t = serve("-f", fmt, "-r", "-e", "8", "-A", image, tool="qemu-nbd")
         run("nbdcopy", uri(s), "ours.raw")
@@ -122,6 +124,12 @@ def test_server_data():
         assert run("qemu-nbd", "-L", "-k", s) == run("qemu-nbd", "-L", "-k", t) == run(lodge_nbd, "-L", "-k", t)
         depth = [json.loads(run("nbdinfo", "--map=qemu:allocation-depth", "--json", uri(x))) for x in (s, t)]
         assert merged(depth[0]) == merged(depth[1]), image
+        if image == "long.qcow2":       # zeroes of several kinds are one hole
+            h, said = nbd.NBD(), []
+            h.connect_uri(uri(s))
+            h.pread_structured(4 << 20, SIZE, lambda b, o, status, e: said.append((len(b), status)))
+            h.shutdown()
+            assert said == [(4 << 20, nbd.READ_HOLE)], said
         stop(p)
         stop(q)
     open("w.raw", "wb").truncate(SIZE)
