@@ -10,6 +10,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "base/util.h"
 #include "block/graph.h"
@@ -213,11 +214,26 @@ static bool pass_hole(struct logger *l, uint64_t entries, uint64_t end)
 	return n;
 }
 
+/*
+ * No more entries can have been stored than the file below everything takes bytes: an image as a log may show the same cluster at any number of places,
+ * and would be read for as long.
+ */
+static uint64_t entries_stored(const struct logger *l)
+{
+	struct block *b = l->log;
+	struct stat st;
+	while (b->child)
+		b = b->child;
+	if (b->fd >= 0 && !b->is_dev && !fstat(b->fd, &st))
+		return (uint64_t)st.st_blocks * 512;
+	return UINT64_MAX;
+}
+
 /* log-append: past the last of `entries`, each of which has to be inside the log. */
 static int find_end(struct logger *l, uint64_t entries, uint64_t size, struct err *err)
 {
 	uint8_t e[ENTRY_LEN];
-	uint64_t end = size / l->sector;
+	uint64_t end = size / l->sector, most = entries_stored(l);
 	while (l->entries < entries) {
 		uint64_t left = end - l->next;
 		/* Each has a sector at least: said before any is read. */
@@ -225,6 +241,8 @@ static int find_end(struct logger *l, uint64_t entries, uint64_t size, struct er
 			return err_set(err, -EINVAL, "%s: the log ends before entry %" PRIu64 " of %" PRIu64, l->log->file, l->next >= end ? l->entries : l->entries + left, entries);
 		if (pass_hole(l, entries, end))
 			continue;
+		if (!most--)
+			return err_set(err, -EINVAL, "%s: more log entries than the file has bytes", l->log->file);
 		int r = log_io(l, false, l->next * l->sector, e, sizeof e);
 		if (r)
 			return err_set_errno(err, r, "Failed to read log entry %" PRIu64, l->entries);

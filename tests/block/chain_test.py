@@ -12,8 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+
+from running import scratch
 
 GRAN = 65536
 KINDS = ["-o cluster_size=4k", "", "-o extended_l2=on,cluster_size=16k", "-o compat=0.10", "-o lazy_refcounts=on,refcount_bits=64", "-o compression_type=zstd"]
@@ -220,8 +221,7 @@ def main():
     ap.add_argument("--tail", type=int, default=25, help="commands to show after a failure")
     o = ap.parse_args()
     o.img, o.io, o.nbd = (os.path.abspath(x) for x in (o.img, o.io, o.nbd))
-    with tempfile.TemporaryDirectory(prefix="chain-") as d:
-        os.chdir(d)
+    with scratch("chain-", None):
         disk = Disk(o, random.Random(o.seed))
         disk.start()
         steps = [disk.guest] * 10 + [disk.snapshot] * 4 + [disk.resize] * 2 + [disk.commit, disk.commit, disk.push, disk.push, disk.pop, disk.rebase]
@@ -230,7 +230,6 @@ def main():
             disk.check()
             if disk.n > 6:
                 disk.pop()
-        os.chdir("/")
     print(f"{o.steps} steps, seed {o.seed}: the disk is what it should be")
 
 

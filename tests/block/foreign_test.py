@@ -8,7 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
+
+from running import scratch
 
 KINDS = [("vmdk", f"subformat={s}") for s in ("monolithicSparse", "streamOptimized", "monolithicFlat", "twoGbMaxExtentSparse",
                                               "twoGbMaxExtentFlat")] + [
@@ -74,12 +75,10 @@ qemu = shutil.which("qemu-img")
 if not qemu:
     print("SKIP: no qemu-img")
     sys.exit(77)
-with tempfile.TemporaryDirectory() as d:
-    os.chdir(d)
+with scratch("foreign-", None):
     make_source()
     run(qemu, "convert", "-O", "vmdk", "src.raw", "base.vmdk")
     done = sum(one(*k, n) for n, k in enumerate(KINDS))
     parent()
     refused()
-    os.chdir("/")
 print(f"{done} images, a parent, what is refused")

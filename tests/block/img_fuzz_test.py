@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 
+from running import scratch
+
 COPIED = 1 << 63
 FORMATS = {"raw": 4096, "qcow2": 6 * 65536, "vmdk": 2 * 65536, "vdi": 4096, "vpc": 4096, "vhdx": 3 << 20}     # where the tables are
 VERBS = ("info --output=json", "check", "check -r all", "map --output=json", "convert -O raw {} out", "convert -c -O qcow2 {} out", "measure -O qcow2 {}")
@@ -142,9 +144,7 @@ def main():
         print("skipped: no qemu-io, or no qemu-img")
         return 77
     images, seed = int(sys.argv[3]) if len(sys.argv) > 3 else 6, int(sys.argv[4]) if len(sys.argv) > 4 else 1
-    top = tempfile.mkdtemp(prefix="img-fuzz-", dir="/var/tmp")
-    os.chdir(top)
-    try:
+    with scratch("img-fuzz-", "/var/tmp"):
         compare_repairs(img)
         for fmt in FORMATS:
             subprocess.run(["qemu-img", "convert", "-O", fmt, "snap" if fmt == "qcow2" else "q", f"good.{fmt}"], check=True)
@@ -153,10 +153,7 @@ def main():
             for i, fmt in enumerate(FORMATS):
                 fuzz(img, io, fmt, random.Random(seed * 1000003 + k * 16 + i))
         print(f"{len(damages())} damages, {images * len(FORMATS)} images")
-        return 0
-    finally:
-        os.chdir("/")
-        shutil.rmtree(top, ignore_errors=True)
+    return 0
 
 
 sys.exit(main())

@@ -9,7 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
+
+from running import scratch
 
 # Each line: program options | commands, in order. The image is a.qcow2 unless the options name one.
 CASES = """
@@ -191,13 +192,12 @@ def main():
     if not shutil.which("qemu-io") or not shutil.which("qemu-img"):
         print("skipped: no qemu-io, or no qemu-img")
         return 77
-    top = tempfile.mkdtemp(prefix="io-diff-", dir="/var/tmp")
     failed = n = 0
-    try:
-        os.mkdir(f"{top}/base")
-        os.chdir(f"{top}/base")
+    with scratch("io-diff-", "/var/tmp"):
+        os.mkdir("base")
+        os.chdir("base")
         prepare()
-        os.chdir(top)
+        os.chdir("..")
         for line in CASES.strip().splitlines():
             opts, *cmds = line.split("|")
             for feed in (False, True) if n % 7 == 1 and "aio" not in line else (False,):
@@ -206,11 +206,8 @@ def main():
         for shape in SHAPES:
             failed += zeroes(lodge, shape)
             n += 1
-        print(f"{n} cases, {failed} differ")
-        return failed != 0
-    finally:
-        os.chdir("/")
-        shutil.rmtree(top, ignore_errors=True)
+    print(f"{n} cases, {failed} differ")
+    return failed != 0
 
 
 sys.exit(main())

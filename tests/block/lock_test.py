@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
+
+from running import scratch
 
 LOOKS = ("info -f {f} {i}", "map -f {f} {i}", "compare -f {f} -F {f} {i} {i}", "bench -c 1 -f {f} {i}", "dd -f {f} if={i} of=out bs=64k", "map -f qcow2 {o}")
 COPIES = ("convert -f {f} -O raw {i} out",)
@@ -72,14 +73,12 @@ def main():
     if not shutil.which("qemu-img") or not shutil.which("qemu-io"):
         print("skipped: no qemu-img and qemu-io")
         return 77
-    with tempfile.TemporaryDirectory(prefix="lock-", dir="/var/tmp") as d:
-        os.chdir(d)
+    with scratch("lock-", "/var/tmp"):
         for holder, tool in (("qemu-io", img), (io, "qemu-img")):
             for fmt in ("raw", "qcow2"):
                 for write in (False, True):
                     check(holder, tool, fmt, write)
         check(io, img, "raw", True)
-        os.chdir("/")
     return 0
 
 

@@ -9,10 +9,9 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 
-from running import run
+from running import run, scratch
 
 MAGIC, FLUSH, DISCARD = 0x6A736677736872, 1, 4
 MIB = 1 << 20
@@ -160,6 +159,26 @@ def sparse_log(io):
         began = time.monotonic()
         assert says in commands(io, how, ["length"], ok=(status,)), entries
         assert time.monotonic() - began < 20, "the log was read"
+    # A qcow2 image that shows one cluster of entries everywhere: the same.
+    fresh(MIB, b"")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "log.qcow2", "256G")
+    with open("entries", "wb") as f:
+        f.write(super_block((1 << 38) // 512 - 200) + bytes(65024) + struct.pack("<QQQQ", 0, 0, FLUSH, 0).ljust(512, b"\0") * 128)
+    run("qemu-io", "-f", "qcow2", "-c", "write -s entries 0 128k", "log.qcow2")
+    with open("log.qcow2", "r+b") as f:
+        head = f.read(104)
+        l1 = int.from_bytes(head[40:48], "big")
+        f.seek(l1)
+        table = f.read(8)
+        f.seek(int.from_bytes(table, "big") & ~(1 << 63))
+        l2 = f.read(16)
+        f.seek(-16, os.SEEK_CUR)
+        f.write(l2[:8] + l2[8:] * 8191)
+        f.seek(l1)
+        f.write(table * 512)
+    began = time.monotonic()
+    assert "more log entries than" in commands(io, ["--image-opts", LOG.replace("log.filename=log", "log.driver=qcow2,log.file.filename=log.qcow2") + ",log-append=on"], ["length"], ok=(1,))
+    assert time.monotonic() - began < 20, "the log was read"
     # What is in it counts as before: a write in the middle of holes, and what comes after.
     entry = struct.pack("<QQQQ", 3, 2, 0, 0).ljust(512, b"\0") + b"d" * 1024
     with open("log", "r+b") as f:
@@ -272,8 +291,7 @@ def main():
         print("SKIP: no qemu-io and qemu-img (package qemu-utils)")
         return 77
     io, img = (os.path.abspath(a) for a in sys.argv[1:3])
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as d:
-        os.chdir(d)
+    with scratch("log-", "/var/tmp"):
         same_logs(io)
         through(io)
         for seed in range(4):
@@ -285,11 +303,8 @@ def main():
         preallocated(io, img)
         killed(io, img)
         no_room(io, img)
-        os.chdir("/")
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as d: # tmpfs makes files longer by other means
-        os.chdir(d)
+    with scratch("log-", "/dev/shm" if os.path.isdir("/dev/shm") else None):    # tmpfs makes files longer by other means
         preallocated(io, img)
-        os.chdir("/")
     print("logs and preallocation: well")
     return 0
 
