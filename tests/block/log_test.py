@@ -174,8 +174,11 @@ def sparse_log(io):
         l2 = f.read(16)
         f.seek(-16, os.SEEK_CUR)
         f.write(l2[:8] + l2[8:] * 8191)
+        second = (f.seek(0, os.SEEK_END) + 65535) // 65536 * 65536
+        f.seek(second)
+        f.write(l2[8:] * 8192)
         f.seek(l1)
-        f.write(table * 512)
+        f.write(table + (second | 1 << 63).to_bytes(8, "big") * 511)
     began = time.monotonic()
     assert "more log entries than" in commands(io, ["--image-opts", LOG.replace("log.filename=log", "log.driver=qcow2,log.file.filename=log.qcow2") + ",log-append=on"], ["length"], ok=(1,))
     assert time.monotonic() - began < 20, "the log was read"
