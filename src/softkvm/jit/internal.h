@@ -178,7 +178,7 @@ struct jit_low {
 	uint8_t narrow;                 /* load 16 bytes only */
 	uint16_t fcw;                   /* on its way to the control word */
 	uint32_t host_mxcsr, mxcsr;     /* mxcsr: on its way there */
-	uint64_t string_to;             /* host address that MOVS is about to write */
+	uint64_t string_to, string_n;   /* host address that MOVS is about to write, or CMPS to read; elements that CMPS or SCAS is about to compare */
 	uint64_t calls_base, calls_limit, calls_none;   /* the calls on the host's stack: rsp without any, with too many; the address in those that are none */
 	uint64_t hold[HOLDS];           /* host addresses (gen_hold.c); 0: none */
 	uint64_t regs[16], go_on;       /* of code whose check failed, by host register; where it goes on (jit_miss()) */

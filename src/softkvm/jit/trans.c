@@ -16,9 +16,11 @@ void gen_colds(struct tr *t);
 insn_fn op_fetch_gp;
 
 /* -- flags --------------------------------------------------------------------------------------- */
-/* Shifts and rotates by zero write nothing. */
+/* Shifts and rotates by zero write nothing, nor do comparisons of no elements. */
 static bool may_not_write(const struct tinsn *i)
 {
+	if (i->z.meta.category == ZYDIS_CATEGORY_STRINGOP)
+		return i->z.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE);
 	switch (i->z.mnemonic) {
 	case ZYDIS_MNEMONIC_SHL: case ZYDIS_MNEMONIC_SHR: case ZYDIS_MNEMONIC_SAR: case ZYDIS_MNEMONIC_ROL:
 	case ZYDIS_MNEMONIC_ROR: case ZYDIS_MNEMONIC_RCL: case ZYDIS_MNEMONIC_RCR:

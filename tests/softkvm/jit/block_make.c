@@ -299,7 +299,7 @@ static void put_string(struct code *c)
 	put(c, &"\xf3\xf3\xf3\xf2"[below(4)], 1);
 	if (rex && !narrow)
 		put(c, &rex, 1);
-	put(c, &"\xa4\xa5\xaa\xab"[below(4)], 1);
+	put(c, &"\xa4\xa5\xaa\xab\xa6\xa7\xae\xaf"[below(8)], 1);
 }
 
 /* String instructions for one element, upwards as a rule, most often in a loop of LOOP: mov edi ; mov esi ; mov ecx ; std ; op ; loop ; cld. */
