@@ -196,7 +196,12 @@ int qcow2_resize(struct block *b, uint64_t size, enum block_prealloc p, struct e
 	if (!r && size > old)
 		r = clean_tail(q, old, size);
 	if (!r && size > old) {
-		r = q_preallocate(q, old, size, p);
+		uint64_t head = old & (q->cs - 1);
+		/* The cluster of the old end gets a place of its own, which would hide what the backing file shows in it. */
+		if (p != PREALLOC_OFF && head && b->backing && q->nsub == 1)
+			r = q_copy_up(q, old - head, head);
+		if (!r)
+			r = q_preallocate(q, old, size, p);
 		if (r)
 			forget_tail(q, old, size);
 	}

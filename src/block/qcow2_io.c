@@ -391,30 +391,6 @@ static int is_zero_in_chain(struct qcow2 *q, uint64_t off, uint64_t len, bool *z
 	return r;
 }
 
-static int zero_part(struct qcow2 *q, uint64_t off, uint64_t len, unsigned flags)
-{
-	struct qrange range;
-	bool zero;
-	if (!len)
-		return 0;
-	qrange_lock(q, &range, off, len, false);
-	int r = is_zero_in_chain(q, off, len, &zero);
-	qrange_unlock(q, &range);
-	bool done = zero && !(flags & BLOCK_REQ_OWN);
-	return r || done ? r : flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : write_zeroes(q, off, len);
-}
-
-/* Piece by piece of at most a (sub)cluster: where one is zero already nothing gets allocated for the sake of its neighbour. */
-static int zero_parts(struct qcow2 *q, uint64_t off, uint64_t len, unsigned flags)
-{
-	int r = 0;
-	for (uint64_t n; !r && len; off += n, len -= n) {
-		n = MIN(len, q->sub_size - (off & (q->sub_size - 1)));
-		r = zero_part(q, off, n, flags);
-	}
-	return r;
-}
-
 enum clear { CLEAR_ZERO, CLEAR_ZERO_OWN, CLEAR_ZERO_UNMAP, CLEAR_DISCARD, CLEAR_HOLE };
 
 /* A hole at `off` needs no entry to be what is asked for. */
@@ -477,6 +453,53 @@ static int clear_entries(struct qcow2 *q, uint64_t off, uint64_t stop, enum clea
 	for (uint64_t next; !r && off < stop; off = next) {
 		next = MIN(stop, ALIGN_DOWN(off, (uint64_t)q->cs) + q->cs);
 		r = next - off < q->cs ? clear_subclusters(q, off, next, how) : clear_entry(q, off, how);
+	}
+	return r;
+}
+
+/*
+ * All of a (sub)cluster is zero, but perhaps only since nothing below has data there now: it gets an entry of its own, as in QEMU. Without a backing file
+ * it stays what it is.
+ */
+static int keep_zero(struct qcow2 *q, uint64_t off, bool *zero)
+{
+	uint64_t start = ALIGN_DOWN(off, (uint64_t)q->sub_size), end = start + q->sub_size;
+	struct qrange range;
+	qrange_lock(q, &range, start, end - start, true);
+	int r = is_zero_in_chain(q, start, MIN(end, q->b->length) - start, zero);
+	if (!r && *zero && q->b->backing) {
+		pthread_mutex_lock(&q->lock);
+		r = clear_entries(q, start, end, CLEAR_ZERO);
+		pthread_mutex_unlock(&q->lock);
+	}
+	qrange_unlock(q, &range);
+	return r;
+}
+
+static int zero_part(struct qcow2 *q, uint64_t off, uint64_t len, unsigned flags)
+{
+	struct qrange range;
+	bool zero = false;
+	int r = 0;
+	if (!len)
+		return 0;
+	if (!(flags & BLOCK_REQ_OWN)) {
+		qrange_lock(q, &range, off, len, false);
+		r = reads_as_zero(q, off, len, &zero);
+		qrange_unlock(q, &range);
+	}
+	if (!r && !zero && !(flags & BLOCK_REQ_OWN) && q->h.version >= 3)
+		r = keep_zero(q, off, &zero);
+	return r || zero ? r : flags & BLOCK_REQ_NO_FALLBACK ? -ENOTSUP : write_zeroes(q, off, len);
+}
+
+/* Piece by piece of at most a (sub)cluster: where one is zero already nothing gets allocated for the sake of its neighbour. */
+static int zero_parts(struct qcow2 *q, uint64_t off, uint64_t len, unsigned flags)
+{
+	int r = 0;
+	for (uint64_t n; !r && len; off += n, len -= n) {
+		n = MIN(len, q->sub_size - (off & (q->sub_size - 1)));
+		r = zero_part(q, off, n, flags);
 	}
 	return r;
 }

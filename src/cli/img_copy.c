@@ -477,7 +477,7 @@ static int convert(struct convert *v, struct convert_args *a)
 	a->cr.size = v->size; /* whatever -o size said: it is a copy */
 	if (!r && v->compress && strcmp(a->cr.format, "qcow2"))
 		r = img_fail("error while converting: Compression not supported for this file format");
-	if (!r && a->bitmaps && strcmp(a->cr.format, "qcow2"))
+	if (!r && a->bitmaps && (strcmp(a->cr.format, "qcow2") || (!a->no_create && a->cr.version < 3)))
 		r = img_fail("Format driver '%s' does not support bitmaps", a->cr.format);
 	if (!r && a->bitmaps) {
 		bool can = !image_info(v->src[0], &i) && i.version >= 3;

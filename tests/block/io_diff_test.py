@@ -187,6 +187,23 @@ def zeroes(lodge, shape):
     return 1
 
 
+def zeroes_over_nothing(lodge, shape):
+    """Parts of clusters that are zero in the backing file, too: they get entries of their own."""
+    got = []
+    for tool in ("qemu-io", lodge):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "below", "4M"], check=True)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", "below", "-F", "qcow2", "-o", shape, "a.qcow2"], check=True)
+        subprocess.run(["qemu-io", "-c", "write -P 7 2M 1k", "below"], check=True, stdout=subprocess.DEVNULL)
+        said = run(tool, "", ["write -z 4k 3k", "write -z 200k 1k", "write -z 1M 64k", "write -z 1500k 100k", "write -z 2049k 1k"], False)[:2]
+        got.append((said, subprocess.run(["qemu-img", "map", "--output=json", "a.qcow2"], check=True, capture_output=True).stdout))
+        os.remove("a.qcow2")
+        os.remove("below")
+    if got[0] == got[1]:
+        return 0
+    print(f"FAIL zeroes over a backing file without data, {shape}\n--- qemu-io\n{got[0]}\n--- lodge\n{got[1]}")
+    return 1
+
+
 def main():
     lodge = os.path.abspath(sys.argv[1])
     if not shutil.which("qemu-io") or not shutil.which("qemu-img"):
@@ -205,6 +222,9 @@ def main():
                 n += 1
         for shape in SHAPES:
             failed += zeroes(lodge, shape)
+            n += 1
+        for shape in ("cluster_size=64k", "cluster_size=4k", "extended_l2=on", "data_file=d"):
+            failed += zeroes_over_nothing(lodge, shape)
             n += 1
     print(f"{n} cases, {failed} differ")
     return failed != 0
