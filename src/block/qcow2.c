@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <sys/stat.h>
 
+#include "base/keyvals.h"
 #include "base/log.h"
 #include "block/graph.h"
 
@@ -195,12 +196,34 @@ static int settle(struct qcow2 *q, const struct block_opts *o, struct err *err)
 	return r;
 }
 
+/* By an id or a name, or, as "snapshot.id=ID,snapshot.name=NAME" (or one of both), by just these. */
+static int find_snapshot(struct qcow2 *q, const char *text, struct qsnap **found, struct err *err)
+{
+	struct keyvals l = { 0 };
+	*found = NULL;
+	if (strncmp(text, "snapshot.", 9)) {
+		*found = q_find_snapshot(q, text);
+		return 0;
+	}
+	int r = keyvals_parse(&l, "snapshot", text, NULL, err);
+	const char *id = r ? NULL : keyvals_get(&l, "snapshot.id"), *name = r ? NULL : keyvals_get(&l, "snapshot.name");
+	if (!r)
+		r = keyvals_end(&l, "snapshot", err);
+	for (unsigned i = 0; !r && !*found && i < q->nsnaps; i++)
+		if ((!id || !strcmp(id, q->snaps[i].s.id)) && (!name || !strcmp(name, q->snaps[i].s.name)))
+			*found = &q->snaps[i];
+	keyvals_free(&l);
+	return r;
+}
+
 static int use_snapshot(struct qcow2 *q, const char *name, struct err *err)
 {
-	struct qsnap *s = name ? q_find_snapshot(q, name) : NULL;
+	struct qsnap *s;
 	uint64_t *l1;
 	if (!name)
 		return 0;
+	if (find_snapshot(q, name, &s, err))
+		return -EINVAL;
 	if (!s)
 		return err_set(err, -ENOENT, "%s: there is no snapshot '%s'", q->b->file, name);
 	if (!q->b->read_only)

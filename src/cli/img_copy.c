@@ -126,6 +126,10 @@ static int look(struct convert *v, uint64_t off, uint64_t len, uint64_t *n, enum
 	asked = MIN(MIN(asked, v->size - off), left);
 	e = (struct block_extent){ .len = asked, .zero = true };
 	int r = b ? image_map(b, v->base, in, asked, &e) : 0;
+	if (r && v->salvage) { /* not known: whatever can be read */
+		e = (struct block_extent){ .len = MIN(asked, (uint64_t)65536), .present = true, .data = true };
+		r = 0;
+	}
 	*s = e.zero ? ZERO : v->base && !e.present ? BELOW : DATA;
 	keep(v, off, r ? off : off + MIN(asked, e.len), *s, asked);
 	*n = MIN(len, e.len);
@@ -573,7 +577,7 @@ int img_convert(int argc, char **argv)
 			if (img_add_options(&a.options, optarg))
 				return 1;
 			break;
-		case 'l': so.internal = !strncmp(optarg, "snapshot.name=", 14) ? optarg + 14 : !strncmp(optarg, "snapshot.id=", 12) ? optarg + 12 : optarg; break;
+		case 'l': so.internal = optarg; break;
 		case 'S':
 			a.sparse_given = true;
 			a.sparse = img_size(optarg, "buffer size for sparse output");
@@ -625,6 +629,8 @@ int img_convert(int argc, char **argv)
 	a.cr.tls = img_objects();
 	if (a.target_zero && !a.no_create)
 		return img_fail("--target-is-zero requires use of -n flag");
+	if (a.target_zero && a.cr.backing)
+		return img_fail("Cannot use --target-is-zero when the destination image has a backing file");
 	a.cr.file = argv[argc - 1];
 	int r = open_sources(&v, argv + optind, (unsigned)(argc - 1 - optind), &so);
 	if (!r)

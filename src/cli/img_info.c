@@ -644,7 +644,7 @@ int img_measure(int argc, char **argv)
 		if (c == 'f')
 			o.format = optarg;
 		else if (c == 'l')
-			o.internal = !strncmp(optarg, "snapshot.name=", 14) ? optarg + 14 : !strncmp(optarg, "snapshot.id=", 12) ? optarg + 12 : optarg;
+			o.internal = optarg;
 		else if (c == 'o' && img_add_options(&options, optarg))
 			return 1;
 		else if (c == 'O')

@@ -243,6 +243,11 @@ def cases():
     yield "create -f qcow2 -o extended_l2=on,cluster_size=256k new 1000000 ; resize --preallocation=falloc new +512 ; resize new +512 ; info new ; check new"
     for p in ("metadata", "falloc", "full"):    # the cluster in which the old end lies shows the backing file
         yield f"create -f qcow2 -o cluster_size=2M -b raw -F raw new 3500k ; resize --preallocation={p} new 3700k ; check new ; resize --shrink new 3500k ; convert -O raw new a ; resize -f raw --shrink raw 3500k ; compare a raw"
+    for l in ("snapshot.id=1,snapshot.name=one", "snapshot.name=1", "snapshot.id=one", "snapshot.id=1,snapshot.name=nothing", "snapshot.id=2", "snapshot.bad=1", "snapshot.name=,snapshot.id=1"):
+        yield f"convert -l {l} -O raw snap out ; info out ; measure -O qcow2 -l {l} snap"
+    unreadable = "driver=qcow2,file.driver=blkdebug,file.image.driver=file,file.image.filename=q,file.inject-error.0.event=l2_load"
+    yield f"convert --salvage --image-opts -O raw {unreadable} out ; info out"
+    yield f"convert --salvage --image-opts -O raw {unreadable},file.inject-error.0.once=on out ; compare out q"
     yield "convert --bitmaps -o compat=0.10 -O qcow2 q out"
     yield "amend -o size=0 q ; info q ; compare q raw"
     yield "snapshot -c x over ; commit over ; rebase -u -b '' over ; map --output=json over"     # emptied in spite of it
@@ -391,7 +396,7 @@ def same(commands, a, b):
     return True
 
 
-ALWAYS = ("extended_l2=on,preallocation", "resize --preallocation=metadata new 7M", "commit onpart", "a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "check tail", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "-l one ", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky", "snapshot -c then snap", "snapshot -c then over", "create -f qcow2 new 0 ;", "extended_l2=on,preallocation=metadata", "new 2M ; rebase -b meta", "new 1000000 ; resize", "size=0", "new 3500k ; resize", "snapshot -c x over ; commit", " -o lazy_refcounts=on -o ", " -o data_file_raw=on new", "-C --salvage", "-c -O qcow2 -o preallocation", "create -u -b q -F qcow2 -f qcow2 new", "--size 1M -o compat=0.10,")
+ALWAYS = ("extended_l2=on,preallocation", "resize --preallocation=metadata new 7M", "commit onpart", "a,b,,c", "data_file=a,,b", "check subs", "check part", "check small", "check tail", "snapshot -d 1 old", "snapshot -d x old", "driver=file", "-l one ", "compat=0.10 old ; info old ; check old ; conv", " -B ", "bench -f raw -c 2", "measure -O qcow2 -o refcount_bits", "host_device", "--bitmaps", "check -r all q", "check -r leaks leaky", "snapshot -c then snap", "snapshot -c then over", "create -f qcow2 new 0 ;", "extended_l2=on,preallocation=metadata", "new 2M ; rebase -b meta", "new 1000000 ; resize", "size=0", "snapshot.id=1,", "--salvage --image-opts", "new 3500k ; resize", "snapshot -c x over ; commit", " -o lazy_refcounts=on -o ", " -o data_file_raw=on new", "-C --salvage", "-c -O qcow2 -o preallocation", "create -u -b q -F qcow2 -f qcow2 new", "--size 1M -o compat=0.10,")
 
 
 def main():

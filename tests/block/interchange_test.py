@@ -358,6 +358,14 @@ def bitmaps_of_nothing():
         clean(tool, "none.qcow2")
 
 
+def zero_with_backing():
+    """--target-is-zero beside a backing file, whose data would show through: an error (qemu-img says so, too, but ends with 0)."""
+    run(lodge, "convert", "-O", "qcow2", "raw", "zb.qcow2")
+    run(lodge, "create", "-q", "-f", "qcow2", "-b", "zb.qcow2", "-F", "qcow2", "zo.qcow2")
+    run(lodge, "convert", "-n", "--target-is-zero", "-B", "zb.qcow2", "-F", "qcow2", "-O", "qcow2", "raw", "zo.qcow2", ok=(1,))
+    same("raw", "zo.qcow2", "raw", "qcow2")
+
+
 if len(sys.argv) < 2 or not shutil.which("qemu-img") or not shutil.which("qemu-io"):
     print("SKIP: no qemu-img (package qemu-utils)")
     sys.exit(77)
@@ -379,6 +387,7 @@ with tempfile.TemporaryDirectory(dir="/var/tmp") as d:
         bitmaps(opts, lodge, qemu)
         bitmaps(opts, qemu, lodge)
     bitmaps_of_nothing()
+    zero_with_backing()
     amend("raw")
     amend_refused()
     for seed in range(60 if full else 12):
