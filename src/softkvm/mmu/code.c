@@ -30,21 +30,33 @@ static bool revoke_at(struct cpu *c, unsigned mode, unsigned i, uintptr_t host)
 	return true;
 }
 
+/* None of this host page, for sure: none with its hash, or as many as were counted. */
+static bool none_left(struct cpu *c, uintptr_t host)
+{
+	const uint64_t *known = tlb_writers_known(c, host);
+
+	return !(uint32_t)atomic_load_explicit(tlb_writers_of(c, host), memory_order_relaxed) || (known && !(*known & 4095));
+}
+
+static void revoke_everywhere(struct cpu *c, uintptr_t host)
+{
+	for (unsigned m = 0; m < TLB_NONE; m++)
+		for (unsigned k = 0; k < TLB_WORDS; k++)
+			for (uint64_t b = tlb_full(c->tlbs[m])->filled[1][k]; b; b &= b - 1)
+				if (revoke_at(c, m, k * 64 + (unsigned)__builtin_ctzll(b), host) && none_left(c, host))
+					return;
+}
+
 void tlb_revoke_write(struct cpu *c, const uint8_t *host_page)
 {
 	uintptr_t host = (uintptr_t)host_page;
-	_Atomic uint64_t *w = tlb_writers_of(c, host);
-	uint64_t v = atomic_load(w);
+	uint64_t v = atomic_load(tlb_writers_of(c, host));
 
 	for (unsigned m = 0; m < TLB_NONE; m++)         /* mostly it is where it was entered last */
 		revoke_at(c, m, (unsigned)(v >> 32), host);
-	for (unsigned m = 0; m < TLB_NONE; m++)
-		for (unsigned k = 0; k < TLB_WORDS; k++)
-			for (uint64_t b = tlb_full(c->tlbs[m])->filled[1][k]; b; b &= b - 1) {
-				if (!(uint32_t)atomic_load_explicit(w, memory_order_relaxed))
-					return;
-				revoke_at(c, m, k * 64 + (unsigned)__builtin_ctzll(b), host);
-			}
+	if (!none_left(c, host))
+		revoke_everywhere(c, host);
+	c->itlb->writers.known[tlb_writer_hash(host)] = host;
 }
 
 static bool has_writers(struct cpu *c, const uint8_t *host_page)

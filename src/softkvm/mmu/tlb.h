@@ -48,6 +48,11 @@ enum { PWC_W = 1, PWC_U = 2, PWC_NX = 4, PWC_LEAF = 8, PWC_DIRTY = 16, PWC_GLOBA
 #define WRITER_BITS 13
 struct writers {
 	_Atomic uint64_t n[1u << WRITER_BITS];  /* count in the lower half, tlb_index() of the last in the upper */
+	/*
+	 * A page with that hash of which is known how many entries lead to it, since all were looked for once: in the lower 12 bits. 0: none. Code that is
+	 * written again and again would have all entries looked through each time because of some other page with its hash.
+	 */
+	uint64_t known[1u << WRITER_BITS];
 };
 
 struct itlb {
@@ -105,16 +110,29 @@ uint8_t *tlb_phys(struct cpu *c, uint64_t gpa, bool *ro, struct slot **slot);
 /* Index into cpu->tlbs for a party. */
 unsigned tlb_mode_of(const struct cpu *c, struct walk_as as);
 /* The books on who holds write entries, see struct writers. */
+static inline unsigned tlb_writer_hash(uint64_t host_page) { return (unsigned)((host_page >> 12) * 0x9e3779b97f4a7c15ull >> (64 - WRITER_BITS)); }
+
 static inline _Atomic uint64_t *tlb_writers_of(struct cpu *c, uint64_t host_page)
 {
-	return &c->itlb->writers.n[(host_page >> 12) * 0x9e3779b97f4a7c15ull >> (64 - WRITER_BITS)];
+	return &c->itlb->writers.n[tlb_writer_hash(host_page)];
+}
+
+/* NULL: it is not known how many lead there. */
+static inline uint64_t *tlb_writers_known(struct cpu *c, uint64_t host_page)
+{
+	uint64_t *k = &c->itlb->writers.known[tlb_writer_hash(host_page)];
+
+	return (*k ^ host_page) >> 12 ? NULL : k;
 }
 
 static inline void tlb_writer_comes(struct cpu *c, const uint8_t *host_page, uint64_t lin)
 {
 	_Atomic uint64_t *w = tlb_writers_of(c, (uintptr_t)host_page);
 	uint64_t v = (uint64_t)tlb_index(lin) << 32 | ((uint32_t)atomic_load_explicit(w, memory_order_relaxed) + 1);
+	uint64_t *known = tlb_writers_known(c, (uintptr_t)host_page);
 
+	if (unlikely(known))
+		*known = (*known & 4095) == 4095 ? 0 : *known + 1;
 	/*
 	 * Ordered before the look at the page's version: see struct writers. A vCPU that is alone need not wait for its stores for
 	 * that; who makes another one stops it first.
@@ -128,7 +146,10 @@ static inline void tlb_writer_comes(struct cpu *c, const uint8_t *host_page, uin
 static inline void tlb_writer_gone(struct cpu *c, uint64_t host_page)
 {
 	_Atomic uint64_t *w = tlb_writers_of(c, host_page);
+	uint64_t *known = tlb_writers_known(c, host_page);
 
+	if (unlikely(known))
+		*known = *known & 4095 ? *known - 1 : 0;
 	atomic_store_explicit(w, atomic_load_explicit(w, memory_order_relaxed) - 1, memory_order_release);
 }
 

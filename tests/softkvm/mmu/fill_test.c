@@ -1,5 +1,6 @@
 /* TLB fills of translated code (mmu/fill.c) against the slow path, and beside code. */
 #include "guest.h"
+#include "softkvm/mmu/tlb.h"
 
 static uint64_t rng = 88172645463325252ull;
 
@@ -208,6 +209,62 @@ static void test_fill_two_pages(void **state)
 	assert_null(mmu_fill_r(c, lin, 65));
 }
 
+/* A page of its own, at `gpa`, of which the books on write entries cannot tell the host's page at `other`. */
+#define FAR (512u << 20)
+static uint8_t *same_hash(uint64_t gpa, const uint8_t *other)
+{
+	uint8_t *far = mmap(NULL, FAR, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0), *p = far;
+
+	assert_ptr_not_equal(far, MAP_FAILED);
+	while (tlb_writer_hash((uintptr_t)p) != tlb_writer_hash((uintptr_t)other))
+		assert_true((p += 4096) < far + FAR);
+	set_slot(1, gpa, 4096, p, 0, 0);
+	return far;
+}
+
+/* Code in one of two pages with the same hash: write entries that lead to it go, those of the other stay, whatever came and went before. */
+static void test_revoked(void **state)
+{
+	enum { PAGES = 8 };
+	const uint64_t gpa[2] = { DATA, 1ull << 30 };
+	uint8_t buf[8] = { 0 }, *far = same_hash(gpa[1], t.ram + DATA);
+	struct cpu *c = &t.cpu;
+	unsigned had = 0;
+
+	map(PTE_P | PTE_W, PTE_P | PTE_W);
+	for (unsigned n = 0; n < PAGES; n++)
+		entry(0)[n] = gpa[n % 2] | PTE_P | PTE_W;
+	for (unsigned k = 0; k < 20000; k++) {
+		unsigned n = (unsigned)below(PAGES), which = n % 2;
+		struct code_page p = { .gpa = gpa[which] };
+		bool hit[PAGES];
+		struct slot *s;
+
+		for (unsigned m = 0; m < 5; m++)        /* data now, if it was code */
+			assert_true(try_access(ACC_WRITE, LIN + 4096 * n, buf, 8));
+		if (below(16) == 0)
+			below(2) ? mmu_flush_all(c) : mmu_flush_page(c, LIN + 4096 * below(PAGES));
+		if (below(3))
+			continue;
+		for (unsigned m = 0; m < PAGES; m++)
+			hit[m] = tlb_hit_w(c, LIN + 4096 * m, 8);
+		p.host = phys_ptr(&t.vm, p.gpa, NULL, NULL, &s);
+		p.ver = &s->ver[(p.gpa - s->gpa) >> 12];
+		p.lines = &s->lines[(p.gpa - s->gpa) >> 12];
+		mmu_code_mark(c, &p);
+		mmu_code_lines(c, &p, 0, 8);
+		for (unsigned m = 0; m < PAGES; m++) {
+			assert_int_equal(!!tlb_hit_w(c, LIN + 4096 * m, 8), m % 2 != which && hit[m]);
+			had += hit[m];
+		}
+	}
+	assert_in_range(had, 5000, 50000);
+	mmu_flush_all(c);
+	assert_int_equal((uint32_t)atomic_load(tlb_writers_of(c, (uintptr_t)far)), 0);
+	assert_int_equal((uint32_t)atomic_load(tlb_writers_of(c, (uintptr_t)t.ram + DATA)), 0);
+	munmap(far, FAR);
+}
+
 /* A run of up to a page: the memory itself or nothing. */
 static void test_fill_run(void **state)
 {
@@ -233,7 +290,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
-		T(test_fill), T(test_fill_beside_code), T(test_fill_two_pages), T(test_fill_run),
+		T(test_fill), T(test_fill_beside_code), T(test_fill_two_pages), T(test_revoked), T(test_fill_run),
 	};
 	return cmocka_run_group_tests_name("fill", tests, NULL, NULL);
 }
